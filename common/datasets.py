@@ -1,0 +1,286 @@
+"""Data sets as uint8 tensors on the training device, with batched augmentation and normalisation there.
+
+A `Dataset` holds three splits; `Batches` turns one split into the mini-batches of an epoch. An epoch's batches are a
+pure function of (data, seed, epoch number), so a resumed run sees what an unbroken one would have seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.settings import AugmentationSettings, DatasetSettings, SettingsError, stream
+
+SPLITS = ("train", "validation", "test")
+DIGITS_SHA256 = "65e5b4619795efb40c1082f4c350c049e4ad552200d369b6ae99e21eef5e72c5"
+DIGITS_TEST = 1000
+
+
+class DataError(SettingsError):
+    """Data that is missing, damaged or of the wrong shape; the message names it in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels of three splits.
+
+    images: split name -> uint8 tensor [N, H, W, C] (channels last: a batch needs no copy for that memory format).
+    labels: split name -> int64 tensor [N].
+    scale: the pixel value that means 1.0 (255, or 16 for the 8x8 digits).
+    mean, std: per channel, in units of `scale`; used to normalise.
+    """
+
+    name: str
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    classes: int
+    scale: float = 255.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        height, width, channels = self.images["train"].shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the pixels and labels of all splits, 64 hexadecimal characters."""
+        content = hashlib.sha256()
+        for split in SPLITS:
+            for tensor in (self.images[split], self.labels[split]):
+                array = tensor.cpu().numpy()
+                content.update(f"{split} {array.dtype} {array.shape}".encode())
+                content.update(array.tobytes())
+        return content.hexdigest()
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data on `device`."""
+        return replace(
+            self,
+            images={k: v.to(device) for k, v in self.images.items()},
+            labels={k: v.to(device) for k, v in self.labels.items()},
+        )
+
+    def with_train_size(self, count: int, seed: int) -> Dataset:
+        """The same data with only `count` training images, stratified by class and chosen by `seed`."""
+        labels = self.labels["train"].cpu().numpy()
+        (kept,) = stratified(labels, [count], stream(seed, "train-subset", self.name))
+        index = torch.from_numpy(kept).to(self.labels["train"].device)
+        return replace(
+            self,
+            images=self.images | {"train": self.images["train"][index]},
+            labels=self.labels | {"train": self.labels["train"][index]},
+        )
+
+
+def stratified(labels: np.ndarray, counts: Sequence[int], seed: int) -> list[np.ndarray]:
+    """Disjoint sorted index sets of the given sizes, each with the class proportions of `labels` (to within one).
+
+    Raises DataError when the counts add up to more than there is.
+    """
+    if sum(counts) > len(labels):
+        raise DataError(f"{sum(counts)} images are asked for (splits of {list(counts)}) but there are {len(labels)}")
+    rng = np.random.default_rng(seed)
+    left = {int(c): list(rng.permutation(np.flatnonzero(labels == c))) for c in np.unique(labels)}
+    parts = []
+    for count in counts:
+        total = sum(map(len, left.values()))
+        exact = {c: count * len(index) / max(total, 1) for c, index in left.items()}
+        take = {c: int(share) for c, share in exact.items()}
+        by_remainder = sorted(exact, key=lambda c: (take[c] - exact[c], c))
+        for c in by_remainder[: count - sum(take.values())]:
+            take[c] += 1
+        parts.append(np.sort(np.array([left[c].pop() for c in left for _ in range(take[c])], dtype=np.int64)))
+    return parts
+
+
+class Batches:
+    """The mini-batches of one split of a data set.
+
+    len() is the number of iterations of an epoch (a last partial batch is kept). `epoch(e)` yields pairs of
+    normalised images [B, C, H, W] of `dtype` in channels-last memory, and labels [B].
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = False,
+        augment: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.images, self.labels = dataset.images[split], dataset.labels[split]
+        self.batch_size, self.seed, self.shuffle, self.dtype = batch_size, seed, shuffle, dtype
+        self.augmentation = dataset.augmentation if augment else AugmentationSettings()
+        device = self.images.device
+        self._shift = torch.tensor(dataset.mean, dtype=dtype, device=device) * dataset.scale
+        self._gain = 1 / (torch.tensor(dataset.std, dtype=dtype, device=device) * dataset.scale)
+        padding = self.augmentation.crop_padding
+        self._padded = torch.nn.functional.pad(self.images, (0, 0, padding, padding, padding, padding))
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `number` (from 0)."""
+        images, labels = self._arranged(number)
+        for start in range(0, len(labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            x = (images[part].to(self.dtype) - self._shift) * self._gain
+            x = x.permute(0, 3, 1, 2)
+            if self.augmentation.rotation:
+                x = self._rotated(x, number, start)
+            yield x, labels[part]
+
+    def _generator(self, *names: str | int) -> torch.Generator:
+        return torch.Generator().manual_seed(stream(self.seed, *names))
+
+    def _arranged(self, number: int) -> tuple[Tensor, Tensor]:
+        """All images of the epoch in their order, cropped and flipped, still uint8."""
+        count, height, width, _ = self.images.shape
+        images, labels = self._padded, self.labels
+        order = None
+        if self.shuffle:
+            order = torch.randperm(count, generator=self._generator("order", number)).to(self.device)
+            labels = labels[order]
+        if not (self.augmentation.crop_padding or self.augmentation.flip):
+            return (images if order is None else images[order]), labels
+        order = torch.arange(count, device=self.device) if order is None else order
+        generator = self._generator("augment", number)
+        span = 2 * self.augmentation.crop_padding + 1
+        offset = torch.randint(span, (2, count), generator=generator).to(self.device)
+        rows = offset[0, :, None] + torch.arange(height, device=self.device)
+        columns = offset[1, :, None] + torch.arange(width, device=self.device)
+        if self.augmentation.flip:
+            mirrored = (torch.rand(count, generator=generator) < 0.5).to(self.device)
+            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        return images[order[:, None, None], rows[:, :, None], columns[:, None, :]], labels
+
+    def _rotated(self, x: Tensor, number: int, start: int) -> Tensor:
+        angles = torch.rand(len(x), generator=self._generator("rotate", number, start)).to(x.device, x.dtype)
+        angles = torch.deg2rad((2 * angles - 1) * self.augmentation.rotation)
+        cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+        matrix = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+        grid = torch.nn.functional.affine_grid(matrix, list(x.shape), align_corners=False)
+        return torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+class FixedBatches:
+    """A given list of (images, labels) pairs, the same in every epoch."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, Tensor]]):
+        self._batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches; `number` plays no role."""
+        return iter(self._batches)
+
+
+def load(settings: DatasetSettings) -> Dataset:
+    """The data set that the settings name, split and ready to train on (on the CPU). Raises DataError."""
+    if settings.source == "digits":
+        return _digits(settings)
+    if settings.source == "npz":
+        return _npz(settings)
+    raise DataError(f"data source {settings.source!r} is not available yet")
+
+
+@functools.lru_cache(maxsize=64)
+def fingerprint(settings: DatasetSettings) -> str:
+    """SHA-256 of the bytes that the settings name, before any split. Raises DataError when they are missing."""
+    if settings.source == "digits":
+        return DIGITS_SHA256
+    if not settings.path:
+        raise DataError(f"dataset.path is needed for source {settings.source!r}")
+    try:
+        with Path(settings.path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{settings.path}: cannot be read: {error.strerror}") from None
+
+
+def _digits(settings: DatasetSettings) -> Dataset:
+    """The 1,797 handwritten 8x8 digits that scikit-learn carries (UCI optical recognition, test part)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.ascontiguousarray(bunch.images.astype(np.uint8)[..., None])
+    labels = bunch.target.astype(np.int64)
+    found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    if found != DIGITS_SHA256:
+        raise DataError(f"the digits of scikit-learn have SHA-256 {found}, expected {DIGITS_SHA256}: damaged or changed")
+    test = settings.test or DIGITS_TEST
+    train = settings.train or len(labels) - test - settings.validation
+    parts = stratified(labels, [train, settings.validation, test], stream(settings.split_seed, "digits"))
+    return make_dataset("digits", dict(zip(SPLITS, parts)), images, labels, 10, 16.0, settings.augmentation)
+
+
+def make_dataset(
+    name: str,
+    parts: dict[str, np.ndarray],
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    scale: float,
+    augmentation: AugmentationSettings,
+) -> Dataset:
+    """A Dataset from index sets into one array [N, H, W, C]; mean and std are those of the training images."""
+    pixels = images[parts["train"]].astype(np.float64) / scale
+    return Dataset(
+        name=name,
+        images={split: torch.from_numpy(images[index]) for split, index in parts.items()},
+        labels={split: torch.from_numpy(labels[index].astype(np.int64)) for split, index in parts.items()},
+        classes=classes,
+        scale=scale,
+        mean=tuple(pixels.mean((0, 1, 2)).round(6).tolist()),
+        std=tuple(pixels.std((0, 1, 2)).round(6).tolist()),
+        augmentation=augmentation,
+    )
+
+
+def _npz(settings: DatasetSettings) -> Dataset:
+    """A local `.npz` with x_train [N, H, W, C] or [N, H, W] uint8, y_train, x_test, y_test."""
+    if not settings.path:
+        raise DataError("dataset.path is needed for source 'npz'")
+    path = Path(settings.path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a readable .npz with x_train, y_train, x_test, y_test: {error}") from None
+    for key in ("x_train", "x_test"):
+        x, y = arrays[key], arrays[key.replace("x", "y", 1)]
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != len(y):
+            raise DataError(f"{path}: {key} is {x.dtype} {x.shape} with {len(y)} labels; uint8 [N, H, W(, C)] is needed")
+        arrays[key] = x if x.ndim == 4 else x[..., None]
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
+        raise DataError(f"{path}: x_train and x_test have images of different shapes")
+    images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+    labels = np.concatenate([arrays["y_train"], arrays["y_test"]]).astype(np.int64)
+    count = len(arrays["y_train"])
+    train = settings.train or count - settings.validation
+    seed = stream(settings.split_seed, "npz")
+    parts = dict(zip(SPLITS, stratified(arrays["y_train"], [train, settings.validation], seed)))
+    parts["test"] = np.arange(count, len(labels))
+    return make_dataset(path.stem, parts, images, labels, int(labels.max()) + 1, 255.0, settings.augmentation)

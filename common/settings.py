@@ -1,0 +1,254 @@
+"""Settings: `params.yaml` becomes typed, validated objects, and every error names file, key, value and what is allowed.
+
+Also here, because everything else builds on them: the canonical text and digest of a settings object (the identity
+of a run) and named random streams.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS_FILE = "params.yaml"
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used; the message is one clear line."""
+
+
+class Strict(BaseModel):
+    """Base of all settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _distinct(values: tuple) -> tuple:
+    if len(set(values)) != len(values):
+        raise ValueError("must not repeat a value")
+    return values
+
+
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
+Targets = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_distinct)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class AugmentationSettings(Strict):
+    """Random changes of training images; all zero or off means none."""
+
+    crop_padding: Annotated[int, Field(ge=0, le=16)] = 0
+    """Zero padding in pixels before a random crop of the original size."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation in degrees, either way."""
+
+
+class DatasetSettings(Strict):
+    """Where the images come from and how they are split."""
+
+    source: Literal["digits", "cifar10", "cifar100", "svhn", "caltech101", "npz", "folder"] = "digits"
+    """`digits` is embedded; the next four are downloaded by torchvision; `npz` and `folder` are local data at `path`."""
+    path: str | None = None
+    """File (`npz`) or folder (`folder`, or the download folder of a torchvision source)."""
+    train: Count | None = None
+    """Number of training images, stratified by class; all that validation leaves when absent."""
+    validation: Count = 197
+    """Number of images held out of the official training images, stratified by class."""
+    test: Count | None = None
+    """Number of test images where the source has no test split of its own."""
+    split_seed: Seed = 0
+    augmentation: AugmentationSettings = AugmentationSettings()
+
+
+class ExecutionSettings(Strict):
+    """How runs are executed. Only `device` and `precision` can change numbers."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    workers: Literal["auto"] | Count = "auto"
+    """Processes that train at once; `auto` is one per CPU core, or one per GPU."""
+
+
+class PaperSettings(Strict):
+    """Base of a paper's settings; each paper adds its own fields in its protocol."""
+
+    seeds: Seeds = tuple(range(10))
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of `value`: sorted keys, no spaces, no NaN.
+
+    Raises ValueError for NaN or infinity, TypeError for what JSON cannot hold.
+    """
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical text, 64 hexadecimal characters."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def stream(seed: int, *names: str | int) -> int:
+    """A 63-bit seed for the random stream called `names` of `seed`.
+
+    Streams are independent of one another, so adding one shifts nothing.
+    """
+    text = canonical([seed, *names]).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def papers() -> list[str]:
+    """Names of the papers: the folders of `replications/` that hold a protocol."""
+    return sorted(p.parent.name for p in (ROOT / "replications").glob("*/protocol.py"))
+
+
+def hint(name: str, known: list[str]) -> str:
+    """What is allowed in place of `name`, nearest match first."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"allowed: {', '.join(known)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def validated(model: type[BaseModel], values: Any, where: str) -> Any:
+    """An instance of `model` from `values`; `where` is the prefix (file and key) that errors name.
+
+    Raises SettingsError with one line for each thing that is wrong.
+    """
+    if not isinstance(values, Mapping):
+        raise SettingsError(f"{where} = {values!r}: must be a table of {', '.join(model.model_fields)}")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(problem, model, where) for problem in error.errors())) from None
+
+
+def _explain(problem: Mapping[str, Any], model: type[BaseModel], where: str) -> str:
+    key = where
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif problem["type"] == "extra_forbidden" or not _is_tag(part):
+            key += f"{':' if key.endswith('.yaml') else '.'}{' ' if key.endswith('.yaml') else ''}{part}"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {hint(problem['loc'][-1], _fields_at(model, problem['loc'][:-1]))}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
+    return f"{key} = {problem['input']!r}: {message}"
+
+
+def _is_tag(part: str) -> bool:
+    # pydantic adds the names of a union's members to the location of an error
+    return part.startswith(("literal[", "constrained-", "function-")) or part in ("int", "float", "str", "bool")
+
+
+def _fields_at(model: type[BaseModel], loc: tuple) -> list[str]:
+    for part in loc:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        annotation = field.annotation if field else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)
+
+
+class Profile(Strict):
+    """Everything `params.yaml` says for one paper in one profile."""
+
+    name: str
+    dataset: DatasetSettings
+    execution: ExecutionSettings
+    paper: Any
+    """The settings object of the paper."""
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML in which a key given twice is an error instead of a silent overwrite."""
+
+
+def _mapping(loader: _NoDuplicates, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_NoDuplicates.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(file: str | os.PathLike) -> Any:
+    """The content of a YAML file. Raises SettingsError naming the file, and the line of a syntax error."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        return yaml.load(text, Loader=_NoDuplicates)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise SettingsError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None = None) -> Profile:
+    """The validated settings of `paper` in `profile` (default: the one that the file selects).
+
+    A paper without an entry in the profile gets its own defaults. Raises SettingsError.
+    """
+    known = papers()
+    if paper not in known:
+        raise SettingsError(f"unknown paper {paper!r}; {hint(paper, known)}")
+    blocks, name = _profile_blocks(file, profile)
+    block = blocks[name] or {}
+    where = f"{file}: profiles.{name}"
+    if not isinstance(block, Mapping):
+        raise SettingsError(f"{where} = {block!r}: must be a table")
+    allowed = ["dataset", "execution", *known]
+    for key in block:
+        if key not in allowed:
+            raise SettingsError(f"{where}.{key}: unknown key; {hint(key, allowed)}")
+    settings = importlib.import_module(f"replications.{paper}.protocol").Settings
+    return Profile(
+        name=name,
+        dataset=validated(DatasetSettings, block.get("dataset") or {}, f"{where}.dataset"),
+        execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
+        paper=validated(settings, block.get(paper) or {}, f"{where}.{paper}"),
+    )
+
+
+def selected_profile(file: str | os.PathLike = PARAMS_FILE) -> str:
+    """The name of the profile that the file selects. Raises SettingsError."""
+    return _profile_blocks(file, None)[1]
+
+
+def _profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mapping[str, Any], str]:
+    content = read_yaml(file)
+    top = ["profile", "profiles"]
+    if not isinstance(content, Mapping):
+        raise SettingsError(f"{file}: must be a table with the keys {', '.join(top)}")
+    for key in content:
+        if key not in top:
+            raise SettingsError(f"{file}: {key}: unknown key; {hint(key, top)}")
+    blocks = content.get("profiles")
+    if not isinstance(blocks, Mapping) or not blocks:
+        raise SettingsError(f"{file}: profiles = {blocks!r}: must be a table of profiles")
+    name = profile if profile is not None else content.get("profile")
+    if name not in blocks:
+        raise SettingsError(f"{file}: profile = {name!r}: unknown profile; {hint(name, list(blocks))}")
+    return blocks, name

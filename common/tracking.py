@@ -1,0 +1,175 @@
+"""MLflow: every run of a stage in one experiment per paper, nested under the stage's run.
+
+Only the stage's own process writes, after the runs are done, so workers cannot collide in the database. Logging is
+idempotent: a run is found again by its settings hash, so a resumed or repeated stage adds what is missing and no twin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_DO_NOT_TRACK", "true")
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Dataset as MlflowDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+
+from common.settings import digest
+
+EXPERIMENT = "pruning-replications/{paper}"
+_METRICS_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH = 1000, 100, 6000  # limits of the store
+
+
+def store_uri() -> str:
+    """The tracking server of MLFLOW_TRACKING_URI, or the project's own SQLite file."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def log_stage(paper: str, profile: str, entries: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> int:
+    """Log the entries of a stage that the store does not hold yet; returns how many were added.
+
+    entries: {"record", "curves", "seconds"} as `common.runs.execute` returns them.
+    """
+    mlflow.set_tracking_uri(store_uri())
+    client = MlflowClient()
+    experiment = _experiment(client, paper)
+    known = {
+        run.data.tags["run_key"]
+        for run in _search(client, experiment, f"tags.profile = '{profile}' and attributes.status != 'RUNNING'")
+        if "run_key" in run.data.tags
+    }
+    new = [entry for entry in entries if _run_key(entry["record"], environment) not in known]
+    if not new:
+        return 0
+    shared = {"profile": profile, "stage": paper, "origin": _origin(), "code": environment["code"], **_revision()}
+    shared |= {f"machine.{k}": str(v) for k, v in environment["machine"].items()}
+    shared |= {f"version.{k}": str(v) for k, v in environment["versions"].items()}
+    parent = _stage_run(client, experiment, paper, shared)
+    seconds = sum(entry["seconds"] for entry in entries)
+    failed = sum(entry["record"]["status"] != "ok" for entry in entries)
+    _send(client, parent, metrics={"runs": len(entries), "failed": failed, "seconds": seconds})
+    for entry in new:
+        _log_run(client, experiment, parent, entry, shared, _run_key(entry["record"], environment))
+    client.set_terminated(parent)
+    return len(new)
+
+
+def _stage_run(client: MlflowClient, experiment: str, paper: str, tags: Mapping[str, str]) -> str:
+    """The stage's own run: the one that a killed stage of this checkout left unfinished, or a new one.
+
+    Runs that were half logged when the stage was killed are deleted; they will be logged whole.
+    """
+    unfinished = f"tags.profile = '{tags['profile']}' and tags.origin = '{tags['origin']}' and attributes.status = 'RUNNING'"
+    parents = []
+    for run in _search(client, experiment, unfinished):
+        if "mlflow.parentRunId" in run.data.tags:
+            client.delete_run(run.info.run_id)
+        else:
+            parents.append(run.info.run_id)
+    if parents:
+        return parents[0]
+    return client.create_run(experiment, run_name=f"{paper} ({tags['profile']})", tags=dict(tags)).info.run_id
+
+
+def _experiment(client: MlflowClient, paper: str) -> str:
+    name = EXPERIMENT.format(paper=paper)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = store_uri().startswith("sqlite:")
+    return client.create_experiment(name, artifact_location=Path("mlartifacts").resolve().as_uri() if local else None)
+
+
+def _run_key(record: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """What makes a run in the store the same as this one: settings, code and torch version."""
+    return f"{record['settings_hash']}-{environment['code'][:16]}-{environment['versions']['torch']}"
+
+
+def _origin() -> str:
+    """Names this checkout on this machine without disclosing either."""
+    return digest([platform.node(), str(Path.cwd())])[:16]
+
+
+def _search(client: MlflowClient, experiment: str, text: str) -> Iterator[Run]:
+    token = None
+    while True:
+        page = client.search_runs([experiment], text, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _log_run(client, experiment: str, parent: str, entry: Mapping, shared: Mapping[str, str], run_key: str) -> None:
+    record = entry["record"]
+    identity = {k: record[k] for k in ("paper", "variant", "dataset", "architecture", "target", "seed")}
+    tags = {**shared, **{k: str(v) for k, v in identity.items()}, "mlflow.parentRunId": parent}
+    tags |= {"status": record["status"], "settings_hash": record["settings_hash"]}
+    if "reason" in record:
+        tags["reason"] = record["reason"][:_VALUE_LENGTH]
+    name = f"{record['variant']} {record['architecture']} t={record['target']:g} s={record['seed']}"
+    run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+    params = {**identity, **dict(_flat("", record["settings"]))}
+    numbers = {**_numbers("", record["metrics"]), **_numbers("cost.", record["cost"]), "seconds": entry["seconds"]}
+    # the key by which the run is found again comes last: half a run is never taken for a whole one
+    _send(client, run_id, params=params, metrics=numbers, curves=entry["curves"], tags={"run_key": run_key})
+    source = json.dumps(record["settings"].get("data"))
+    inputs = [
+        DatasetInput(
+            MlflowDataset(record["dataset"], fingerprint[:32], "local", source),
+            [InputTag("mlflow.data.context", "train")],
+        )
+        for fingerprint in record["data"]
+    ]
+    if inputs:
+        client.log_inputs(run_id, inputs)
+    client.set_terminated(run_id, "FINISHED" if record["status"] == "ok" else "FAILED")
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), item)
+    else:
+        yield prefix, value
+
+
+def _numbers(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"{prefix}{key}": float(value)
+        for key, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _send(client, run_id: str, *, params=(), metrics=(), curves: Sequence[Mapping] = (), tags=()) -> None:
+    """Send everything in as few calls as the store's limits allow, the tags in the last one."""
+    now = int(time.time() * 1000)
+    rows = [Metric(key, value, now, 0) for key, value in dict(metrics).items()]
+    for step, row in enumerate(curves):
+        rows += [Metric(f"curve/{key}", value, now, step) for key, value in _numbers("", row).items() if key != "epoch"]
+    texts = [Param(key, str(value)[:_VALUE_LENGTH]) for key, value in dict(params).items()]
+    while len(rows) > _METRICS_PER_CALL or len(texts) > _PARAMS_PER_CALL:
+        client.log_batch(run_id, rows[:_METRICS_PER_CALL], texts[:_PARAMS_PER_CALL])
+        rows, texts = rows[_METRICS_PER_CALL:], texts[_PARAMS_PER_CALL:]
+    client.log_batch(run_id, rows, texts, [RunTag(key, value) for key, value in dict(tags).items()])
+
+
+def _revision() -> dict[str, str]:
+    def git(*arguments: str) -> str | None:
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {"git.commit": "unknown"}
+    return {"git.commit": commit, "git.dirty": str(bool(git("status", "--porcelain")))}

@@ -1,0 +1,272 @@
+"""The training core: the one loop in which every network of the suite is trained.
+
+A method takes part through `Hooks`. Learning rates are given as one number per iteration. The loop never waits for
+the device inside an epoch; sums of loss and accuracy are read once at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from common.settings import SettingsError, stream
+
+
+class RunFailed(Exception):
+    """A run that cannot be completed; the message becomes the reason in its record."""
+
+
+class Diverged(RunFailed):
+    """Training whose loss is no longer a finite number."""
+
+
+class Hooks:
+    """What a method may do inside the loop. Every method does nothing by default."""
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameter groups for the optimiser beside the model's own."""
+        return []
+
+    def epoch_started(self, trainer: Trainer, epoch: int) -> None:
+        """Before the first iteration of epoch `epoch` (from 0 in each fit)."""
+
+    def weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
+        """Weights by parameter name to use in the forward pass in place of the stored ones; gradients flow through."""
+        return None
+
+    def loss(self, trainer: Trainer) -> Tensor | None:
+        """A differentiable scalar that is added to the cross-entropy."""
+        return None
+
+    def gradients_ready(self, trainer: Trainer) -> None:
+        """After backward and before the optimiser's step: `.grad` may be changed in place."""
+
+    def stepped(self, trainer: Trainer) -> None:
+        """After the optimiser's step."""
+
+    def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
+        """After the last iteration of an epoch: prune, shrink, select."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that a checkpoint in the middle of a fit must hold."""
+        return {}
+
+    def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Take up a `state`; called before the trainer loads its model and optimiser, so shapes may be restored here."""
+
+
+class BatchSource(Protocol):
+    """What the trainer needs to know of its data."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, number: int) -> Iterable[tuple[Tensor, Tensor]]: ...
+
+
+class Checkpoints(Protocol):
+    """Where a fit keeps its state, so that an interrupted run need not begin again."""
+
+    def load(self, fit: int) -> dict[str, Any] | None: ...
+
+    def offer(self, fit: int, state: Callable[[], dict[str, Any]], finished: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which number format training runs.
+
+    autocast: lower precision of convolutions and matrix products; batch norm and the loss stay in float32.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None = None
+    channels_last: bool = False
+
+    @classmethod
+    def choose(cls, device: str = "auto", precision: str = "auto") -> Compute:
+        """The fastest sound choice for this machine.
+
+        `auto` precision is bfloat16 on a GPU that has it, else float32. Raises SettingsError when the device or the
+        number format is not there.
+        """
+        cuda = torch.cuda.is_available()
+        if device.startswith("cuda") and not cuda:
+            raise SettingsError(f"execution.device = {device!r}: no CUDA device is available; use 'cpu' or 'auto'")
+        chosen = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+        on_gpu = chosen.type == "cuda"
+        if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+            raise SettingsError("execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'")
+        half = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+        return cls(chosen, torch.bfloat16 if half else None, channels_last=True)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """`model` on the device, in the memory format of this choice."""
+        return model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+
+    def precision(self) -> torch.autocast:
+        """The context in which forward passes run."""
+        return torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+class Trainer:
+    """Trains one model on one source of batches.
+
+    momentum, nesterov, weight_decay: of SGD (Sutskever form as in torch). decays(name, parameter) tells which
+    parameters get weight decay (default: all). `optimizer` replaces the SGD altogether. `history` has one row per
+    epoch over all fits; `epochs_done` counts them, and numbers the epochs of the batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: BatchSource,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decays: Callable[[str, nn.Parameter], bool] | None = None,
+        label_smoothing: float = 0.0,
+        hooks: Hooks | Sequence[Hooks] = (),
+        optimizer: torch.optim.Optimizer | None = None,
+        validation: BatchSource | None = None,
+        seed: int = 0,
+        compute: Compute | None = None,
+        checkpoints: Checkpoints | None = None,
+    ):
+        self.compute = compute or Compute(next(model.parameters()).device)
+        self.model = self.compute.place(model)
+        self.batches, self.validation = batches, validation
+        self.hooks: tuple[Hooks, ...] = (hooks,) if isinstance(hooks, Hooks) else tuple(hooks)
+        self.label_smoothing, self.seed = label_smoothing, seed
+        self.optimizer = optimizer or self._sgd(momentum, nesterov, weight_decay, decays)
+        self.history: list[dict[str, Any]] = []
+        self.epochs_done = 0
+        self.iteration = 0
+        self._checkpoints = checkpoints
+        self._fits = 0
+
+    def _sgd(self, momentum: float, nesterov: bool, weight_decay: float, decays) -> torch.optim.SGD:
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for n, p in named if decays is None or decays(n, p)]},
+            {"params": [p for n, p in named if decays is not None and not decays(n, p)], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        groups += [group for hook in self.hooks for group in hook.parameter_groups()]
+        return torch.optim.SGD(
+            groups, lr=0.0, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, foreach=True
+        )
+
+    def fit(self, learning_rates: Sequence[float], phase: str = "train") -> None:
+        """Train for len(learning_rates) iterations, one learning rate each; `phase` labels the rows of the history.
+
+        Raises Diverged at the end of an epoch whose loss is not finite, ValueError when the iterations are not whole
+        epochs.
+        """
+        per_epoch = len(self.batches)
+        epochs, rest = divmod(len(learning_rates), per_epoch)
+        if rest:
+            raise ValueError(f"{len(learning_rates)} learning rates are not whole epochs of {per_epoch} iterations")
+        fit, self._fits, first = self._fits, self._fits + 1, 0
+        if self._checkpoints and (saved := self._checkpoints.load(fit)):
+            first = self._restore(saved)
+        for epoch in range(first, epochs):
+            self.iteration = epoch * per_epoch
+            for hook in self.hooks:
+                hook.epoch_started(self, epoch)
+            row = self._epoch(learning_rates[self.iteration : self.iteration + per_epoch])
+            for hook in self.hooks:
+                hook.epoch_ended(self, epoch)
+            if self.validation is not None:
+                scores = self.evaluate()
+                row |= {"validation_accuracy": scores["accuracy"], "validation_loss": scores["loss"]}
+            self.history.append({"phase": phase, "epoch": self.epochs_done, **row})
+            self.epochs_done += 1
+            if self._checkpoints:
+                self._checkpoints.offer(fit, lambda: self._snapshot(epoch + 1), epoch + 1 == epochs)
+
+    def _epoch(self, learning_rates: Sequence[float]) -> dict[str, float]:
+        # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself
+        torch.manual_seed(stream(self.seed, "dropout", self.epochs_done))
+        self.model.train()
+        device = self.compute.device
+        loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        for rate, (images, labels) in zip(learning_rates, self.batches.epoch(self.epochs_done), strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss, logits = self._step(images, labels)
+            loss_sum += loss * len(labels)
+            correct += (logits.argmax(1) == labels).sum()
+            count += len(labels)
+            self.iteration += 1
+        mean = loss_sum.item() / count
+        if not math.isfinite(mean):
+            raise Diverged(f"the training loss is {mean} in epoch {self.epochs_done + 1}")
+        return {"lr": learning_rates[-1], "train_loss": mean, "train_accuracy": correct.item() / count}
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.compute.precision():
+            logits = self._forward(images)
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        total = loss
+        for hook in self.hooks:
+            if (term := hook.loss(self)) is not None:
+                total = total + term
+        total.backward()
+        for hook in self.hooks:
+            hook.gradients_ready(self)
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.stepped(self)
+        return loss.detach(), logits.detach()
+
+    def _forward(self, images: Tensor) -> Tensor:
+        effective: dict[str, Tensor] = {}
+        for hook in self.hooks:
+            effective |= hook.weights(self) or {}
+        return torch.func.functional_call(self.model, effective, (images,)) if effective else self.model(images)
+
+    @torch.no_grad()
+    def evaluate(self, batches: BatchSource | None = None) -> dict[str, float]:
+        """Accuracy in [0, 1] and mean cross-entropy, in evaluation mode (default: on the validation batches)."""
+        self.model.eval()
+        device = self.compute.device
+        loss, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        for images, labels in (batches if batches is not None else self.validation).epoch(0):
+            with self.compute.precision():
+                logits = self._forward(images)
+            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+            loss += cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
+            count += len(labels)
+        return {"accuracy": correct.item() / count, "loss": loss.item() / count}
+
+    def momentum_buffer(self, parameter: nn.Parameter) -> Tensor | None:
+        """The momentum of a parameter, or None before its first step."""
+        return self.optimizer.state[parameter].get("momentum_buffer") if parameter in self.optimizer.state else None
+
+    def _snapshot(self, epochs_of_fit: int) -> dict[str, Any]:
+        return {
+            "epochs_of_fit": epochs_of_fit,
+            "epochs_done": self.epochs_done,
+            "history": self.history,
+            "hooks": [hook.state() for hook in self.hooks],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> int:
+        for hook, state in zip(self.hooks, saved["hooks"], strict=True):
+            hook.load_state(self, state)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.epochs_done, self.history = saved["epochs_done"], list(saved["history"])
+        return saved["epochs_of_fit"]

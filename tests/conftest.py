@@ -1,0 +1,18 @@
+"""Options and defaults of the test suite."""
+
+import os
+from pathlib import Path
+
+# before torch is imported anywhere: spinning OpenMP threads are slow beside other busy processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DVC_NO_ANALYTICS", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--vectors",
+        action="append",
+        type=Path,
+        help="file or folder of golden vectors to run in place of tests/golden (may be repeated)",
+    )

@@ -1,0 +1,59 @@
+"""A temporary copy of the project with the example paper in it, to run real stages and pipelines in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+_COPIED = ("common", "replications", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
+
+
+def copy(folder: Path) -> Path:
+    """Copy the project's code and settings into `folder`/project."""
+    project = folder / "project"
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in _COPIED:
+        source, target = ROOT / name, project / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target, ignore=ignore) if source.is_dir() else shutil.copy(source, target)
+    return project
+
+
+def add_example(project: Path) -> None:
+    """Add the example paper: a folder and a stage, nothing else."""
+    example = ROOT / "tests" / "example_paper"
+    target = project / "replications" / "example"
+    shutil.copytree(example, target, ignore=shutil.ignore_patterns("__pycache__", "stage.yaml"))
+    pipeline = project / "dvc.yaml"
+    stage = (example / "stage.yaml").read_text()
+    pipeline.write_text(pipeline.read_text().replace("stages:\n", f"stages:\n{stage}\n", 1))
+
+
+def params(project: Path, profile: str = "digits", **papers: dict) -> Path:
+    """Write a params.yaml with one small profile."""
+    data = {"source": "digits", "train": 200, "validation": 100}
+    block = {"dataset": data, "execution": {"device": "cpu", "precision": "float32", "workers": 2}, **papers}
+    file = project / "params.yaml"
+    file.write_text(yaml.safe_dump({"profile": profile, "profiles": {profile: block}}))
+    return file
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Variables for a process of the copied project: its own code first, one thread, no telemetry."""
+    quiet = {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "PYTHONPATH")}
+    return {**clean, **quiet, "PATH": path, **extra}
+
+
+def run(project: Path, *command: str, **extra: str) -> subprocess.CompletedProcess:
+    """Run a command of the project's Python environment in the copy."""
+    if command[0] == "python":
+        command = (sys.executable, *command[1:])
+    return subprocess.run(command, cwd=project, env=environment(**extra), capture_output=True, text=True, check=False)

@@ -1,0 +1,198 @@
+"""Runs: real stages in real processes - resumed after SIGKILL, with failures, damage, full disks, dead workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from project import add_example, copy, environment, params, run
+
+from common.runs import Run, in_order, load_checked, save_checked
+
+STAGE = ("python", "-m", "replications", "run", "example")
+RESULTS = ("results/digits/example.jsonl", "results/digits/example.curves.jsonl")
+
+
+@pytest.fixture
+def project(tmp_path):
+    project = copy(tmp_path)
+    add_example(project)
+    params(project, example={})
+    # a stage without tracking is quicker; tests/test_tracking.py looks at MLflow
+    (project / "common" / "tracking.py").write_text("def log_stage(*arguments):\n    return 0\n")
+    return project
+
+
+def _records(project: Path) -> list[dict]:
+    return [json.loads(line) for line in (project / RESULTS[0]).read_text().splitlines()]
+
+
+def _bytes(project: Path) -> list[bytes]:
+    return [(project / name).read_bytes() for name in RESULTS]
+
+
+def _identity(record: dict) -> tuple:
+    return record["variant"], record["target"], record["seed"]
+
+
+def test_a_stage_leaves_one_complete_record_per_run(project):
+    result = run(project, *STAGE)
+    assert result.returncode == 0, result.stderr
+    records = _records(project)
+    assert sorted(map(_identity, records)) == sorted(
+        (variant, target, seed) for seed in range(3) for variant, target in (("dense", 0.0), ("pruned", 0.9))
+    )
+    for record in records:
+        assert record["status"] == "ok" and 0 <= record["metrics"]["test_accuracy"] <= 1
+        assert {"paper", "dataset", "architecture", "settings", "settings_hash", "data"} <= set(record)
+        assert record["cost"]["dense_parameters"] == record["cost"]["parameters"] == 650
+    pruned = [r for r in records if r["variant"] == "pruned"]
+    assert all(65 <= r["cost"]["nonzero_parameters"] <= 76 for r in pruned)
+    beside = json.loads((project / "results/environment/digits/example.json").read_text())
+    assert set(beside["seconds"]) == {r["settings_hash"] for r in records} and beside["versions"]["torch"]
+
+
+def test_same_settings_give_the_same_bytes_whatever_the_workers(project):
+    assert run(project, *STAGE).returncode == 0
+    first = _bytes(project)
+    subprocess.run(["rm", "-rf", ".runs", "results"], cwd=project, check=True)
+    text = (project / "params.yaml").read_text().replace("workers: 2", "workers: 1")
+    (project / "params.yaml").write_text(text)
+    assert run(project, *STAGE).returncode == 0
+    assert _bytes(project) == first
+
+
+@pytest.mark.parametrize("finished", [1, 4])
+def test_a_killed_stage_resumes_and_ends_with_the_same_bytes(project, finished):
+    params(project, example={"seconds": 0.4})
+    assert run(project, *STAGE).returncode == 0
+    expected = _bytes(project)
+    subprocess.run(["rm", "-rf", ".runs", "results"], cwd=project, check=True)
+    command = [sys.executable, *STAGE[1:]]
+    process = subprocess.Popen(command, cwd=project, env=environment(), start_new_session=True, stderr=-3)
+    folder = project / ".runs/digits/example"
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.json"))) < finished:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (project / RESULTS[0]).exists()
+    kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")}
+    assert finished <= len(kept) < 6
+    assert run(project, *STAGE).returncode == 0
+    assert _bytes(project) == expected
+    for name, changed in kept.items():
+        assert (folder / name).stat().st_mtime_ns == changed  # a finished run was not repeated
+
+
+def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(project):
+    params(project, example={"fails": ["fail:dense-1"]})
+    result = run(project, *STAGE)
+    assert result.returncode == 0, result.stderr
+    records = {_identity(r): r for r in _records(project)}
+    assert records["dense", 0.0, 1]["status"] == "failed" and records["dense", 0.0, 1]["reason"] == "made to fail"
+    assert "starts from example/dense" in records["pruned", 0.9, 1]["reason"]
+    assert [r["status"] for r in records.values()].count("ok") == 4
+    assert "made to fail" in result.stderr
+
+
+def test_a_run_that_kills_its_worker_fails_alone(project):
+    params(project, example={"fails": ["kill:dense-1"]})
+    result = run(project, *STAGE)
+    assert result.returncode == 0, result.stderr
+    status = {_identity(r): r["status"] for r in _records(project)}
+    assert status.pop(("dense", 0.0, 1)) == "failed" and status.pop(("pruned", 0.9, 1)) == "failed"
+    assert set(status.values()) == {"ok"}
+
+
+def test_a_defect_stops_the_stage_and_keeps_what_is_finished(project):
+    params(project, example={"fails": ["defect:pruned-1"]})
+    result = run(project, *STAGE)
+    assert result.returncode == 2
+    assert "error: 1 runs stopped on an error: example/pruned" in result.stderr and "KeyError" in result.stderr
+    assert not (project / RESULTS[0]).exists()
+    assert len(list((project / ".runs/digits/example").glob("*.json"))) == 5
+
+
+@pytest.mark.parametrize("suffix", ["json", "pt"])
+def test_damage_is_noticed_named_and_redone(project, suffix):
+    assert run(project, *STAGE).returncode == 0
+    expected = _bytes(project)
+    damaged = sorted((project / ".runs/digits/example").glob(f"*.{suffix}"))[0]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    result = run(project, *STAGE)
+    assert result.returncode == 0 and f"{damaged.name}: damaged" in result.stderr
+    assert _bytes(project) == expected
+    assert load_checked(damaged) is not None
+
+
+def test_a_full_disk_stops_the_stage_in_one_line_and_loses_nothing(project):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    assert run(project, *STAGE).returncode == 0
+    expected = _bytes(project)
+    folder = project / ".runs/digits/example"
+    finished = sorted(folder.glob("*.json"))
+    finished[0].unlink()
+    # every write of a temporary file hits a full device
+    sitecustomize = project / "sitecustomize.py"
+    sitecustomize.write_text(
+        "import pathlib\n_open = pathlib.Path.open\n"
+        "def full(self, mode='r', *rest, **more):\n"
+        "    return open('/dev/full', 'wb') if self.name.endswith('.tmp') else _open(self, mode, *rest, **more)\n"
+        "pathlib.Path.open = full\n"
+    )
+    result = run(project, *STAGE, PYTHONPATH=str(project))
+    assert result.returncode == 2
+    message = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(message) == 1 and "No space left on device" in message[0] and "5 finished runs are kept" in message[0]
+    sitecustomize.unlink()
+    assert run(project, *STAGE).returncode == 0 and _bytes(project) == expected
+
+
+def test_an_unwritable_folder_is_one_clear_line(project):
+    (project / ".runs").write_text("a file in the way")
+    result = run(project, *STAGE)
+    assert result.returncode == 2 and "error: " in result.stderr and ".runs" in result.stderr
+
+
+def test_wrong_settings_stop_before_anything_trains(project):
+    params(project, example={"targets": [1.2]})
+    result = run(project, *STAGE)
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "error: params.yaml: profiles.digits.example.targets[0] = 1.2: should be less than 1"
+    )
+    assert not (project / ".runs").exists()
+
+
+def test_runs_are_ordered_by_need_and_names_must_be_distinct():
+    dense = Run("p", "dense", "d", "a", 0.0, 0, {})
+    pruned = Run("p", "pruned", "d", "a", 0.5, 0, {}, (dense,))
+    assert in_order([pruned, dense]) == [dense, pruned]
+    again = Run("p", "dense", "d", "a", 0.0, 0, {})
+    assert len(in_order([dense, again])) == 1 and dense.settings_hash == again.settings_hash
+    with pytest.raises(ValueError, match="two different runs are called p/dense"):
+        in_order([dense, Run("p", "dense", "d", "a", 0.0, 0, {"epochs": 3})])
+
+
+def test_what_a_run_needs_is_part_of_its_identity():
+    one, other = (Run("p", "dense", "d", "a", 0.0, 0, {"epochs": n}) for n in (1, 2))
+    hashes = {Run("p", "pruned", "d", "a", 0.5, 0, {}, (need,)).settings_hash for need in (one, other)}
+    assert len(hashes) == 2
+
+
+def test_checked_files_survive_and_show_damage(tmp_path, capsys):
+    file = tmp_path / "deep" / "x.bin"
+    save_checked(file, b"content\nwith lines")
+    assert load_checked(file) == b"content\nwith lines"
+    assert [f.name for f in file.parent.iterdir()] == ["x.bin"]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert load_checked(file) is None and "x.bin: damaged" in capsys.readouterr().err
+    assert load_checked(tmp_path / "absent") is None

@@ -1,0 +1,139 @@
+"""MLflow: a real SQLite store and a real tracking server hold what the records hold."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from project import environment
+
+from common import tracking
+
+ENVIRONMENT = {
+    "code": "c" * 64,
+    "machine": {"device": "test", "cores": 2},
+    "versions": {"torch": "0.0", "python": "3"},
+}
+
+
+def _entry(seed: int, status: str = "ok", epochs: int = 30) -> dict:
+    record = {"paper": "example", "variant": "dense", "dataset": "digits", "architecture": "linear"}
+    record |= {"target": 0.5, "seed": seed, "status": status, "settings_hash": f"{seed:064d}", "data": ["d" * 64]}
+    record |= {"settings": {"epochs": epochs, "optimiser": {"learning_rate": 0.1}}}
+    record |= {"metrics": {"test_accuracy": 0.9 + seed / 1000, "note": None}, "cost": {"macs": 640}, "details": {}}
+    if status == "failed":
+        record |= {"reason": "the training loss is nan", "metrics": {}, "cost": {}}
+    rows = [{"phase": "train", "epoch": e, "lr": 0.1, "train_loss": 1 / (e + 1)} for e in range(epochs)]
+    return {"record": record, "curves": rows, "seconds": 1.5, "has_state": False}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def _runs(paper="example"):
+    client = MlflowClient(tracking.store_uri())
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT.format(paper=paper))
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    return client, [r for r in runs if "run_key" in r.data.tags], [r for r in runs if "run_key" not in r.data.tags]
+
+
+def test_the_store_holds_what_the_records_hold(store):
+    entries = [_entry(0), _entry(1), _entry(2, "failed")]
+    assert tracking.log_stage("example", "digits", entries, ENVIRONMENT) == 3
+    client, children, parents = _runs()
+    assert len(children) == 3 and len(parents) == 1
+    by_seed = {run.data.tags["seed"]: run for run in children}
+    for entry in entries[:2]:
+        record = entry["record"]
+        run = by_seed[str(record["seed"])]
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["test_accuracy"] == record["metrics"]["test_accuracy"]
+        assert run.data.metrics["cost.macs"] == 640 and run.data.metrics["seconds"] == 1.5
+        assert run.data.params["optimiser.learning_rate"] == "0.1" and run.data.params["variant"] == "dense"
+        assert run.data.tags["settings_hash"] == record["settings_hash"]
+        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+        curve = client.get_metric_history(run.info.run_id, "curve/train_loss")
+        assert [(p.step, p.value) for p in sorted(curve, key=lambda p: p.step)] == [
+            (e, 1 / (e + 1)) for e in range(30)
+        ]
+    assert by_seed["2"].info.status == "FAILED" and by_seed["2"].data.tags["reason"] == "the training loss is nan"
+    assert parents[0].data.metrics == {"runs": 3, "failed": 1, "seconds": 4.5}
+
+
+def test_a_repeated_stage_adds_what_is_missing_and_no_twins(store):
+    tracking.log_stage("example", "digits", [_entry(0)], ENVIRONMENT)
+    assert tracking.log_stage("example", "digits", [_entry(0), _entry(1)], ENVIRONMENT) == 1
+    assert tracking.log_stage("example", "digits", [_entry(0), _entry(1)], ENVIRONMENT) == 0
+    assert sorted(run.data.tags["seed"] for run in _runs()[1]) == ["0", "1"]
+
+
+def test_long_curves_and_many_parameters_are_kept_whole(store):
+    entry = _entry(0, epochs=1500)
+    entry["record"]["settings"] = {f"option{i}": i for i in range(250)} | {"long": "x" * 7000}
+    tracking.log_stage("example", "digits", [entry], ENVIRONMENT)
+    client, (run,), _ = _runs()
+    assert len(client.get_metric_history(run.info.run_id, "curve/train_loss")) == 1500
+    assert run.data.params["option249"] == "249" and len(run.data.params["long"]) == 6000
+
+
+def test_it_works_with_a_tracking_server(store, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{store}/server.db", "--artifacts-destination", str(store / "a")]
+    server = subprocess.Popen(command, env=environment(), stdout=-3, stderr=-3, start_new_session=True)
+    try:
+        _await(f"http://127.0.0.1:{port}/health")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        assert tracking.log_stage("example", "digits", [_entry(0), _entry(1)], ENVIRONMENT) == 2
+        assert tracking.log_stage("example", "digits", [_entry(0), _entry(1)], ENVIRONMENT) == 0
+        assert len(_runs()[1]) == 2
+        assert not (store / "mlflow.db").exists()
+    finally:
+        server.terminate()
+        server.wait(20)
+        mlflow.set_tracking_uri("")
+
+
+def _await(url: str) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+
+
+def test_a_stage_killed_while_logging_leaves_no_twin_and_no_stray_parent(store, monkeypatch):
+    calls = []
+    send = tracking._send
+
+    def killed(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == 3:  # the stage's own metrics, the first run, and in the middle of the second
+            raise KeyboardInterrupt
+        send(*arguments, **more)
+
+    entries = [_entry(seed) for seed in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_send", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.log_stage("example", "digits", entries, ENVIRONMENT)
+    assert tracking.log_stage("example", "digits", entries, ENVIRONMENT) == 2
+    _, children, parents = _runs()
+    assert sorted(run.data.tags["seed"] for run in children) == ["0", "1", "2"]
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}

@@ -1,0 +1,204 @@
+"""The training core: SGD, hooks, divergence, checkpoints, determinism."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from common.datasets import Batches, FixedBatches, load
+from common.settings import DatasetSettings, SettingsError
+from common.training import Compute, Diverged, Hooks, Trainer
+
+
+def _network(dropout=0.0):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(144, 10)]
+    return nn.Sequential(*layers)
+
+
+def _batches(count=4, size=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, size, 1, 8, 8, generator=generator)
+    y = torch.randint(10, (count, size), generator=generator)
+    return FixedBatches(list(zip(x, y)))
+
+
+def test_a_fit_equals_the_plain_loop():
+    rates = [0.1, 0.05, 0.02, 0.01] * 2
+    model, twin = _network(), _network()
+    trainer = Trainer(model, _batches(), momentum=0.9, nesterov=True, weight_decay=0.01)
+    trainer.fit(rates)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    for epoch in range(2):
+        for rate, (x, y) in zip(rates[4 * epoch :], _batches().epoch(epoch)):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(twin(x), y).backward()
+            optimizer.step()
+    for one, other in zip(model.state_dict().values(), twin.state_dict().values()):
+        torch.testing.assert_close(one, other)
+
+
+def test_history_has_the_loss_and_accuracy_of_each_epoch():
+    trainer = Trainer(_network(), _batches(), validation=_batches(1))
+    trainer.fit([0.0] * 8, "idle")
+    trainer.fit([0.1] * 4, "train")
+    assert [row["phase"] for row in trainer.history] == ["idle", "idle", "train"]
+    assert [row["epoch"] for row in trainer.history] == [0, 1, 2]
+    assert trainer.history[0]["train_loss"] == pytest.approx(trainer.history[1]["train_loss"])
+    assert set(trainer.history[2]) >= {"lr", "train_loss", "train_accuracy", "validation_accuracy"}
+
+
+class _Recorder(Hooks):
+    def __init__(self):
+        self.calls = []
+
+    def epoch_started(self, trainer, epoch):
+        self.calls.append(("started", epoch))
+
+    def loss(self, trainer):
+        return 0.5 * 0.1 * sum((p**2).sum() for p in trainer.model.parameters())
+
+    def gradients_ready(self, trainer):
+        self.calls.append(("gradients", trainer.iteration))
+
+    def stepped(self, trainer):
+        with torch.no_grad():
+            trainer.model[0].weight[0] = 0
+
+    def epoch_ended(self, trainer, epoch):
+        self.calls.append(("ended", epoch))
+
+
+def test_hooks_are_called_in_order_and_can_change_loss_and_weights():
+    hook = _Recorder()
+    trainer = Trainer(_network(), _batches(2), momentum=0.0, hooks=hook)
+    trainer.fit([0.1] * 4)
+    epoch = lambda e: [("started", e), ("gradients", 2 * e), ("gradients", 2 * e + 1), ("ended", e)]  # noqa: E731
+    assert hook.calls == epoch(0) + epoch(1)
+    assert trainer.model[0].weight[0].abs().max() == 0
+    decayed = Trainer(_network(), _batches(2), momentum=0.0, weight_decay=0.1)
+    decayed.fit([0.1] * 4)
+    free = [p for name, p in trainer.model.named_parameters() if name == "5.weight"]
+    assert not torch.equal(free[0], decayed.model[5].weight)  # row 0 of the conv is zero only in one of them
+    plain = Trainer(_network(), _batches(1), momentum=0.0, weight_decay=0.1)
+    plain.fit([0.1])
+    by_loss = Trainer(_network(), _batches(1), momentum=0.0, hooks=type("L", (Hooks,), {"loss": _Recorder.loss})())
+    by_loss.fit([0.1])
+    torch.testing.assert_close(by_loss.model[5].weight, plain.model[5].weight)
+
+
+def test_effective_weights_are_used_in_training_and_evaluation():
+    class Halved(Hooks):
+        def weights(self, trainer):
+            return {"5.weight": trainer.model[5].weight * 0.5}
+
+    model, twin = _network(), _network()
+    twin[5].weight.data *= 0.5
+    trainer, other = Trainer(model, _batches(), hooks=Halved()), Trainer(twin, _batches())
+    assert trainer.evaluate(_batches()) == pytest.approx(other.evaluate(_batches()))
+    trainer.fit([0.0] * 4)
+    other.fit([0.0] * 4)
+    assert trainer.history[0]["train_loss"] == pytest.approx(other.history[0]["train_loss"])
+    torch.testing.assert_close(model[5].weight.grad, 0.5 * twin[5].weight.grad)
+
+
+def test_weight_decay_can_leave_parameters_out():
+    trainer = Trainer(_network(), _batches(), weight_decay=0.5, decays=lambda name, p: p.ndim > 1)
+    decay = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {n: decay[id(p)] for n, p in trainer.model.named_parameters() if n.startswith(("0", "1."))} == {
+        "0.weight": 0.5, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
+    }  # fmt: skip
+
+
+def test_divergence_ends_the_run_with_its_reason():
+    with pytest.raises(Diverged, match="training loss is (nan|inf) in epoch"):
+        Trainer(_network(), _batches(), weight_decay=1.0).fit([1e30] * 40)
+
+
+def test_iterations_must_be_whole_epochs():
+    with pytest.raises(ValueError, match="5 learning rates are not whole epochs of 4"):
+        Trainer(_network(), _batches()).fit([0.1] * 5)
+
+
+class _Memory:
+    """Keeps every state of a fit, and can stop the run after some epochs."""
+
+    def __init__(self, stop_after=None, states=None):
+        self.states, self.stop_after, self.offers = states if states is not None else {}, stop_after, 0
+
+    def load(self, fit):
+        return copy.deepcopy(self.states.get(fit))
+
+    def offer(self, fit, state, finished):
+        self.states[fit] = copy.deepcopy(state())
+        self.offers += 1
+        if self.offers == self.stop_after:
+            raise InterruptedError
+
+
+class _Counter(Hooks):
+    """A hook with state of its own: it scales gradients by the number of steps."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def gradients_ready(self, trainer):
+        self.steps += 1
+        for parameter in trainer.model.parameters():
+            parameter.grad *= 1 / self.steps
+
+    def state(self):
+        return {"steps": self.steps}
+
+    def load_state(self, trainer, state):
+        self.steps = state["steps"]
+
+
+def _trained(checkpoints=None):
+    data = load(DatasetSettings(train=96))
+    trainer = Trainer(
+        _network(dropout=0.3),
+        Batches(data, "train", 32, seed=5, shuffle=True),
+        weight_decay=1e-3,
+        hooks=_Counter(),
+        seed=5,
+        checkpoints=checkpoints,
+    )
+    trainer.fit([0.1] * 9, "one")
+    trainer.fit([0.05] * 6, "two")
+    return trainer
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
+def test_a_resumed_fit_equals_an_unbroken_one_bit_for_bit(stop_after):
+    whole = _trained()
+    states = {}
+    with pytest.raises(InterruptedError):
+        _trained(_Memory(stop_after, states))
+    resumed = _trained(_Memory(None, states))
+    assert resumed.history == whole.history
+    for one, other in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()):
+        assert torch.equal(one, other)
+
+
+def test_a_missing_gpu_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SettingsError, match="execution.device = 'cuda:1': no CUDA device"):
+        Compute.choose("cuda:1")
+    assert Compute.choose("auto", "float32").device.type == "cpu"
+
+
+def test_bfloat16_computes_in_lower_precision_and_still_learns():
+    data = load(DatasetSettings())
+    scores = {}
+    for precision in ("float32", "bfloat16"):
+        compute = Compute.choose("cpu", precision)
+        batches = Batches(data, "train", 50, shuffle=True)
+        trainer = Trainer(_network(), batches, validation=Batches(data, "validation", 500), compute=compute)
+        trainer.fit([0.05] * len(batches) * 3)
+        scores[precision] = trainer.evaluate()
+    assert scores["bfloat16"]["loss"] != scores["float32"]["loss"]
+    assert abs(scores["bfloat16"]["accuracy"] - scores["float32"]["accuracy"]) < 0.05
