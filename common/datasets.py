@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -198,26 +198,19 @@ class FixedBatches:
 
 
 def load(settings: DatasetSettings) -> Dataset:
-    """The data set that the settings name, split and ready to train on (on the CPU). Raises DataError."""
-    if settings.source == "digits":
-        return _digits(settings)
-    if settings.source == "npz":
-        return _npz(settings)
-    raise DataError(f"data source {settings.source!r} is not available yet")
+    """The data set that the settings name, split and ready to train on (on the CPU).
+
+    All but the embedded digits are read from the file that `common.prepare` made. Raises DataError.
+    """
+    return _digits(settings) if settings.source == "digits" else _prepared(settings)
 
 
 @functools.lru_cache(maxsize=64)
 def fingerprint(settings: DatasetSettings) -> str:
-    """SHA-256 of the bytes that the settings name, before any split. Raises DataError when they are missing."""
+    """SHA-256 of the images and labels that the settings name, before any split. Raises DataError."""
     if settings.source == "digits":
         return DIGITS_SHA256
-    if not settings.path:
-        raise DataError(f"dataset.path is needed for source {settings.source!r}")
-    try:
-        with Path(settings.path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{settings.path}: cannot be read: {error.strerror}") from None
+    return str(_open_prepared(settings, "sha256")["sha256"])
 
 
 def _digits(settings: DatasetSettings) -> Dataset:
@@ -259,28 +252,39 @@ def make_dataset(
     )
 
 
-def _npz(settings: DatasetSettings) -> Dataset:
-    """A local `.npz` with x_train [N, H, W, C] or [N, H, W] uint8, y_train, x_test, y_test."""
-    if not settings.path:
-        raise DataError("dataset.path is needed for source 'npz'")
-    path = Path(settings.path)
+def _open_prepared(settings: DatasetSettings, *keys: str) -> dict[str, np.ndarray]:
+    path = settings.prepared
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a readable .npz with x_train, y_train, x_test, y_test: {error}") from None
-    for key in ("x_train", "x_test"):
-        x, y = arrays[key], arrays[key.replace("x", "y", 1)]
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != len(y):
-            raise DataError(f"{path}: {key} is {x.dtype} {x.shape} with {len(y)} labels; uint8 [N, H, W(, C)] is needed")
-        arrays[key] = x if x.ndim == 4 else x[..., None]
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        raise DataError(f"{path}: x_train and x_test have images of different shapes")
+            return {key: file[key] for key in keys or file.files}
+    except FileNotFoundError:
+        make = "`dvc repro data` or `python -m common.prepare` makes it"
+        raise DataError(f"{path}: the prepared file of {settings.origin} is not there; {make}") from None
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and run `python -m common.prepare`") from None
+
+
+def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes of arrays, 64 hexadecimal characters."""
+    content = hashlib.sha256()
+    for key in sorted(arrays):
+        content.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
+        content.update(np.ascontiguousarray(arrays[key]).tobytes())
+    return content.hexdigest()
+
+
+def _prepared(settings: DatasetSettings) -> Dataset:
+    """The data of a file that `common.prepare` wrote, checked against the digest in it."""
+    arrays = _open_prepared(settings)
+    if content_digest({k: v for k, v in arrays.items() if k != "sha256"}) != str(arrays.get("sha256")):
+        raise DataError(f"{settings.prepared}: damaged (its digest does not match); delete it and prepare it again")
     images = np.concatenate([arrays["x_train"], arrays["x_test"]])
-    labels = np.concatenate([arrays["y_train"], arrays["y_test"]]).astype(np.int64)
+    labels = np.concatenate([arrays["y_train"], arrays["y_test"]])
     count = len(arrays["y_train"])
     train = settings.train or count - settings.validation
-    seed = stream(settings.split_seed, "npz")
-    parts = dict(zip(SPLITS, stratified(arrays["y_train"], [train, settings.validation], seed)))
-    parts["test"] = np.arange(count, len(labels))
-    return make_dataset(path.stem, parts, images, labels, int(labels.max()) + 1, 255.0, settings.augmentation)
+    if train < 1:
+        raise DataError(f"{settings.origin}: {settings.validation} validation images leave none of {count} for training")
+    kept = stratified(arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source))
+    parts = dict(zip(SPLITS, [*kept, np.arange(count, len(labels))]))
+    classes, scale = len(arrays["classes"]), float(arrays.get("scale", 255.0))
+    return make_dataset(settings.source, parts, images, labels, classes, scale, settings.augmentation)

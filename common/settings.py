@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS_FILE = "params.yaml"
@@ -64,15 +64,36 @@ class DatasetSettings(Strict):
     source: Literal["digits", "cifar10", "cifar100", "svhn", "caltech101", "npz", "folder"] = "digits"
     """`digits` is embedded; the next four are downloaded by torchvision; `npz` and `folder` are local data at `path`."""
     path: str | None = None
-    """File (`npz`) or folder (`folder`, or the download folder of a torchvision source)."""
+    """File (`npz`) or folder (`folder`; for a torchvision source, where its files are or go)."""
+    size: Annotated[int, Field(ge=4, le=512)] | None = None
+    """Height and width in pixels to which images of a folder or of Caltech-101 are averaged down."""
     train: Count | None = None
     """Number of training images, stratified by class; all that validation leaves when absent."""
     validation: Count = 197
     """Number of images held out of the official training images, stratified by class."""
     test: Count | None = None
     """Number of test images where the source has no test split of its own."""
+    train_per_class: Count | None = None
+    """In place of `test`: images of each class that are for training and validation, the rest is for test."""
     split_seed: Seed = 0
     augmentation: AugmentationSettings = AugmentationSettings()
+
+    @model_validator(mode="after")
+    def _local_data_has_a_path(self) -> DatasetSettings:
+        if self.source in ("npz", "folder") and not self.path:
+            raise ValueError(f"source {self.source!r} needs a path")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """What messages call this data."""
+        return self.path or self.source
+
+    @property
+    def prepared(self) -> Path:
+        """The array file that `python -m common.prepare` makes of it; training reads only this."""
+        what = self.model_dump(include={"source", "path", "size", "test", "train_per_class", "split_seed"})
+        return Path("data/prepared") / f"{self.source}-{digest(what)[:12]}.npz"
 
 
 class ExecutionSettings(Strict):
@@ -230,6 +251,28 @@ def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None 
         execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
         paper=validated(settings, block.get(paper) or {}, f"{where}.{paper}"),
     )
+
+
+def profile_datasets(file: str | os.PathLike = PARAMS_FILE, profile: str | None = None) -> list[DatasetSettings]:
+    """Every data set that a profile's papers read, each once. Raises SettingsError."""
+    found: dict[str, DatasetSettings] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, DatasetSettings):
+            found.setdefault(str(value.prepared), value)
+        elif isinstance(value, BaseModel):
+            for name in type(value).model_fields:
+                walk(getattr(value, name))
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                walk(item)
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                walk(item)
+
+    for paper in papers():
+        walk(load(paper, file, profile))
+    return list(found.values())
 
 
 def selected_profile(file: str | os.PathLike = PARAMS_FILE) -> str:

@@ -1,11 +1,17 @@
 """Data sets: splits, digests, augmentation, and data that is damaged or wrong."""
 
+import hashlib
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from common import datasets
 from common.datasets import Batches, DataError, load, stratified
+from common.prepare import prepare, write
 from common.settings import AugmentationSettings, DatasetSettings
 
 
@@ -95,30 +101,118 @@ def test_every_crop_is_a_window_of_the_padded_image():
     assert len(seen) > 40  # of 25 windows, each mirrored or not
 
 
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"x_train": np.zeros((4, 8, 8))}, "x_train is float64"),
-        ({"x_test": np.zeros((2, 9, 9), np.uint8)}, "different shapes"),
-        ({"y_train": np.zeros(3, np.int64)}, "with 3 labels"),
-        ({"y_test": None}, "y_test"),
-    ],
-)
-def test_wrong_npz_is_named(tmp_path, arrays, message):
-    good = {f"x_{s}": np.zeros((n, 8, 8), np.uint8) for s, n in (("train", 4), ("test", 2))}
-    good |= {f"y_{s}": np.zeros(n, np.int64) for s, n in (("train", 4), ("test", 2))}
-    content = {k: v for k, v in (good | arrays).items() if v is not None}
-    np.savez(tmp_path / "d.npz", **content)
-    with pytest.raises(DataError, match=message):
-        load(DatasetSettings(source="npz", path=str(tmp_path / "d.npz"), validation=1))
-
-
-def test_local_npz_is_loaded(tmp_path):
+def _arrays(**changes):
     rng = np.random.default_rng(0)
     arrays = {"x_train": rng.integers(0, 256, (40, 8, 8, 3), np.uint8), "y_train": np.arange(40) % 4}
     arrays |= {"x_test": rng.integers(0, 256, (10, 8, 8, 3), np.uint8), "y_test": np.arange(10) % 4}
-    np.savez(tmp_path / "mine.npz", **arrays)
-    data = load(DatasetSettings(source="npz", path=str(tmp_path / "mine.npz"), validation=8))
-    assert data.name == "mine" and data.classes == 4 and data.image_shape == (3, 8, 8)
+    return {key: value for key, value in (arrays | changes).items() if value is not None}
+
+
+@pytest.fixture
+def npz(tmp_path, monkeypatch):
+    """Settings for a local .npz with the given arrays, prepared in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    datasets.fingerprint.cache_clear()
+
+    def make(**changes):
+        np.savez("mine.npz", **_arrays(**changes))
+        settings = DatasetSettings(source="npz", path="mine.npz", validation=8)
+        write(settings.prepared, prepare(settings))
+        return settings
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": np.zeros((40, 8, 8, 3))}, "mine.npz: x_train is float64"),
+        ({"x_test": np.zeros((10, 9, 9, 3), np.uint8)}, r"different shapes, \(8, 8, 3\) and \(9, 9, 3\)"),
+        ({"y_train": np.zeros(3, np.int64)}, r"y_train is int64 \(3,\) for 40 images"),
+        ({"y_test": np.full(10, 7)}, r"y_test\[0\] = 7, but there are 4 classes"),
+        ({"y_train": np.zeros(40, np.int64), "classes": np.array(list("abcd"))}, "no training image of class b"),
+        ({"y_test": None}, "y_test is missing"),
+    ],
+)
+def test_wrong_npz_is_named(npz, changes, message):
+    with pytest.raises(DataError, match=message):
+        npz(**changes)
+
+
+def test_local_npz_is_prepared_and_loaded(npz):
+    settings = npz()
+    data = load(settings)
+    assert data.classes == 4 and data.image_shape == (3, 8, 8)
     assert [len(data.labels[s]) for s in datasets.SPLITS] == [32, 8, 10]
-    assert np.array_equal(data.images["test"].numpy(), arrays["x_test"])
+    assert np.array_equal(data.images["test"].numpy(), _arrays()["x_test"])
+    assert len(datasets.fingerprint(settings)) == 64
+
+
+def test_a_missing_or_damaged_prepared_file_is_named(npz):
+    settings = npz()
+    content = bytearray(settings.prepared.read_bytes())
+    for change, message in ((1, "digest does not match|damaged"), (-900, "damaged")):
+        broken = bytes(content[:change]) if change < 0 else bytes(content[:2000]) + b"?" + bytes(content[2001:])
+        settings.prepared.write_bytes(broken)
+        with pytest.raises(DataError, match=message):
+            load(settings)
+    settings.prepared.unlink()
+    with pytest.raises(DataError, match="mine.npz is not there.*common.prepare"):
+        load(settings)
+    with pytest.raises(DataError, match="nowhere.npz: not a readable"):
+        prepare(DatasetSettings(source="npz", path="nowhere.npz"))
+
+
+def _write_images(root, classes, per_class, size=(20, 12)):
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.new("RGB", size, (number * 50, i, 0)).save(root / name / f"{i}.png")
+
+
+def test_image_folders_are_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write_images(tmp_path / "one", ["cat", "dog", "eel"], 10)
+    arrays = prepare(DatasetSettings(source="folder", path="one", size=6, test=9))
+    assert arrays["x_train"].shape == (21, 6, 6, 3) and arrays["classes"].tolist() == ["cat", "dog", "eel"]
+    assert np.bincount(arrays["y_test"]).tolist() == [3, 3, 3]
+    assert set(arrays["x_train"][arrays["y_train"] == 2][..., 0].ravel()) == {100}
+    per_class = prepare(DatasetSettings(source="folder", path="one", size=6, train_per_class=4))
+    assert np.bincount(per_class["y_train"]).tolist() == [4, 4, 4] and len(per_class["y_test"]) == 18
+    with pytest.raises(DataError, match="one has no test split"):
+        prepare(DatasetSettings(source="folder", path="one", size=6))
+    _write_images(tmp_path / "two" / "train", ["cat", "dog"], 3)
+    _write_images(tmp_path / "two" / "test", ["cat", "cow"], 2)
+    with pytest.raises(DataError, match="different classes; only in one of them: cow, dog"):
+        prepare(DatasetSettings(source="folder", path="two", size=6))
+    (tmp_path / "one" / "cat" / "0.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="0.png: not a readable image"):
+        prepare(DatasetSettings(source="folder", path="one", size=6, test=9))
+    with pytest.raises(DataError, match="not a folder of class folders"):
+        prepare(DatasetSettings(source="folder", path="absent", size=6, test=9))
+
+
+def test_torchvision_files_are_read_and_verified(tmp_path, monkeypatch):
+    """CIFAR-10 in its own file format, small; torchvision's checksums are those of the small files."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "root" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sums = {}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [i % 10 for i in range(20)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    sums["batches.meta"] = hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in sums if n.startswith("data")])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    settings = DatasetSettings(source="cifar10", path="root", validation=20)
+    arrays = prepare(settings)
+    assert arrays["x_train"].shape == (100, 32, 32, 3) and arrays["classes"].tolist() == list("abcdefghij")
+    (folder / "data_batch_3").write_bytes(b"damaged")
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(DataError, match="cifar10: the download or its check failed.*tries again"):
+        prepare(settings)
