@@ -156,7 +156,10 @@ def validated(model: type[BaseModel], values: Any, where: str) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise SettingsError("; ".join(_explain(problem, model, where) for problem in error.errors())) from None
+        problems = error.errors()
+        # a list with a wrong item is also reported as too short, since the item does not count
+        real = [p for p in problems if not any(q is not p and q["loc"][: len(p["loc"])] == p["loc"] for q in problems)]
+        raise SettingsError("; ".join(_explain(problem, model, where) for problem in real)) from None
 
 
 def _explain(problem: Mapping[str, Any], model: type[BaseModel], where: str) -> str:

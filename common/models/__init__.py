@@ -1,0 +1,128 @@
+"""Networks by name, each built from a list of widths, so that a pruned network is the same class with smaller numbers.
+
+    build("resnet20", classes=10, image_shape=(3, 32, 32), widths=[8] * 3 + [16] * 3 + [32] * 3, seed=1)
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from common.models.chain import MLP, VGG, ConvNet
+from common.models.mobilenet import MobileNetV1, MobileNetV2
+from common.models.network import ChannelGroup, Fill, Network, Scatter, initialise
+from common.models.resnet import BasicBlock, Block, Bottleneck, ResNet, WideResNet
+from common.settings import SettingsError, hint
+
+__all__ = ["ARCHITECTURES", "Architecture", "ChannelGroup", "Network", "Scatter", "architecture", "build"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network class with the options that make it a named architecture, and how it is initialised by default."""
+
+    network: type[Network]
+    options: dict[str, Any] = field(default_factory=dict)
+    conv_init: Fill = "fan_out"
+    linear_init: Fill = "normal"
+
+
+def _residual(block: type[Block], blocks: Sequence[int], **options: Any) -> Architecture:
+    return Architecture(ResNet, {"block": block, "blocks": list(blocks), **options}, linear_init="torch")
+
+
+def _cifar_resnet(depth: int) -> Architecture:
+    return _residual(BasicBlock, [(depth - 2) // 6] * 3)
+
+
+def _chain(cfg: Sequence[int | str], **options: Any) -> Architecture:
+    return Architecture(ConvNet, {"cfg": list(cfg), **options})
+
+
+_BIASED = {"batch_norm": False, "conv_bias": True, "head": "flatten"}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "mlp": Architecture(MLP, linear_init="torch"),
+    "lenet300": Architecture(MLP, {"hidden": [300, 100]}, linear_init="torch"),
+    "lenet5": Architecture(
+        ConvNet,
+        {"cfg": [6, "M", 16, "M"], "kernel": 5, "padding": [2, 0], "hidden": [120, 84], "dropout": 0.0, **_BIASED},
+        conv_init="torch",
+        linear_init="torch",
+    ),
+    # any chain of convolutions: needs the option cfg
+    "convnet": Architecture(ConvNet),
+    "digits_cnn": _chain([16, 32, "M", 64]),
+    "digits_cnn_strided": _chain([16, "S", 32, "S", 64]),
+    "digits_vgg": _chain([16, 16, "M", 32, 32]),
+    "vgg_t8": _chain([16, 16, "M", 32, 32, "M", 64, 64]),
+    "vgg_mini": _chain([8, 16, "M", 16, 32, "M", 32, "M"], hidden=[32]),
+    **{name: _chain(cfg) for name, cfg in VGG.items()},
+    **{f"resnet{depth}": _cifar_resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet50_cifar": _cifar_resnet(50),
+    "resnet164": _residual(Bottleneck, [18] * 3),
+    "resnet18": _residual(BasicBlock, [2, 2, 2, 2], stem=64),
+    # 3x3 stem without stride and an unpadded pool on large images, as in the feature-relevance release
+    "resnet34": _residual(BasicBlock, [3, 4, 6, 3], stem=64, pool_padding=0),
+    "resnet50": _residual(Bottleneck, [3, 4, 6, 3], stem=64, large=True, pool_padding=1),
+    "wide_resnet28_10": Architecture(WideResNet, linear_init="torch"),
+    "mobilenet_v1": Architecture(MobileNetV1),
+    "mobilenet_v1_cifar": Architecture(MobileNetV1, {"stem_stride": 1}),
+    "mobilenet_t8": Architecture(
+        MobileNetV1, {"default": [16, 32, 32, 64, 64, 64], "strides": [1, 2, 1, 2, 1], "stem_stride": 1}
+    ),
+    "mobilenet_v2": Architecture(MobileNetV2),
+}
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of that name; also resnet<depth> for any depth 6n+2 that is not listed, a CIFAR network.
+
+    Raises SettingsError with the names that exist.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    depth = re.fullmatch(r"resnet(\d+)", name)
+    if depth and int(depth[1]) > 2 and int(depth[1]) % 6 == 2:
+        return _cifar_resnet(int(depth[1]))
+    raise SettingsError(f"architecture = {name!r}: unknown; resnet<6n+2> or {hint(name, list(ARCHITECTURES))}")
+
+
+def build(
+    name: str,
+    *,
+    classes: int,
+    image_shape: Sequence[int],
+    widths: Sequence[int] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    conv_init: Fill | None = None,
+    linear_init: Fill | None = None,
+    norm_scale: float = 1.0,
+    **options: Any,
+) -> Network:
+    """A freshly initialised network.
+
+    image_shape: (channels, height, width). widths: see `Network.widths` and the class of the architecture; its own when
+    absent. seed: of the initial values; the global random state is not touched. device: "meta" gives shapes without
+    memory, for counting. conv_init, linear_init: see `initialise` (default: as the architecture says). norm_scale: first
+    value of the batch norms' scales. options: of the network's class.
+    Raises SettingsError for an unknown name or option, ValueError for widths or options that cannot be.
+    """
+    arch = architecture(name)
+    keywords = inspect.signature(arch.network.__init__).parameters.values()
+    known = [parameter.name for parameter in keywords if parameter.kind is parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise SettingsError(f"option {option!r} of architecture {name!r}: unknown; {hint(option, known)}")
+    with torch.device(device):
+        model = arch.network(classes, image_shape, widths, **{**arch.options, **options})
+        generator = torch.Generator().manual_seed(seed)
+        if torch.device(device).type != "meta":
+            initialise(model, generator, conv_init or arch.conv_init, linear_init or arch.linear_init, norm_scale)
+    return model

@@ -1,0 +1,165 @@
+"""What all networks share: layers without a random draw of their own, widths, and the channels that can be removed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Fill = Literal["fan_out", "fan_in", "normal", "torch"]
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that is created without values (`initialise` fills it) and may have no channels.
+
+    Without input channels its output is zero; without output channels [B, 0, H, W].
+    """
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels and self.out_channels:
+            return super().forward(x)
+        sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
+        return x.new_zeros(len(x), self.out_channels, *((n + 2 * p - k) // s + 1 for n, p, k, s in sizes))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """A batch norm that may have no channels, and without the counter of batches, which nothing reads.
+
+    Leaving out the counter saves one kernel for each norm and step; states with or without it can be loaded.
+    """
+
+    def __init__(self, channels: int, momentum: float = 0.1):
+        super().__init__(channels, momentum=momentum)
+        self.num_batches_tracked = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.num_features else x
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+
+class Linear(nn.Linear):
+    """A linear layer that is created without values; `initialise` fills it."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, described by module names.
+
+    name: the convolution or linear layer that produces them. norm: the batch norm right behind it. followers: depthwise
+    convolutions and their batch norms, which have no channels of their own choice. consumers: layers that read the
+    channels; a linear layer behind a flattened map has several columns for each channel, channel-major. scatter: set for
+    the last convolution of a residual branch, whose outputs go into a stream that keeps its width. minimum: how many
+    channels must stay.
+    """
+
+    name: str
+    norm: str | None = None
+    followers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+    scatter: str | None = None
+    minimum: int = 1
+
+
+class Network(nn.Module):
+    """A network that is built from a list of widths, one for each group of removable channels."""
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """The groups of removable channels, in the order of the widths."""
+        raise NotImplementedError
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each group; the same architecture built with them has the same shapes."""
+        return [self.get_submodule(group.name).weight.shape[0] for group in self.channel_groups()]
+
+
+class Scatter(nn.Module):
+    """Puts [B, n, H, W] into the channels `index` of zeros [B, channels, H, W]; all n = channels pass as they are.
+
+    A batch norm behind it sees zeros where a convolution was pruned, exactly as behind a masked convolution.
+    """
+
+    def __init__(self, kept: int, channels: int):
+        super().__init__()
+        self.channels = channels
+        # no entry in the state while nothing is removed: states of ordinary networks load as they are
+        self.register_buffer("index", None if kept == channels else torch.arange(kept))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.index is None:
+            return x
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        shape = (x.shape[0], self.channels, *x.shape[2:])
+        zeros = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
+        return zeros.index_copy_(1, self.index, x)
+
+
+def checked_widths(
+    widths: Sequence[int] | None, default: Sequence[int], minimum: Sequence[int] | int = 1, maximum: Sequence[int] = ()
+) -> list[int]:
+    """`widths`, or `default` when None.
+
+    minimum, maximum: least and largest value of each entry. Raises ValueError naming the entry and what it may be.
+    """
+    if widths is None:
+        return list(default)
+    if len(widths) != len(default):
+        raise ValueError(f"{len(widths)} widths given; this architecture has {len(default)}, by default {list(default)}")
+    for i, width in enumerate(widths):
+        least = minimum if isinstance(minimum, int) else minimum[i]
+        most = maximum[i] if i < len(maximum) else None
+        whole = isinstance(width, int) and not isinstance(width, bool)
+        if not whole or width < least or (most is not None and width > most):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"widths[{i}] = {width!r}: must be a whole number, {allowed}")
+    return list(widths)
+
+
+def initialise(model: nn.Module, generator: torch.Generator, conv: Fill, linear: Fill, norm_scale: float) -> None:
+    """Fill all convolutions and linear layers in module order, and set the scale of every batch norm.
+
+    `fan_out`, `fan_in`: normal with standard deviation sqrt(2 / (k*k*outputs)) or sqrt(2 / (k*k*inputs)), zero bias;
+    `normal`: standard deviation 0.01, zero bias; `torch`: uniform within 1/sqrt(inputs), bias too. Raises ValueError.
+    """
+    for what, fill in (("conv_init", conv), ("linear_init", linear)):
+        if fill not in get_args(Fill):
+            raise ValueError(f"{what} = {fill!r}: must be one of {', '.join(get_args(Fill))}")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                _fill(module, conv, generator)
+            elif isinstance(module, nn.Linear):
+                _fill(module, linear, generator)
+            elif isinstance(module, BatchNorm2d):
+                module.weight.fill_(norm_scale)
+
+
+def _fill(layer: nn.Conv2d | nn.Linear, fill: Fill, generator: torch.Generator) -> None:
+    weight, bias = layer.weight, layer.bias
+    if not weight.numel():
+        return
+    inputs = math.prod(weight.shape[1:])
+    if fill == "torch":
+        bound = 1 / math.sqrt(inputs)
+        weight.uniform_(-bound, bound, generator=generator)
+        if bias is not None:
+            bias.uniform_(-bound, bound, generator=generator)
+        return
+    outputs = weight.shape[0] * math.prod(weight.shape[2:])
+    spread = 0.01 if fill == "normal" else math.sqrt(2 / (outputs if fill == "fan_out" else inputs))
+    weight.normal_(0, spread, generator=generator)
+    if bias is not None:
+        bias.zero_()

@@ -1,0 +1,157 @@
+"""Physical removal of channels: a network becomes narrower in place, and so do the optimiser's moments.
+
+What can be removed is described by the network (`Network.channel_groups`) or by the caller. A narrowed network equals the
+one in which the removed channels are masked (see `masks`), in training and in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from common.models import ChannelGroup
+from common.settings import hint
+
+Keep = Mapping[str, Sequence[int] | Tensor]
+"""Channels that stay, by the name of their group: indices, ascending. Groups that are not named stay whole."""
+
+
+def groups_of(model: nn.Module) -> list[ChannelGroup]:
+    """The removable channels that `model` describes. Raises ValueError when it describes none."""
+    describe = getattr(model, "channel_groups", None)
+    if describe is None:
+        raise ValueError(
+            f"{type(model).__name__} describes no removable channels: build it with common.models.build, "
+            "or pass its channel groups"
+        )
+    return describe()
+
+
+@torch.no_grad()
+def remove(
+    model: nn.Module,
+    keep: Keep,
+    optimizer: torch.optim.Optimizer | None = None,
+    groups: Sequence[ChannelGroup] | None = None,
+) -> None:
+    """Remove every channel that `keep` leaves out, with all that belongs to it.
+
+    Parameters stay the same objects, so an optimiser goes on with them; its state (momentum, Adam's moments) is narrowed
+    when it is passed, and its next step fails otherwise. Gradients are dropped. Batch-norm statistics stay with their
+    channels. groups: for a network that does not describe itself. Raises ValueError, before anything has changed, for an
+    unknown group or network and for channels that do not exist, repeat or are too few.
+    """
+    for group, index in _checked(model, keep, groups):
+        channels = model.get_submodule(group.name).weight.shape[0]
+        for name in filter(None, (group.name, group.norm, *group.followers)):
+            module = model.get_submodule(name)
+            for entry in ("weight", "bias", "running_mean", "running_var"):
+                _narrow(module, entry, 0, index, optimizer)
+            _describe(module)
+        for name in group.consumers:
+            module = model.get_submodule(name)
+            _narrow(module, "weight", 1, _columns(module, index, channels), optimizer)
+            _describe(module)
+        if group.scatter is not None:
+            scatter = model.get_submodule(group.scatter)
+            scatter.index = index if scatter.index is None else scatter.index[index]
+
+
+def masks(
+    model: nn.Module, keep: Keep, groups: Sequence[ChannelGroup] | None = None, norms: bool = True
+) -> dict[str, Tensor]:
+    """Boolean masks [shape of the parameter] by parameter name, False for what `remove` would remove.
+
+    They cover the filters and their biases, the batch norm's scale and shift, depthwise followers, and the columns that
+    read the channels. norms=False leaves out batch norms: what they emit for a masked channel is read by nothing. The
+    norm behind a residual branch belongs to the stream and is never masked. Raises ValueError as `remove` does.
+    """
+    parameters = dict(model.named_parameters())
+    found: dict[str, Tensor] = {}
+
+    def exclude(name: str, dim: int, index: Tensor) -> None:
+        parameter = parameters.get(name)
+        if parameter is None:
+            return
+        line = torch.zeros(parameter.shape[dim], dtype=torch.bool, device=parameter.device)
+        line[index] = True
+        shape = [-1 if i == dim else 1 for i in range(parameter.ndim)]
+        found[name] = found.get(name, True) & line.view(shape).expand_as(parameter)
+
+    for group, index in _checked(model, keep, groups):
+        channels = model.get_submodule(group.name).weight.shape[0]
+        for name in filter(None, (group.name, group.norm, *group.followers)):
+            if norms or not isinstance(model.get_submodule(name), nn.BatchNorm2d):
+                exclude(f"{name}.weight", 0, index)
+                exclude(f"{name}.bias", 0, index)
+        for name in group.consumers:
+            exclude(f"{name}.weight", 1, _columns(model.get_submodule(name), index, channels))
+    return found
+
+
+def _checked(
+    model: nn.Module, keep: Keep, groups: Sequence[ChannelGroup] | None
+) -> list[tuple[ChannelGroup, Tensor]]:
+    """The named groups with the indices of the channels that stay, on the device of their layer."""
+    by_name = {group.name: group for group in (groups_of(model) if groups is None else groups)}
+    chosen = []
+    for name, indices in keep.items():
+        if name not in by_name:
+            raise ValueError(f"no removable channels are called {name!r}; {hint(name, list(by_name))}")
+        group, weight = by_name[name], model.get_submodule(name).weight
+        index = torch.as_tensor(indices, dtype=torch.long, device=weight.device)
+        channels = weight.shape[0]
+        if len(index) and (index[0] < 0 or index[-1] >= channels or (index.diff() < 1).any()):
+            raise ValueError(f"{name}: channels to keep must ascend from 0 to at most {channels - 1}: {index.tolist()}")
+        if len(index) < group.minimum:
+            raise ValueError(f"{name}: {len(index)} of {channels} channels kept; at least {group.minimum} must stay")
+        chosen.append((group, index))
+    return chosen
+
+
+def _columns(consumer: nn.Module, index: Tensor, channels: int) -> Tensor:
+    """The input columns of `consumer` that read the channels `index`: several each behind a flattened map."""
+    each = consumer.weight.shape[1] // channels
+    return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
+
+
+def _narrow(
+    module: nn.Module, entry: str, dim: int, index: Tensor, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Take `index` along `dim` of a parameter or buffer, and of the optimiser's state for it."""
+    tensor = getattr(module, entry, None)
+    if tensor is None:
+        return
+    if not isinstance(tensor, nn.Parameter):
+        setattr(module, entry, _taken(tensor, dim, index))
+        return
+    if optimizer is not None and tensor in optimizer.state:
+        state = optimizer.state[tensor]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == tensor.shape:
+                state[key] = _taken(value, dim, index)
+    tensor.grad = None
+    tensor.data = _taken(tensor, dim, index)
+
+
+def _taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return tensor.index_select(dim, index).contiguous(memory_format=layout)
+
+
+def _describe(module: nn.Module) -> None:
+    """Make a layer's own numbers agree with its weight."""
+    outputs = module.weight.shape[0]
+    if isinstance(module, nn.BatchNorm2d):
+        module.num_features = outputs
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    else:
+        module.out_channels = outputs
+        if module.groups > 1:
+            module.groups = module.in_channels = outputs
+        else:
+            module.in_channels = module.weight.shape[1]

@@ -1,0 +1,153 @@
+"""Counting: parameters, multiply-accumulates (MACs), sparsity and theoretical speed-up of a network.
+
+One MAC is one multiplication with its addition. Convolutions and linear layers count, without their biases; batch norm,
+activations and additions do not. A weight that is zero costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Convention = Literal["conv_linear", "pool_inputs", "same_padding"]
+
+_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer for one image.
+
+    kind: `conv`, `depthwise`, `grouped`, `linear` or `pool`. shape: of the weight. positions: how often each weight is
+    used. nonzero: weights that are not zero. extra: MACs without weights.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    positions: int
+    nonzero: int
+    extra: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Entries of the weight."""
+        return math.prod(self.shape) if self.shape else 0
+
+    @property
+    def macs(self) -> int:
+        """MACs with all weights."""
+        return self.weights * self.positions + self.extra
+
+    @property
+    def sparse_macs(self) -> int:
+        """MACs with non-zero weights only."""
+        return self.nonzero * self.positions + self.extra
+
+
+def layer_costs(
+    model: nn.Module, image_shape: Sequence[int], convention: Convention = "conv_linear"
+) -> list[LayerCost]:
+    """Cost of every convolution and linear layer, in module order, for one image of `image_shape` (C, H, W).
+
+    `conv_linear` is exact, also for grouped and unpadded convolutions. `pool_inputs` adds average-pool modules at one
+    MAC for each input element (pruning from scratch). `same_padding` is the rule of the IMP+SLR release: every
+    convolution has ceil(side / stride) output positions a side, and groups are ignored.
+    The model is neither run nor changed: only shapes go through it. Raises ValueError for an unknown convention.
+    """
+    if convention not in get_args(Convention):
+        raise ValueError(f"convention = {convention!r}: must be one of {', '.join(get_args(Convention))}")
+    counted = (nn.Conv2d, nn.Linear) + (_POOLS if convention == "pool_inputs" else ())
+    names = {module: name for name, module in model.named_modules() if isinstance(module, counted)}
+    seen = _shapes(model, names, image_shape)
+    return [_cost(name, module, seen[module], convention) for module, name in names.items()]
+
+
+def _shapes(model: nn.Module, modules: Mapping[nn.Module, str], image_shape: Sequence[int]) -> dict[nn.Module, list]:
+    """Input and output shapes of each call of `modules`, found with tensors that have no values."""
+    seen: dict[nn.Module, list[tuple[torch.Size, torch.Size]]] = {module: [] for module in modules}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[module].append((inputs[0].shape, output.shape))
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    try:
+        # two images: batch norm in training mode refuses one value per channel
+        with torch.no_grad():
+            torch.func.functional_call(model, hollow, (torch.empty(2, *image_shape, dtype=dtype, device="meta"),))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _cost(
+    name: str, module: nn.Module, calls: Sequence[tuple[torch.Size, torch.Size]], convention: Convention
+) -> LayerCost:
+    if isinstance(module, _POOLS):
+        return LayerCost(name, "pool", (), 0, 0, sum(math.prod(inputs[1:]) for inputs, _ in calls))
+    weight = module.weight
+    shape = tuple(weight.shape)
+    nonzero = weight.numel() if weight.is_meta else int(weight.detach().count_nonzero())
+    if isinstance(module, nn.Linear):
+        positions = sum(math.prod(output[1:-1]) for _, output in calls)
+        return LayerCost(name, "linear", shape, positions, nonzero)
+    positions = sum(math.prod(output[2:]) for _, output in calls)
+    if convention == "same_padding":
+        sides = [zip(inputs[2:], module.stride) for inputs, _ in calls]
+        positions = module.groups * sum(math.prod(-(-side // step) for side, step in pairs) for pairs in sides)
+    depthwise = module.groups == module.in_channels > 1
+    kind = "depthwise" if depthwise else "grouped" if module.groups > 1 else "conv"
+    return LayerCost(name, kind, shape, positions, nonzero)
+
+
+def cost(
+    model: nn.Module,
+    image_shape: Sequence[int],
+    dense: Mapping[str, Any] | None = None,
+    convention: Convention = "conv_linear",
+) -> dict[str, Any]:
+    """What a network costs, beside the dense network it comes from.
+
+    dense: the `cost` of the dense network, when weights were removed and not only set to zero.
+    Keys: `parameters` (all trainable or not, no running statistics), `nonzero_parameters`, `weights` and
+    `nonzero_weights` (convolutions and linear layers), `macs`, `sparse_macs`, their dense counterparts `dense_parameters`,
+    `dense_weights`, `dense_macs`; `compression` = dense parameters / non-zero parameters and `theoretical_speedup` =
+    dense MACs / non-zero MACs, None where nothing is left; `sparsity` = share of the dense weights, and `sparsity_all` =
+    share of all dense parameters, that are zero or removed.
+    """
+    layers = layer_costs(model, image_shape, convention)
+    parameters = list(model.parameters())
+    own = {
+        "parameters": sum(p.numel() for p in parameters),
+        "nonzero_parameters": sum(p.numel() if p.is_meta else int(p.detach().count_nonzero()) for p in parameters),
+        "weights": sum(layer.weights for layer in layers),
+        "nonzero_weights": sum(layer.nonzero for layer in layers),
+        "macs": sum(layer.macs for layer in layers),
+        "sparse_macs": sum(layer.sparse_macs for layer in layers),
+    }
+    whole = {f"dense_{key}": (dense or own)[key] for key in ("parameters", "weights", "macs")}
+    return {
+        **own,
+        **whole,
+        "compression": _ratio(whole["dense_parameters"], own["nonzero_parameters"]),
+        "theoretical_speedup": _ratio(whole["dense_macs"], own["sparse_macs"]),
+        "sparsity": _missing(own["nonzero_weights"], whole["dense_weights"]),
+        "sparsity_all": _missing(own["nonzero_parameters"], whole["dense_parameters"]),
+    }
+
+
+def _ratio(whole: int, part: int) -> float | None:
+    return whole / part if part else None
+
+
+def _missing(part: int, whole: int) -> float:
+    return 1 - part / whole if whole else 0.0

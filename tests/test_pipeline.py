@@ -1,0 +1,95 @@
+"""The pipeline, run by the real `dvc repro` in a temporary copy of the project."""
+
+import json
+
+import pytest
+import yaml
+from project import add_example, copy, params, run
+
+from common.settings import papers
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy in which the only paper is the example: a folder and a stage, no other file changed."""
+    project = copy(tmp_path_factory.mktemp("pipeline"))
+    for paper in papers():
+        _remove(project, paper)
+    add_example(project)
+    params(project)
+    for command in (["git", "init", "-q"], ["git", "add", "-A"]):
+        assert run(project, *command).returncode == 0
+    return project
+
+
+def _remove(project, paper):
+    """Removing a paper is deleting its folder and its stage."""
+    import shutil
+
+    shutil.rmtree(project / "replications" / paper)
+    pipeline = yaml.safe_load((project / "dvc.yaml").read_text())
+    del pipeline["stages"][paper]
+    (project / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+
+
+def _repro(project):
+    result = run(project, "dvc", "repro")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [line.split("'")[1] for line in result.stdout.splitlines() if line.startswith("Running stage")]
+
+
+def test_a_sixth_paper_runs_to_its_verdict(project):
+    assert set(_repro(project)) == {"data", "example", "statistics", "report"}
+    verdicts = json.loads((project / "reports/digits/verdicts.json").read_text())
+    (claim,) = verdicts["papers"]["example"]["claims"]
+    assert claim["id"] == "E1" and claim["verdict"] in ("replicated", "inconclusive")
+    page = (project / "reports/digits/index.html").read_text()
+    assert "Zeroing nine tenths" in page and claim["verdict"] in page
+    assert list((project / "reports/digits/figures").glob("*.svg"))
+
+
+def test_nothing_runs_again_without_a_change(project):
+    _repro(project)
+    assert _repro(project) == []
+
+
+def test_a_change_runs_only_what_follows_from_it(project):
+    _repro(project)
+    claims = project / "replications/example/claims.yaml"
+    claims.write_text(claims.read_text().replace("costs accuracy.", "costs some accuracy."))
+    assert _repro(project) == ["statistics", "report"]
+    template = next((project / "common/report/templates").glob("*.css"))
+    template.write_text(template.read_text() + "\n/* changed */\n")
+    assert _repro(project) == ["report"]
+    protocol = project / "replications/example/protocol.py"
+    protocol.write_text(protocol.read_text() + "\n# changed\n")
+    assert _repro(project)[:1] == ["example"]
+
+
+def test_metrics_and_plots_are_there_for_dvc(project):
+    _repro(project)
+    shown = run(project, "dvc", "metrics", "show", "--json")
+    assert shown.returncode == 0 and "example" in shown.stdout
+    assert run(project, "dvc", "plots", "show", "-o", "plots-page").returncode == 0
+    assert (project / "plots-page/index.html").exists()
+
+
+def test_the_store_of_the_copy_holds_its_runs(project):
+    _repro(project)
+    code = (
+        "import mlflow; c = mlflow.MlflowClient('sqlite:///mlflow.db');"
+        "e = c.get_experiment_by_name('pruning-replications/example');"
+        "print(len({r.data.tags['run_key'] for r in c.search_runs([e.experiment_id]) if 'run_key' in r.data.tags}))"
+    )
+    found = run(project, "python", "-c", code)
+    assert int(found.stdout) >= len((project / "results/digits/example.jsonl").read_text().splitlines())
+
+
+def test_wrong_settings_stop_the_pipeline_with_one_clear_line(project):
+    file = project / "params.yaml"
+    good = file.read_text()
+    file.write_text(good.replace("source: digits", "source: digit"))
+    result = run(project, "dvc", "repro")
+    file.write_text(good)
+    assert result.returncode != 0
+    assert "params.yaml: profiles.digits.dataset.source = 'digit'" in result.stderr
