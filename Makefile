@@ -22,7 +22,7 @@ repro: checkout setup
 	@echo "report: reports/`$(BIN)/python -c 'from common.settings import selected_profile as p; print(p())'`/index.html"
 
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n auto --dist worksteal tests
 
 report: checkout setup
 	$(BIN)/dvc repro --single-item --force statistics report

@@ -42,7 +42,16 @@ SCRATCH = Path(".runs")
 CHECKPOINT_SECONDS = 60.0
 EVALUATION_BATCH = 2000
 # everything whose change can change a result; tracking, statistics and report are not among it
-_CODE = ("settings.py", "datasets.py", "training.py", "schedules.py", "runs.py", "models/**/*.py", "pruning/**/*.py")
+_CODE = (
+    "settings.py",
+    "datasets.py",
+    "training.py",
+    "schedules.py",
+    "arena.py",
+    "runs.py",
+    "models/**/*.py",
+    "pruning/**/*.py",
+)
 
 
 class StageError(Exception):
@@ -233,11 +242,11 @@ class ScratchCheckpoints:
 
 
 class Store:
-    """The scratch folder of one paper's finished runs."""
+    """The scratch folder of a stage's finished runs. papers: the folders of `replications` whose code it executes."""
 
-    def __init__(self, folder: Path, paper: str):
+    def __init__(self, folder: Path, papers: Sequence[str]):
         self.folder = folder
-        self._code = code_digest(paper)
+        self._code = code_digest(tuple(papers))
 
     def key(self, run: Run) -> str:
         """Name under which a run is kept: digest of settings, code, data and torch version."""
@@ -279,10 +288,10 @@ def data_prints(run: Run) -> list[str]:
 
 
 @functools.cache
-def code_digest(paper: str) -> str:
-    """Digest of the source files that determine a paper's results."""
+def code_digest(papers: tuple[str, ...]) -> str:
+    """Digest of the source files that determine the results of these papers."""
     files = [file for pattern in _CODE for file in (ROOT / "common").glob(pattern)]
-    files += (ROOT / "replications" / paper).rglob("*.py")
+    files += [file for paper in papers for file in (ROOT / "replications" / paper).rglob("*.py")]
     return digest({str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)})
 
 

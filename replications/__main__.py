@@ -23,10 +23,12 @@ def run_paper(paper: str, params: str, profile_name: str | None) -> None:
     profile = load(paper, params, profile_name)
     protocol = importlib.import_module(f"replications.{paper}.protocol")
     planned = protocol.runs(profile)
-    store = runs.Store(runs.SCRATCH / profile.name / paper, paper)
+    # a comparison of papers names the folders whose code it runs
+    code = getattr(protocol, "PAPERS", (paper,))
+    store = runs.Store(runs.SCRATCH / profile.name / paper, code)
     entries = runs.execute(planned, store, profile.execution, paper)
     environment = runs.environment(entries, Compute.choose(profile.execution.device, profile.execution.precision))
-    environment |= {"code": runs.code_digest(paper)}
+    environment |= {"code": runs.code_digest(code)}
     runs.write_results(profile, paper, entries, RESULTS)
     beside = RESULTS / "environment" / profile.name / f"{paper}.json"
     runs.write_atomically(beside, json.dumps(environment, indent=1, sort_keys=True).encode())

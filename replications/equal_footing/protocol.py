@@ -1,0 +1,140 @@
+"""Every paper's method and the controls, at common costs, on the same data, seeds and total training epochs.
+
+The methods are those that the papers' protocols list in `CONTENDERS`; this folder adds the controls. For each method
+and seed, one more record a target (`<method> @ MACs`) holds the accuracy at that share of the dense network's MACs,
+interpolated between the method's runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from common import schedules
+from common.arena import Arena, Contender, Contest
+from common.pruning.masks import KeepMasked, Masks, prunable, select
+from common.runs import Context, Outcome, Run
+from common.settings import PaperSettings, Profile, Share, Targets, papers, stream
+from common.training import RunFailed
+
+NAME = "equal_footing"
+AT_MACS = " @ MACs"
+
+
+class Settings(PaperSettings):
+    """What the comparison is made of."""
+
+    arena: Arena = Arena()
+    targets: Targets = (0.5, 0.75, 0.9)
+    """Shares of the dense network's parameters that are removed: the operating points."""
+    retraining: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the epochs after pruning, for the controls that prune a trained network."""
+
+
+def contenders() -> dict[str, tuple[str, Contender]]:
+    """The methods that papers enter, by name: the paper and the function."""
+    found = {}
+    for paper in papers():
+        if paper != NAME:
+            entries = getattr(importlib.import_module(f"replications.{paper}.protocol"), "CONTENDERS", {})
+            found |= {name: (paper, function) for name, function in entries.items()}
+    return found
+
+
+# the folders whose code determines these runs
+PAPERS = (NAME, *(paper for paper in papers() if paper != NAME))
+
+
+def runs(profile: Profile) -> list[Run]:
+    """The dense network, every control and every contender, at each target and seed."""
+    settings = profile.paper
+    data = {"data": profile.dataset.model_dump(mode="json"), "arena": settings.arena.model_dump(mode="json")}
+    base = (profile.dataset.source, settings.arena.architecture)
+    listed = []
+    for seed in settings.seeds:
+        dense = Run(NAME, "dense", *base, 0.0, seed, data)
+        listed.append(dense)
+        for method in (*CONTROLS, *contenders()):
+            own = {**data, "retraining": settings.retraining} if method in CONTROLS else data
+            points = tuple(Run(NAME, method, *base, target, seed, own) for target in settings.targets)
+            at_macs = (Run(NAME, method + AT_MACS, *base, t, seed, data, (dense, *points)) for t in settings.targets)
+            listed += [*points, *at_macs]
+    return listed
+
+
+def execute(run: Run, context: Context) -> Outcome:
+    """Train and measure one run, or interpolate between runs."""
+    if run.variant.endswith(AT_MACS):
+        return _at_macs(run, context)
+    contest = Contest(run, context, Arena.model_validate(run.settings["arena"]))
+    if run.variant == "dense":
+        return _dense(contest)
+    if run.variant in CONTROLS:
+        return CONTROLS[run.variant](contest)
+    return contenders()[run.variant][1](contest)
+
+
+def _dense(contest: Contest) -> Outcome:
+    trainer = contest.trainer(contest.network())
+    trainer.fit(contest.dense_rates(contest.arena.epochs), "dense")
+    return contest.outcome(trainer)
+
+
+def _pruned(contest: Contest, allocation: str) -> Outcome:
+    """Train, prune once by `allocation`, retrain from the full learning rate linearly to zero."""
+    arena = contest.arena
+    after = max(1, round(contest.run.settings["retraining"] * arena.epochs))
+    model = contest.network()
+    trainer = contest.trainer(model)
+    trainer.fit(contest.dense_rates(arena.epochs - after), "dense")
+    weights = prunable(model)
+    generator = torch.Generator().manual_seed(stream(contest.run.seed, "mask"))
+    masks = Masks(select(weights, contest.sparsity(model), allocation=allocation, generator=generator))
+    masks.apply(model)
+    trainer.hooks = (KeepMasked(masks),)
+    trainer.fit(schedules.linear(arena.learning_rate, after, contest.per_epoch), "retraining")
+    return contest.outcome(trainer)
+
+
+def _small_dense(contest: Contest) -> Outcome:
+    """The same network with all widths scaled alike to the budget, trained from scratch as long."""
+    full = contest.network().widths
+    budget = contest.keep * contest.parameters
+
+    def widths(scale: float) -> list[int]:
+        return [max(1, round(scale * width)) for width in full]
+
+    def size(scale: float) -> int:
+        return sum(parameter.numel() for parameter in contest.shape_of(widths(scale)).parameters())
+
+    scales = np.linspace(0, 1, 513)[1:]
+    fitting = [scale for scale in scales if size(scale) <= budget]
+    if not fitting:
+        raise RunFailed(f"no network of the architecture has {budget:.0f} parameters or fewer; the least is {size(0)}")
+    trainer = contest.trainer(contest.network(widths(max(fitting))))
+    trainer.fit(contest.dense_rates(contest.arena.epochs), "dense")
+    return contest.outcome(trainer, widths=widths(max(fitting)))
+
+
+CONTROLS: dict[str, Contender] = {
+    "random weights": lambda contest: _pruned(contest, "random"),
+    "global magnitude": lambda contest: _pruned(contest, "global"),
+    "small dense": _small_dense,
+}
+
+
+def _at_macs(run: Run, context: Context) -> Outcome:
+    """Test accuracy at the share 1 - target of the dense MACs, linear in the logarithm of the MACs between two runs."""
+    points = sorted((need.record["cost"]["sparse_macs"], need.record["metrics"]["test_accuracy"]) for need in context.needs)
+    macs, accuracy = np.array(points, dtype=float).T
+    dense = context.needs[0].record["cost"]
+    wanted = (1 - run.target) * dense["macs"]
+    if not macs[0] <= wanted <= macs[-1]:
+        raise RunFailed(f"its runs reach from {macs[0]:.0f} to {macs[-1]:.0f} MACs; {wanted:.0f} lies outside")
+    found = float(np.interp(np.log(wanted), np.log(macs), accuracy))
+    costs = {"sparse_macs": round(wanted), "dense_macs": dense["macs"], "dense_parameters": dense["dense_parameters"]}
+    return Outcome({"test_accuracy": found}, costs, details={"interpolated": True})
