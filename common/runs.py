@@ -457,8 +457,12 @@ class _Scheduler:
             raise StageError(f"{len(self.defects)} runs stopped on an error: {'; '.join(self.defects[:3])}")
 
     def _pool(self, workers: int) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
+        # CUDA cannot be used after a fork; without it, workers come from a process that has imported torch once
+        forks = not self.devices and "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if forks else "spawn")
         queue = None
+        if forks:
+            context.set_forkserver_preload([__name__])
         if self.devices:
             queue = context.Queue()
             for device in self.devices:

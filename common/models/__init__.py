@@ -1,6 +1,6 @@
-"""Networks by name, each built from a list of widths, so that a pruned network is the same class with smaller numbers.
+"""Networks by name, built from lists of widths: a pruned network is the same class with smaller numbers.
 
-    build("resnet20", classes=10, image_shape=(3, 32, 32), widths=[8] * 3 + [16] * 3 + [32] * 3, seed=1)
+build("resnet20", classes=10, image_shape=(3, 32, 32), widths=[8] * 3 + [16] * 3 + [32] * 3, seed=1)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["ARCHITECTURES", "Architecture", "ChannelGroup", "Network", "Scatter"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network class with the options that make it a named architecture, and how it is initialised by default."""
+    """A network class with the options that make it a named architecture, and its default initialisation."""
 
     network: type[Network]
     options: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +51,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lenet300": Architecture(MLP, {"hidden": [300, 100]}, linear_init="torch"),
     "lenet5": Architecture(
         ConvNet,
-        {"cfg": [6, "M", 16, "M"], "kernel": 5, "padding": [2, 0], "hidden": [120, 84], "dropout": 0.0, **_BIASED},
+        {
+            "cfg": [6, "M", 16, "M"],
+            "kernel": 5,
+            "padding": [2, 0],
+            "hidden": [120, 84],
+            "dropout": 0.0,
+            **_BIASED,
+        },
         conv_init="torch",
         linear_init="torch",
     ),
@@ -81,16 +88,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of that name; also resnet<depth> for any depth 6n+2 that is not listed, a CIFAR network.
+    """The architecture of that name. Raises SettingsError with the names that exist.
 
-    Raises SettingsError with the names that exist.
+    Besides those listed, resnet<depth> is a CIFAR network for any depth 6n+2.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     depth = re.fullmatch(r"resnet(\d+)", name)
     if depth and int(depth[1]) > 2 and int(depth[1]) % 6 == 2:
         return _cifar_resnet(int(depth[1]))
-    raise SettingsError(f"architecture = {name!r}: unknown; resnet<6n+2> or {hint(name, list(ARCHITECTURES))}")
+    raise SettingsError(f"architecture = {name!r}: unknown; {hint(name, [*ARCHITECTURES, 'resnet<6n+2>'])}")
 
 
 def build(
@@ -108,21 +115,32 @@ def build(
 ) -> Network:
     """A freshly initialised network.
 
-    image_shape: (channels, height, width). widths: see `Network.widths` and the class of the architecture; its own when
-    absent. seed: of the initial values; the global random state is not touched. device: "meta" gives shapes without
-    memory, for counting. conv_init, linear_init: see `initialise` (default: as the architecture says). norm_scale: first
-    value of the batch norms' scales. options: of the network's class.
-    Raises SettingsError for an unknown name or option, ValueError for widths or options that cannot be.
+    image_shape: (channels, height, width). widths: see `Network.widths` and the class of the architecture;
+    its own when absent. seed: of the initial values, which are drawn on the CPU; the global random state is
+    not touched. device: "meta" gives shapes without memory, for counting. conv_init, linear_init: see
+    `initialise` (default: as the architecture says). norm_scale: first value of the batch norms' scales.
+    options: of the network's class. Raises SettingsError for an unknown name or option, ValueError for widths
+    or options that cannot be.
     """
     arch = architecture(name)
-    keywords = inspect.signature(arch.network.__init__).parameters.values()
-    known = [parameter.name for parameter in keywords if parameter.kind is parameter.KEYWORD_ONLY]
+    parameters = inspect.signature(arch.network.__init__).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for option in options:
         if option not in known:
-            raise SettingsError(f"option {option!r} of architecture {name!r}: unknown; {hint(option, known)}")
-    with torch.device(device):
-        model = arch.network(classes, image_shape, widths, **{**arch.options, **options})
-        generator = torch.Generator().manual_seed(seed)
-        if torch.device(device).type != "meta":
-            initialise(model, generator, conv_init or arch.conv_init, linear_init or arch.linear_init, norm_scale)
-    return model
+            raise SettingsError(f"option {option!r} of {name!r}: unknown; {hint(option, list(known))}")
+    options = {**arch.options, **options}
+    for option, default in known.items():
+        if default is inspect.Parameter.empty and option not in options:
+            raise SettingsError(f"option {option!r} of {name!r}: missing")
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape = {tuple(image_shape)}: must be (channels, height, width)")
+    if classes < 1:
+        raise ValueError(f"classes = {classes}: must be at least 1")
+    hollow = torch.device(device).type == "meta"
+    with torch.device("meta" if hollow else "cpu"):
+        model = arch.network(classes, image_shape, widths, **options)
+    if hollow:
+        return model
+    generator = torch.Generator().manual_seed(seed)
+    initialise(model, generator, conv_init or arch.conv_init, linear_init or arch.linear_init, norm_scale)
+    return model.to(device)

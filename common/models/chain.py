@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
@@ -44,17 +45,18 @@ class MLP(Network):
 
     def channel_groups(self) -> list[ChannelGroup]:
         names = [f"layers.{i}" for i, module in enumerate(self.layers) if isinstance(module, nn.Linear)]
-        return [ChannelGroup(name, consumers=(reader,)) for name, reader in zip(names, names[1:])]
+        return [ChannelGroup(name, consumers=(reader,)) for name, reader in pairwise(names)]
 
 
 class ConvNet(Network):
     """Convolutions with batch norm and ReLU, pooling between them, and one or more linear layers.
 
     cfg: a number is a convolution of that width, "M" a 2x2 max-pool, "S" gives the next convolution stride 2.
-    hidden: units of linear layers before the last one, each followed by ReLU and dropout. widths: of the convolutions and
-    then of the hidden layers (default: as in cfg and hidden). padding: of all convolutions or of each (default: half the
-    kernel). head: `gap` averages the last maps, `flatten` gives the linear layer one column for each position.
-    final_pool: `average` leaves out a max-pool at the end, so that `gap` averages what it would have pooled.
+    hidden: units of linear layers before the last one, each followed by ReLU and dropout. widths: of the
+    convolutions and then of the hidden layers (default: as in cfg and hidden). padding: of all convolutions
+    or of each (default: half the kernel). head: `gap` averages the last maps, `flatten` gives the linear
+    layer one column for each position. final_pool: `average` leaves out a max-pool at the end, so that `gap`
+    averages what it would have pooled.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class ConvNet(Network):
             cfg = cfg[:-1]
         convolutions = [item for item in cfg if not isinstance(item, str)]
         if not convolutions or any(item not in ("M", "S") for item in cfg if isinstance(item, str)):
-            raise ValueError(f"cfg = {cfg}: must be widths of convolutions, 'M' for a max-pool, 'S' for a stride of 2")
+            raise ValueError(f"cfg = {cfg}: must be widths, 'M' for a max-pool and 'S' for a stride of 2")
         widths = checked_widths(widths, [*convolutions, *hidden])
         units = widths[len(convolutions) :]
         if padding is None or isinstance(padding, int):
@@ -106,13 +108,13 @@ class ConvNet(Network):
 
     def channel_groups(self) -> list[ChannelGroup]:
         named = [(f"features.{i}", module) for i, module in enumerate(self.features)]
-        norms = {before: name for (before, _), (name, m) in zip(named, named[1:]) if isinstance(m, BatchNorm2d)}
+        norms = {before: name for (before, _), (name, m) in pairwise(named) if isinstance(m, BatchNorm2d)}
         names = [name for name, module in named if isinstance(module, nn.Conv2d)]
         if isinstance(self.classifier, nn.Linear):
             names.append("classifier")
         else:
             names += [f"classifier.{i}" for i, m in enumerate(self.classifier) if isinstance(m, nn.Linear)]
-        return [ChannelGroup(n, norm=norms.get(n), consumers=(reader,)) for n, reader in zip(names, names[1:])]
+        return [ChannelGroup(n, norm=norms.get(n), consumers=(reader,)) for n, reader in pairwise(names)]
 
 
 def _features(
@@ -145,5 +147,5 @@ def _features(
             sides = [(side + 2 * around - kernel) // stride + 1 for side in sides]
             channels, stride = width, 1
         if min(sides) < 1:
-            raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for the layers {list(cfg)}")
+            raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for {list(cfg)}")
     return nn.Sequential(*layers), channels, sides[0] * sides[1]

@@ -14,10 +14,10 @@ V1_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
 
 # version 2: hidden width, output width and stride of each block
 V2_BLOCKS = (
-    (32, 16, 1), (96, 24, 2), (144, 24, 1), (144, 32, 2), (192, 32, 1), (192, 32, 1), (192, 64, 2), (384, 64, 1),
-    (384, 64, 1), (384, 64, 1), (384, 96, 1), (576, 96, 1), (576, 96, 1), (576, 160, 2), (960, 160, 1), (960, 160, 1),
-    (960, 320, 1),
-)  # fmt: skip
+    *[(32, 16, 1), (96, 24, 2), (144, 24, 1), (144, 32, 2), (192, 32, 1), (192, 32, 1), (192, 64, 2)],
+    *[(384, 64, 1), (384, 64, 1), (384, 64, 1), (384, 96, 1), (576, 96, 1), (576, 96, 1), (576, 160, 2)],
+    *[(960, 160, 1), (960, 160, 1), (960, 320, 1)],
+)
 V2_LAST = 1280
 
 
@@ -38,8 +38,8 @@ class Separable(nn.Module):
 class MobileNetV1(Network):
     """Stem, separable blocks, global average pooling and a linear layer.
 
-    widths: of the stem and of each block's pointwise convolution; a depthwise convolution has the width of its input.
-    default: the widths when none are given. strides: of the blocks.
+    widths: of the stem and of each block's pointwise convolution; a depthwise convolution has the width of
+    its input. default: the widths when none are given. strides: of the blocks.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(Network):
     """MobileNetV2 with the names of torchvision.
 
-    widths: of the stem (also the first block's hidden width), the hidden widths of the other blocks, and the last 1x1
-    convolution. multiplier: of the blocks' output widths, rounded down. outer_relu6: ReLU6 behind the stem and the
-    last convolution too, in place of ReLU.
+    widths: of the stem (also the first block's hidden width), the hidden widths of the other blocks, and the
+    last 1x1 convolution. multiplier: of the blocks' output widths, rounded down. outer_relu6: ReLU6 behind
+    the stem and the last convolution too, in place of ReLU.
     """
 
     def __init__(

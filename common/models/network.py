@@ -1,4 +1,4 @@
-"""What all networks share: layers without a random draw of their own, widths, and the channels that can be removed."""
+"""What all networks share: layers that draw no values of their own, widths, and removable channels."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class Linear(nn.Linear):
 class ChannelGroup:
     """Channels that can only be removed together, described by module names.
 
-    name: the convolution or linear layer that produces them. norm: the batch norm right behind it. followers: depthwise
-    convolutions and their batch norms, which have no channels of their own choice. consumers: layers that read the
-    channels; a linear layer behind a flattened map has several columns for each channel, channel-major. scatter: set for
-    the last convolution of a residual branch, whose outputs go into a stream that keeps its width. minimum: how many
-    channels must stay.
+    name: the convolution or linear layer that produces them. norm: the batch norm right behind it. followers:
+    depthwise convolutions and their batch norms, which have no channels of their own choice. consumers:
+    layers that read the channels; a linear layer behind a flattened map has several columns for each channel,
+    channel-major. scatter: set for the last convolution of a residual branch, whose outputs go into a stream
+    that keeps its width. minimum: how many channels must stay.
     """
 
     name: str
@@ -87,9 +87,10 @@ class Network(nn.Module):
 
 
 class Scatter(nn.Module):
-    """Puts [B, n, H, W] into the channels `index` of zeros [B, channels, H, W]; all n = channels pass as they are.
+    """Puts [B, n, H, W] into the channels `index` of zeros [B, channels, H, W].
 
-    A batch norm behind it sees zeros where a convolution was pruned, exactly as behind a masked convolution.
+    With n = channels the input passes as it is. A batch norm behind it sees zeros where a convolution was
+    pruned, exactly as behind a masked convolution.
     """
 
     def __init__(self, kept: int, channels: int):
@@ -101,38 +102,46 @@ class Scatter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.index is None:
             return x
-        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         shape = (x.shape[0], self.channels, *x.shape[2:])
         zeros = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
         return zeros.index_copy_(1, self.index, x)
 
 
 def checked_widths(
-    widths: Sequence[int] | None, default: Sequence[int], minimum: Sequence[int] | int = 1, maximum: Sequence[int] = ()
+    widths: Sequence[int] | None,
+    default: Sequence[int],
+    minimum: int = 1,
+    maximum: Sequence[int | None] | None = None,
 ) -> list[int]:
     """`widths`, or `default` when None.
 
-    minimum, maximum: least and largest value of each entry. Raises ValueError naming the entry and what it may be.
+    minimum: of all entries. maximum: of each entry, None for no limit. Raises ValueError naming the entry and
+    what it may be.
     """
     if widths is None:
         return list(default)
     if len(widths) != len(default):
-        raise ValueError(f"{len(widths)} widths given; this architecture has {len(default)}, by default {list(default)}")
-    for i, width in enumerate(widths):
-        least = minimum if isinstance(minimum, int) else minimum[i]
-        most = maximum[i] if i < len(maximum) else None
+        raise ValueError(
+            f"{len(widths)} widths given; this network has {len(default)}, by default {list(default)}"
+        )
+    for i, (width, most) in enumerate(zip(widths, maximum or [None] * len(widths), strict=True)):
         whole = isinstance(width, int) and not isinstance(width, bool)
-        if not whole or width < least or (most is not None and width > most):
-            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        if not whole or width < minimum or (most is not None and width > most):
+            allowed = f"at least {minimum}" if most is None else f"from {minimum} to {most}"
             raise ValueError(f"widths[{i}] = {width!r}: must be a whole number, {allowed}")
     return list(widths)
 
 
-def initialise(model: nn.Module, generator: torch.Generator, conv: Fill, linear: Fill, norm_scale: float) -> None:
+def initialise(
+    model: nn.Module, generator: torch.Generator, conv: Fill, linear: Fill, norm_scale: float
+) -> None:
     """Fill all convolutions and linear layers in module order, and set the scale of every batch norm.
 
-    `fan_out`, `fan_in`: normal with standard deviation sqrt(2 / (k*k*outputs)) or sqrt(2 / (k*k*inputs)), zero bias;
-    `normal`: standard deviation 0.01, zero bias; `torch`: uniform within 1/sqrt(inputs), bias too. Raises ValueError.
+    `fan_out`, `fan_in`: normal with standard deviation sqrt(2 / (k*k*outputs)) or sqrt(2 / (k*k*inputs)),
+    zero bias; `normal`: standard deviation 0.01, zero bias; `torch`: uniform within 1/sqrt(inputs), bias too.
+    Raises ValueError.
     """
     for what, fill in (("conv_init", conv), ("linear_init", linear)):
         if fill not in get_args(Fill):

@@ -1,7 +1,7 @@
-"""Residual networks: basic and bottleneck blocks for small and large images, and wide networks with pre-activation.
+"""Residual networks with basic and bottleneck blocks, and wide ones with pre-activation.
 
-A block adds a branch to the stream of channels that runs through the network. Inside the branch widths are free; the
-stream keeps its width. A branch may also feed only some channels of the stream, or none.
+A block adds a branch to the stream of channels that runs through the network. Inside the branch widths are
+free; the stream keeps its width. A branch may also feed only some channels of the stream, or none.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ def _shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut) -> nn.Modu
 class Block(nn.Module):
     """Adds a branch of convolutions to the stream; ReLU after the sum.
 
-    kernels: of the branch's convolutions; strided: which of them has the stride. expansion: of the stream's width. inner: widths of all but the last
-    convolution. branch: how many channels of the stream the last one feeds. The batch norm at the branch's end covers
-    the whole stream: a channel that gets no convolution gets what the norm makes of zeros, as a masked one would. A
-    width of 0 leaves only that.
+    kernels: of the branch's convolutions; strided: which of them has the stride. expansion: of the stream's
+    width. inner: widths of all but the last convolution. branch: how many channels of the stream the last one
+    feeds. The batch norm at the branch's end covers the whole stream: a channel that gets no convolution gets
+    what the norm makes of zeros, as a masked one would. A width of 0 leaves only that.
     """
 
     kernels: tuple[int, ...]
     strided: int
     expansion: int
 
-    def __init__(self, inputs: int, inner: Sequence[int], branch: int, outputs: int, stride: int, shortcut: Shortcut):
+    def __init__(
+        self, inputs: int, inner: Sequence[int], branch: int, outputs: int, stride: int, shortcut: Shortcut
+    ):
         super().__init__()
         widths = [inputs, *inner, branch]
         for i, kernel in enumerate(self.kernels):
@@ -87,12 +89,12 @@ class Bottleneck(Block):
 class ResNet(Network):
     """Stem, stages of blocks, global average pooling and a linear layer.
 
-    widths: the inner widths of every block in turn (one for a basic block, two for a bottleneck); they may be followed
-    by one number for each block: how many channels of the stream its branch feeds. Each may be 0. blocks: how many in
-    each stage. stem: width of the stem and default inner width of the first stage, doubled in each further one; the
-    stream has the same widths (four times these with bottlenecks). multiplier: of the widths of stem and stream, rounded
-    down. large: the stem for large images, 7x7 with stride 2, in place of 3x3. pool_padding: of a 3x3 max-pool with stride 2 after
-    the stem, None for none.
+    widths: the inner widths of every block in turn (one for a basic block, two for a bottleneck); they may be
+    followed by one number for each block: how many channels of the stream its branch feeds. Each may be 0.
+    blocks: how many in each stage. stem: width of the stem and default inner width of the first stage,
+    doubled in each further one; the stream has the same widths (four times these with bottlenecks).
+    multiplier: of the widths of stem and stream, rounded down. large: the stem for large images, 7x7 with
+    stride 2, in place of 3x3. pool_padding: of a 3x3 max-pool with stride 2 after the stem, None for none.
     """
 
     def __init__(
@@ -119,15 +121,12 @@ class ResNet(Network):
         default = [width for width, count in zip(inner, blocks) for _ in range(count * each)]
         branches = [width for width, count in zip(outputs, blocks) for _ in range(count)]
         if widths is not None and len(widths) == len(default) + len(branches):
-            widths = checked_widths(widths, [*default, *branches], 0, [*[2**31] * len(default), *branches])
+            widths = checked_widths(widths, [*default, *branches], 0, [*[None] * len(default), *branches])
         else:
             widths = checked_widths(widths, default, 0) + branches
         fed = widths[len(default) :]
-        channels, height, width = image_shape
-        if large:
-            self.conv1 = Conv2d(channels, stem, 7, 2, 3, bias=False)
-        else:
-            self.conv1 = Conv2d(channels, stem, 3, 1, 1, bias=False)
+        kernel, stride = (7, 2) if large else (3, 1)
+        self.conv1 = Conv2d(image_shape[0], stem, kernel, stride, kernel // 2, bias=False)
         self.bn1 = BatchNorm2d(stem)
         self.maxpool = nn.Identity() if pool_padding is None else nn.MaxPool2d(3, 2, pool_padding)
         self.stages = len(blocks)
@@ -162,7 +161,9 @@ class ResNet(Network):
         for name, block in self.blocks():
             last = len(block.kernels)
             inner += [
-                ChannelGroup(f"{name}.conv{i}", f"{name}.bn{i}", consumers=(f"{name}.conv{i + 1}",), minimum=0)
+                ChannelGroup(
+                    f"{name}.conv{i}", f"{name}.bn{i}", consumers=(f"{name}.conv{i + 1}",), minimum=0
+                )
                 for i in range(1, last)
             ]
             branches.append(ChannelGroup(f"{name}.conv{last}", scatter=f"{name}.scatter", minimum=0))
@@ -170,7 +171,7 @@ class ResNet(Network):
 
     @property
     def widths(self) -> list[int]:
-        """Inner widths; followed by the branches' numbers of outputs when one feeds less than the whole stream."""
+        """Inner widths, and the branches' numbers of outputs too when one feeds only part of the stream."""
         widths, blocks = super().widths, self.blocks()
         if all(block.scatter.index is None for _, block in blocks):
             return widths[: -len(blocks)]
@@ -206,7 +207,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(Network):
-    """Wide residual network (Zagoruyko & Komodakis 2016): three stages of pre-activation blocks, convolutions with bias.
+    """Wide residual network (Zagoruyko & Komodakis 2016) as in the IMP+SLR release: convolutions have biases.
 
     widths: the inner width of every block. The last batch norm has momentum 0.9.
     """

@@ -1,7 +1,7 @@
 """Physical removal of channels: a network becomes narrower in place, and so do the optimiser's moments.
 
-What can be removed is described by the network (`Network.channel_groups`) or by the caller. A narrowed network equals the
-one in which the removed channels are masked (see `masks`), in training and in evaluation mode.
+The network (`Network.channel_groups`) or the caller describes what can be removed. A narrowed network equals
+the one in which the removed channels are masked (see `masks`), in training and in evaluation mode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from common.models import ChannelGroup
 from common.settings import hint
 
 Keep = Mapping[str, Sequence[int] | Tensor]
-"""Channels that stay, by the name of their group: indices, ascending. Groups that are not named stay whole."""
+"""Channels that stay, by the name of their group: ascending indices among those still there."""
 
 
 def groups_of(model: nn.Module) -> list[ChannelGroup]:
@@ -36,24 +36,27 @@ def remove(
     optimizer: torch.optim.Optimizer | None = None,
     groups: Sequence[ChannelGroup] | None = None,
 ) -> None:
-    """Remove every channel that `keep` leaves out, with all that belongs to it.
+    """Remove from the named groups every channel that `keep` leaves out, with all that belongs to it.
 
-    Parameters stay the same objects, so an optimiser goes on with them; its state (momentum, Adam's moments) is narrowed
-    when it is passed, and its next step fails otherwise. Gradients are dropped. Batch-norm statistics stay with their
-    channels. groups: for a network that does not describe itself. Raises ValueError, before anything has changed, for an
-    unknown group or network and for channels that do not exist, repeat or are too few.
+    Parameters stay the same objects, so an optimiser goes on with them; its state (momentum, Adam's moments)
+    is narrowed when it is passed, and its next step fails otherwise. Batch-norm statistics stay with their
+    channels. Gradients are dropped, and an earlier forward pass can no longer be differentiated. groups: for
+    a network that does not describe itself. Raises ValueError, before anything has changed, for an unknown
+    group or network and for channels that do not exist, repeat or are too few.
     """
     for group, index in _checked(model, keep, groups):
         channels = model.get_submodule(group.name).weight.shape[0]
+        if len(index) == channels:
+            continue
         for name in filter(None, (group.name, group.norm, *group.followers)):
             module = model.get_submodule(name)
             for entry in ("weight", "bias", "running_mean", "running_var"):
                 _narrow(module, entry, 0, index, optimizer)
-            _describe(module)
+            _renumber(module)
         for name in group.consumers:
             module = model.get_submodule(name)
             _narrow(module, "weight", 1, _columns(module, index, channels), optimizer)
-            _describe(module)
+            _renumber(module)
         if group.scatter is not None:
             scatter = model.get_submodule(group.scatter)
             scatter.index = index if scatter.index is None else scatter.index[index]
@@ -64,9 +67,10 @@ def masks(
 ) -> dict[str, Tensor]:
     """Boolean masks [shape of the parameter] by parameter name, False for what `remove` would remove.
 
-    They cover the filters and their biases, the batch norm's scale and shift, depthwise followers, and the columns that
-    read the channels. norms=False leaves out batch norms: what they emit for a masked channel is read by nothing. The
-    norm behind a residual branch belongs to the stream and is never masked. Raises ValueError as `remove` does.
+    They cover the filters and their biases, the batch norm's scale and shift, depthwise followers, and the
+    columns that read the channels. norms=False leaves out batch norms: what they emit for a masked channel is
+    read by nothing. The norm behind a residual branch belongs to the stream and is never masked. Raises
+    ValueError as `remove` does.
     """
     parameters = dict(model.named_parameters())
     found: dict[str, Tensor] = {}
@@ -104,9 +108,13 @@ def _checked(
         index = torch.as_tensor(indices, dtype=torch.long, device=weight.device)
         channels = weight.shape[0]
         if len(index) and (index[0] < 0 or index[-1] >= channels or (index.diff() < 1).any()):
-            raise ValueError(f"{name}: channels to keep must ascend from 0 to at most {channels - 1}: {index.tolist()}")
+            raise ValueError(
+                f"{name}: kept channels must ascend from 0 to at most {channels - 1}: {index.tolist()}"
+            )
         if len(index) < group.minimum:
-            raise ValueError(f"{name}: {len(index)} of {channels} channels kept; at least {group.minimum} must stay")
+            raise ValueError(
+                f"{name}: {len(index)} of {channels} channels kept; at least {group.minimum} must stay"
+            )
         chosen.append((group, index))
     return chosen
 
@@ -142,7 +150,7 @@ def _taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     return tensor.index_select(dim, index).contiguous(memory_format=layout)
 
 
-def _describe(module: nn.Module) -> None:
+def _renumber(module: nn.Module) -> None:
     """Make a layer's own numbers agree with its weight."""
     outputs = module.weight.shape[0]
     if isinstance(module, nn.BatchNorm2d):

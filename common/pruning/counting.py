@@ -1,7 +1,7 @@
 """Counting: parameters, multiply-accumulates (MACs), sparsity and theoretical speed-up of a network.
 
-One MAC is one multiplication with its addition. Convolutions and linear layers count, without their biases; batch norm,
-activations and additions do not. A weight that is zero costs nothing.
+One MAC is one multiplication with its addition. Convolutions and linear layers count, without their biases;
+batch norm, activations and additions do not. A weight that is zero costs nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 class LayerCost:
     """Cost of one layer for one image.
 
-    kind: `conv`, `depthwise`, `grouped`, `linear` or `pool`. shape: of the weight. positions: how often each weight is
-    used. nonzero: weights that are not zero. extra: MACs without weights.
+    kind: `conv`, `depthwise`, `grouped`, `linear` or `pool`. shape: of the weight. positions: how often each
+    weight is used. nonzero: weights that are not zero. extra: MACs without weights.
     """
 
     name: str
@@ -55,10 +55,11 @@ def layer_costs(
 ) -> list[LayerCost]:
     """Cost of every convolution and linear layer, in module order, for one image of `image_shape` (C, H, W).
 
-    `conv_linear` is exact, also for grouped and unpadded convolutions. `pool_inputs` adds average-pool modules at one
-    MAC for each input element (pruning from scratch). `same_padding` is the rule of the IMP+SLR release: every
-    convolution has ceil(side / stride) output positions a side, and groups are ignored.
-    The model is neither run nor changed: only shapes go through it. Raises ValueError for an unknown convention.
+    `conv_linear` is exact, also for grouped and unpadded convolutions. `pool_inputs` adds average-pool
+    modules at one MAC for each input element (pruning from scratch). `same_padding` is the rule of the
+    IMP+SLR release: every convolution has ceil(side / stride) output positions a side, and groups are
+    ignored. The model is neither run nor changed: only shapes go through it. Raises ValueError for an unknown
+    convention.
     """
     if convention not in get_args(Convention):
         raise ValueError(f"convention = {convention!r}: must be one of {', '.join(get_args(Convention))}")
@@ -68,7 +69,9 @@ def layer_costs(
     return [_cost(name, module, seen[module], convention) for module, name in names.items()]
 
 
-def _shapes(model: nn.Module, modules: Mapping[nn.Module, str], image_shape: Sequence[int]) -> dict[nn.Module, list]:
+def _shapes(
+    model: nn.Module, modules: Mapping[nn.Module, str], image_shape: Sequence[int]
+) -> dict[nn.Module, list]:
     """Input and output shapes of each call of `modules`, found with tensors that have no values."""
     seen: dict[nn.Module, list[tuple[torch.Size, torch.Size]]] = {module: [] for module in modules}
 
@@ -80,9 +83,10 @@ def _shapes(model: nn.Module, modules: Mapping[nn.Module, str], image_shape: Seq
     hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     try:
-        # two images: batch norm in training mode refuses one value per channel
         with torch.no_grad():
-            torch.func.functional_call(model, hollow, (torch.empty(2, *image_shape, dtype=dtype, device="meta"),))
+            # two images: batch norm in training mode refuses one value per channel
+            images = torch.empty(2, *image_shape, dtype=dtype, device="meta")
+            torch.func.functional_call(model, hollow, (images,))
     finally:
         for handle in handles:
             handle.remove()
@@ -96,14 +100,15 @@ def _cost(
         return LayerCost(name, "pool", (), 0, 0, sum(math.prod(inputs[1:]) for inputs, _ in calls))
     weight = module.weight
     shape = tuple(weight.shape)
-    nonzero = weight.numel() if weight.is_meta else int(weight.detach().count_nonzero())
+    nonzero = _nonzero(weight)
     if isinstance(module, nn.Linear):
         positions = sum(math.prod(output[1:-1]) for _, output in calls)
         return LayerCost(name, "linear", shape, positions, nonzero)
     positions = sum(math.prod(output[2:]) for _, output in calls)
     if convention == "same_padding":
-        sides = [zip(inputs[2:], module.stride) for inputs, _ in calls]
-        positions = module.groups * sum(math.prod(-(-side // step) for side, step in pairs) for pairs in sides)
+        # each weight counts once for every group, because the rule takes the layer for an ungrouped one
+        outputs = [[math.ceil(n / step) for n, step in zip(inputs[2:], module.stride)] for inputs, _ in calls]
+        positions = module.groups * sum(map(math.prod, outputs))
     depthwise = module.groups == module.in_channels > 1
     kind = "depthwise" if depthwise else "grouped" if module.groups > 1 else "conv"
     return LayerCost(name, kind, shape, positions, nonzero)
@@ -118,17 +123,19 @@ def cost(
     """What a network costs, beside the dense network it comes from.
 
     dense: the `cost` of the dense network, when weights were removed and not only set to zero.
-    Keys: `parameters` (all trainable or not, no running statistics), `nonzero_parameters`, `weights` and
-    `nonzero_weights` (convolutions and linear layers), `macs`, `sparse_macs`, their dense counterparts `dense_parameters`,
-    `dense_weights`, `dense_macs`; `compression` = dense parameters / non-zero parameters and `theoretical_speedup` =
-    dense MACs / non-zero MACs, None where nothing is left; `sparsity` = share of the dense weights, and `sparsity_all` =
-    share of all dense parameters, that are zero or removed.
+
+    Keys: `parameters` (all but running statistics) and `nonzero_parameters`; `weights` and `nonzero_weights`
+    (of convolutions and linear layers); `macs` and `sparse_macs`; their dense counterparts
+    `dense_parameters`, `dense_weights` and `dense_macs`; `compression` = dense parameters / non-zero
+    parameters and `theoretical_speedup` = dense MACs / non-zero MACs, None where nothing is left; `sparsity`
+    = share of the dense weights, and `sparsity_all` = share of all dense parameters, that are zero or
+    removed.
     """
     layers = layer_costs(model, image_shape, convention)
     parameters = list(model.parameters())
     own = {
         "parameters": sum(p.numel() for p in parameters),
-        "nonzero_parameters": sum(p.numel() if p.is_meta else int(p.detach().count_nonzero()) for p in parameters),
+        "nonzero_parameters": sum(map(_nonzero, parameters)),
         "weights": sum(layer.weights for layer in layers),
         "nonzero_weights": sum(layer.nonzero for layer in layers),
         "macs": sum(layer.macs for layer in layers),
@@ -143,6 +150,11 @@ def cost(
         "sparsity": _missing(own["nonzero_weights"], whole["dense_weights"]),
         "sparsity_all": _missing(own["nonzero_parameters"], whole["dense_parameters"]),
     }
+
+
+def _nonzero(tensor: Tensor) -> int:
+    """Entries that are not zero; all of them where there are no values."""
+    return tensor.numel() if tensor.is_meta else int(tensor.detach().count_nonzero())
 
 
 def _ratio(whole: int, part: int) -> float | None:

@@ -205,12 +205,15 @@ def _pruned(scores: Tensor, kept: Tensor, count: int) -> Tensor:
 class Masks:
     """Boolean masks of a network's weights, by parameter name; True = kept.
 
-    kept: tensors of the shapes of the parameters that they mask.
+    kept: tensors of the shapes of the parameters that they mask. The masks belong to one network at a time, whose
+    parameters are changed in place and not replaced.
     """
 
     def __init__(self, kept: Mapping[str, Tensor]):
         self.kept = dict(kept)
         self._factors: dict[str, Tensor] = {}
+        self._model: nn.Module | None = None
+        self._weights: dict[str, nn.Parameter] = {}
 
     @classmethod
     def dense(cls, model: nn.Module, layers: Layers = "conv+linear") -> Masks:
@@ -221,6 +224,7 @@ class Masks:
         """Replace the masks."""
         self.kept = dict(kept)
         self._factors = {}
+        self._model = None
 
     def prune(
         self,
@@ -234,8 +238,11 @@ class Masks:
 
     def weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that are masked, by name."""
-        parameters = dict(model.named_parameters())
-        return {name: parameters[name] for name in self.kept}
+        if model is not self._model:
+            # looked up once: going through all modules in every step costs more than masking a small network
+            parameters = dict(model.named_parameters())
+            self._model, self._weights = model, {name: parameters[name] for name in self.kept}
+        return self._weights
 
     def factors(self, model: nn.Module) -> dict[str, Tensor]:
         """The masks as tensors of 0 and 1 in the number format and on the device of the model's weights."""

@@ -1,0 +1,139 @@
+"""Counting: against closed forms, torch's own counter, and the conventions of the papers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.models import build
+from common.pruning.counting import cost, layer_costs
+
+DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
+
+
+def odd_network():
+    """A padded, an unpadded, a grouped and a depthwise convolution on an oblong image."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 8, (3, 1), groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+
+
+def test_layers_by_hand():
+    # 11x7 -> 6x4 -> 4x4 -> 4x4
+    layers = layer_costs(odd_network(), (2, 11, 7))
+    assert [(c.name, c.kind, c.shape, c.positions, c.macs) for c in layers] == [
+        ("0", "conv", (4, 2, 3, 3), 24, 72 * 24),
+        ("2", "grouped", (8, 2, 3, 1), 16, 48 * 16),
+        ("4", "depthwise", (8, 1, 3, 3), 16, 72 * 16),
+        ("8", "linear", (3, 8), 1, 24),
+    ]
+
+
+def test_average_pools_count_their_inputs_when_asked():
+    plain = cost(odd_network(), (2, 11, 7))["macs"]
+    pooled = cost(odd_network(), (2, 11, 7), convention="pool_inputs")["macs"]
+    assert pooled - plain == 8 * 4 * 4 + 8 * 2 * 2
+
+
+def test_the_same_padding_rule_ignores_padding_and_groups():
+    layers = layer_costs(odd_network(), (2, 11, 7), "same_padding")
+    assert [c.macs for c in layers] == [72 * 24, 4 * 8 * 3 * 24, 8 * 8 * 9 * 16, 24]
+
+
+@pytest.mark.parametrize(
+    "name, shape, options",
+    [
+        ("resnet20", CIFAR, {}),
+        ("resnet50", (3, 224, 224), {}),
+        ("resnet164", CIFAR, {}),
+        ("vgg16", CIFAR, {}),
+        ("mobilenet_v1", (3, 224, 224), {}),
+        ("mobilenet_v2", (3, 96, 96), {"multiplier": 1.4}),
+        ("wide_resnet28_10", CIFAR, {}),
+        ("lenet5", (1, 28, 28), {}),
+        ("resnet14", DIGITS, {"stem": 8, "widths": [1, 2, 3, 4, 5, 6]}),
+    ],
+)
+def test_agrees_with_the_counter_of_torch(name, shape, options):
+    model = build(name, classes=10, image_shape=shape, device="meta", **options).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *shape, device="meta"))
+    assert 2 * cost(model, shape)["macs"] == counter.get_total_flops()
+
+
+def test_zero_weights_cost_nothing():
+    model = build("digits_cnn", classes=10, image_shape=DIGITS)
+    with torch.no_grad():
+        model.features[0].weight[:4] = 0
+        model.classifier.weight[:, ::2] = 0
+        model.classifier.bias[:] = 1
+    found = cost(model, DIGITS)
+    # batch-norm shifts and nothing else were zero before
+    zeros = 4 * 9 + 10 * 32
+    assert found["parameters"] - found["nonzero_parameters"] == zeros + 16 + 32 + 64
+    assert found["macs"] - found["sparse_macs"] == 4 * 9 * 64 + 320
+    assert found["nonzero_weights"] == found["weights"] - zeros
+    assert found["sparsity"] == pytest.approx(zeros / 23_824)
+    assert found["sparsity_all"] == pytest.approx((zeros + 112) / 24_058)
+    assert found["compression"] == 24_058 / found["nonzero_parameters"]
+    assert found["theoretical_speedup"] == found["macs"] / found["sparse_macs"]
+    assert (found["dense_parameters"], found["dense_macs"]) == (found["parameters"], found["macs"])
+
+
+def test_a_narrower_network_beside_its_dense_one():
+    dense = cost(build("vgg_t8", classes=10, image_shape=DIGITS, device="meta"), DIGITS)
+    small = build("vgg_t8", classes=10, image_shape=DIGITS, widths=[8, 8, 16, 16, 32, 32], device="meta")
+    found = cost(small, DIGITS, dense)
+    assert (found["parameters"], found["macs"]) == (18_482, 152_384)
+    assert (found["dense_parameters"], found["dense_macs"]) == (72_666, 599_680)
+    assert found["compression"] == 72_666 / 18_482
+    assert found["theoretical_speedup"] == 599_680 / 152_384
+    assert found["sparsity"] == pytest.approx(1 - small_weights(small) / 72_208)
+
+
+def small_weights(model):
+    return sum(p.numel() for p in model.parameters() if p.ndim > 1)
+
+
+def test_ratios_are_undefined_when_nothing_is_left():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    nn.init.zeros_(model[1].weight)
+    found = cost(model, (1, 2, 2))
+    assert (found["compression"], found["theoretical_speedup"], found["sparsity"]) == (None, None, 1.0)
+
+
+def test_an_empty_residual_branch_costs_nothing_and_its_neighbour_what_it_has():
+    model = build("resnet8", classes=10, image_shape=DIGITS, stem=8, widths=[0, 5, 0, 8, 0, 32])
+    costs = {c.name: c.macs for c in layer_costs(model, DIGITS)}
+    assert [costs[f"layer{s}.0.conv{i}"] for s in (1, 2, 3) for i in (1, 2)] == [
+        0,
+        0,
+        8 * 5 * 9 * 16,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_counting_leaves_the_network_as_it_was():
+    model = build("resnet8", classes=10, image_shape=DIGITS, stem=8).double().train()
+    model.layer1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    cost(model, DIGITS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_an_unknown_convention_is_named():
+    with pytest.raises(ValueError, match="'exact': must be one of conv_linear, pool_inputs, same_padding"):
+        cost(odd_network(), (2, 11, 7), convention="exact")
