@@ -408,9 +408,7 @@ def execute(runs: Sequence[Run], store: Store, execution: ExecutionSettings, tit
     needed = {need.settings_hash for run in ordered for need in run.needs}
     entries: dict[str, dict[str, Any]] = {}
     for run in ordered:
-        entry = store.finished(run, run.settings_hash in needed)
-        # a run is only as finished as what it starts from
-        if entry and all(need.settings_hash in entries for need in run.needs):
+        if entry := store.finished(run, run.settings_hash in needed):
             entries[run.settings_hash] = entry
     todo = [run for run in ordered if run.settings_hash not in entries]
     if todo:

@@ -1,0 +1,1 @@
+"""Figures and page of a profile, drawn from records, claims and verdicts alone; `python -m common.report`."""

@@ -1,0 +1,142 @@
+"""Equal footing: every method and control at common costs, on the same data, seeds and training epochs.
+
+Takes records whose `details.equal_footing` is true, and all records of a paper called `equal_footing`. What it computes
+is descriptive; the comparisons that are judged are claims like all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+from common.report.evidence import EQUAL_FOOTING, Paper
+from common.report.panels import CONFIDENCE, Panel, cost_panel, gather, measured, slug
+
+RESAMPLES = 2000
+FEWEST_SEEDS = 5
+"""Below this many seeds a bootstrap interval says too little to be shown."""
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """Probability that a run of one method beats a run of another, with its bootstrap interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. accuracies, ranks: by target; None where not every method finished there."""
+
+    method: str
+    accuracies: dict[float, list[float]]
+    ranks: dict[float, float]
+    rank: float | None
+    seconds: float | None
+    training_macs: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods of one cell. improvements: [row beats column], None on the diagonal or without common seeds."""
+
+    place: str
+    targets: tuple[float, ...]
+    seeds: int
+    rows: tuple[Row, ...]
+    improvements: tuple[tuple[Improvement | None, ...], ...]
+
+
+def tagged(papers: Sequence[Paper]) -> list[dict]:
+    """The records on equal footing, their variants named after the paper too where several papers take part."""
+    found = [
+        record
+        for paper in papers
+        for record in paper.records
+        if paper.name == EQUAL_FOOTING or (record.get("details") or {}).get(EQUAL_FOOTING) is True
+    ]
+    if len({record["paper"] for record in found}) < 2:
+        return found
+    return [{**record, "variant": f"{record['paper']}: {record['variant']}"} for record in found]
+
+
+def panels(records: Sequence[Mapping]) -> list[Panel]:
+    """Accuracy against parameters and against MACs, all methods on common axes."""
+    drawn = []
+    for (dataset, architecture), cell in gather(records).items():
+        look = {method: number for number, method in enumerate(cell)}
+        for cost in ("parameters", "macs"):
+            name = "-".join((slug(EQUAL_FOOTING), slug(dataset), slug(architecture), cost))
+            place = f"{dataset} · {architecture}"
+            panel = cost_panel(name, f"{place}: all methods", place, cost, cell, look)
+            drawn += [panel] if panel else []
+    return drawn
+
+
+def comparisons(records: Sequence[Mapping], papers: Sequence[Paper]) -> list[Comparison]:
+    """Ranks, probabilities of improvement and training cost, one comparison a cell."""
+    seconds = {key: value for paper in papers for key, value in ((paper.environment or {}).get("seconds") or {}).items()}
+    return [
+        _comparison(f"{dataset} · {architecture}", cell, seconds)
+        for (dataset, architecture), cell in gather(records).items()
+        if len(cell) > 1
+    ]
+
+
+def _comparison(place: str, cell: Mapping[str, Mapping[float, list[dict]]], seconds: Mapping[str, float]) -> Comparison:
+    values = {
+        method: {
+            target: {r["seed"]: 100 * a for r in runs if (a := measured(r, "test_accuracy")) is not None}
+            for target, runs in targets.items()
+        }
+        for method, targets in cell.items()
+    }
+    targets = tuple(sorted({target for found in values.values() for target in found}))
+    shared = {t: sorted(set.intersection(*(set(found.get(t, ())) for found in values.values()))) for t in targets}
+    ranks = {
+        t: rankdata([[-found[t][s] for s in seeds] for found in values.values()], axis=0).mean(axis=1)
+        for t, seeds in shared.items()
+        if seeds
+    }
+    rows = [
+        Row(
+            method=method,
+            accuracies={t: list(found[t].values()) for t in targets if found.get(t)},
+            ranks={t: float(mean[number]) for t, mean in ranks.items()},
+            rank=float(np.mean([mean[number] for mean in ranks.values()])) if ranks else None,
+            seconds=_average([seconds.get(r["settings_hash"]) for runs in cell[method].values() for r in runs]),
+            training_macs=_average([measured(r, "training_macs") for runs in cell[method].values() for r in runs]),
+        )
+        for number, (method, found) in enumerate(values.items())
+    ]
+    improvements = tuple(
+        tuple(None if a == b else _improvement(values[a], values[b], targets) for b in values) for a in values
+    )
+    return Comparison(place, targets, min(map(len, shared.values())), tuple(rows), improvements)
+
+
+def _improvement(first: Mapping, second: Mapping, targets: Sequence[float]) -> Improvement | None:
+    """P(first > second) + P(equal) / 2 over pairs of runs, averaged over targets; the bootstrap resamples seeds."""
+    shared = [t for t in targets if t in first and t in second]
+    seeds = sorted(set.intersection(*(set(first[t]) & set(second[t]) for t in shared))) if shared else []
+    if not seeds:
+        return None
+    ours, theirs = (np.array([[found[t][s] for s in seeds] for t in shared]) for found in (first, second))
+    wins = (ours[:, :, None] > theirs[:, None, :]) + 0.5 * (ours[:, :, None] == theirs[:, None, :])
+    wins, n = wins.mean(axis=0), len(seeds)
+    if n < FEWEST_SEEDS:
+        return Improvement(float(wins.mean()), None, None)
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    resampled = np.einsum("bi,ij,bj->b", counts, wins, counts) / n**2
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Improvement(float(wins.mean()), float(low), float(high))
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

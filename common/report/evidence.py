@@ -1,0 +1,169 @@
+"""Everything the report draws, read once: records, curves, claims, deviations, verdicts and the environment.
+
+Knows no paper: a paper is a folder with a `claims.yaml`, or records that name it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.settings import SettingsError, validated
+from common.statistics.claims import CLAIMS_FILE, Claim, ClaimsFile, read_all
+from common.statistics.records import CURVES_SUFFIX, Record
+
+EQUAL_FOOTING = "equal_footing"
+"""Name of the paper, and of the tag in `details`, of records that compare all methods with each other."""
+
+
+class ReportError(Exception):
+    """Input from which no report can be drawn; the message is one clear line."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper's evidence; every part may be missing except the name."""
+
+    name: str
+    title: str
+    claims: tuple[Claim, ...] = ()
+    claims_file: str | None = None
+    claims_digest: str | None = None
+    """SHA-256 of the bytes of `claims.yaml`."""
+    judged_digest: str | None = None
+    """Digest of the claims that the verdicts belong to."""
+    judged: dict[str, dict] = field(default_factory=dict)
+    """Claim id -> its entry in the verdicts file."""
+    deviations: str | None = None
+    """Markdown below the heading `Deviations` of the paper's README."""
+    records: list[dict] = field(default_factory=list)
+    environment: dict | None = None
+
+    @property
+    def failed(self) -> list[dict]:
+        return [record for record in self.records if record["status"] != "ok"]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the verdicts were judged on other claims than the file now holds."""
+        return None not in (self.claims_digest, self.judged_digest) and self.claims_digest != self.judged_digest
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one report is drawn from."""
+
+    profile: str
+    alpha: float | None
+    papers: list[Paper]
+    curves: dict[str, list[dict]]
+    """`settings_hash` of a run -> its per-epoch measurements."""
+
+
+def load(profile: str, results: Path, replications: Path, verdicts: Path, environment: Path) -> Evidence:
+    """Read all inputs of a report.
+
+    `results` holds `<paper>.jsonl` and `<paper>.curves.jsonl`, `replications` one folder a paper, `environment` optional
+    `<paper>.json` files. Raises ReportError, naming file and line, for anything missing or damaged.
+    """
+    judgement = _judgement(verdicts)
+    records: dict[str, list[dict]] = {}
+    curves: dict[str, list[dict]] = {}
+    for path in sorted(results.glob("*.jsonl")):
+        if path.name.endswith(CURVES_SUFFIX):
+            for where, line in _json_lines(path):
+                if not isinstance(line.get("settings_hash"), str) or not isinstance(line.get("curves"), list):
+                    raise ReportError(f"{where}: needs `settings_hash` and `curves`, a list of per-epoch measurements")
+                curves[line["settings_hash"]] = line["curves"]
+    try:
+        for path in sorted(results.glob("*.jsonl")):
+            if not path.name.endswith(CURVES_SUFFIX):
+                for where, record in _json_lines(path):
+                    records.setdefault(validated(Record, record, where).paper, []).append(record)
+        files = {file.paper: file for file in read_all(sorted(replications.glob(f"*/{CLAIMS_FILE}")))}
+    except SettingsError as error:
+        raise ReportError(str(error)) from error
+    # the papers first, then what compares them
+    names = sorted(files.keys() | records.keys(), key=lambda name: (name == EQUAL_FOOTING, name))
+    if not names:
+        raise ReportError(
+            f"no paper to report: {replications} has no folder with a claims.yaml and {results} has no records"
+        )
+    papers = [
+        _paper(name, files.get(name), records.get(name, []), judgement["papers"].get(name, {}), environment)
+        for name in names
+    ]
+    return Evidence(profile, finite(judgement.get("alpha")), papers, curves)
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float, or None where it is missing, not a number or not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _paper(name: str, file: ClaimsFile | None, records: list[dict], judged: dict, environment: Path) -> Paper:
+    shared = {
+        "records": records,
+        "judged": {claim["id"]: claim for claim in judged.get("claims", [])},
+        "judged_digest": judged.get("claims_digest"),
+        "environment": _environment(environment / f"{name}.json"),
+    }
+    if file is None:
+        return Paper(name=name, title=name, **shared)
+    readme = file.path.parent / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    title = re.search(r"^# +(.+?) *$", text, flags=re.MULTILINE)
+    deviations = re.search(r"^## +Deviations\b[^\n]*\n(.*?)(?=^#{1,2} |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return Paper(
+        name=name,
+        title=title.group(1) if title else name,
+        claims=file.claims,
+        claims_file=file.path.as_posix(),
+        claims_digest=file.digest,
+        deviations=deviations.group(1).strip() if deviations else None,
+        **shared,
+    )
+
+
+def _judgement(path: Path) -> dict:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: no verdicts there; `python -m common.statistics` writes them") from None
+    except ValueError as error:
+        raise ReportError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("papers"), dict):
+        raise ReportError(f"{path}: needs `papers`, the verdicts by paper, as `python -m common.statistics` writes them")
+    return document
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """(`file:line`, object) for every line that is not blank."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ReportError(f"{where}: damaged line, not valid JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ReportError(f"{where}: damaged line, not a JSON object")
+        yield where, value
+
+
+def _environment(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path}: not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,58 @@
+"""`python -m common.statistics`: judges records by claims.
+
+Reads what the runs left and what the papers claim, and writes the verdicts; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.settings import SettingsError
+from common.statistics import claims, records
+from common.statistics.verdicts import judge, metrics
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m common.statistics", description=__doc__)
+    several = {"type": Path, "nargs": "+", "required": True, "metavar": "PATH"}
+    parser.add_argument("--records", help="record files, or folders of them", **several)
+    parser.add_argument(
+        "--claims", help="claims files, or folders that hold claims.yaml or */claims.yaml", **several
+    )
+    parser.add_argument("--out", help="verdicts to write", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--metrics", help="short metrics to write for `dvc metrics show`", type=Path, metavar="FILE"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        files = claims.read_all(options.claims)
+        found = records.read_all(options.records)
+        for paper in sorted(found.keys() - {file.paper for file in files}):
+            print(f"note: no claims for paper {paper!r}: its records are ignored", file=sys.stderr)
+        verdicts = judge(files, found)
+        _write(options.out, verdicts)
+        if options.metrics:
+            _write(options.metrics, metrics(verdicts))
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(", ".join(f"{count} {verdict}" for verdict, count in verdicts["counts"].items()))
+    return 0
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

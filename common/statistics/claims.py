@@ -1,0 +1,283 @@
+"""The schema of `claims.yaml`: what would make a paper's statements true or false.
+
+It is described for authors in replications/CLAIMS.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from common.settings import SettingsError, Strict, hint, read_yaml, validated
+
+CLAIMS_FILE = "claims.yaml"
+OTHER = "other"
+"""Key of a table by data set that stands for every data set without its own entry."""
+
+# the fields that a test needs, and those that it can do without; all others are errors
+_FIELDS: dict[str, tuple[set[str], set[str]]] = {
+    "superiority": ({"control", "direction"}, {"margin", "targets", "scale"}),
+    "difference": ({"control"}, {"margin", "targets", "scale"}),
+    "noninferiority": ({"control", "direction", "margin"}, {"targets", "scale"}),
+    "equivalence": ({"control", "margin"}, {"targets", "scale"}),
+    "threshold": ({"direction", "value"}, {"control", "targets", "scale"}),
+    "trend": ({"direction"}, {"control", "targets", "scale", "x", "steps"}),
+    "sign": ({"control", "direction"}, {"targets", "scale"}),
+    "diversity": ({"control", "direction"}, {"targets"}),
+    "count": ({"direction", "value"}, {"control", "targets", "scale"}),
+}
+_EVERY_TEST = {"id", "statement", "treatment", "where", "metric", "test", "require", "paper_value", "note"}
+
+Target = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Mapping, BaseModel)) else value
+
+
+def _by_dataset(value: Any) -> Any:
+    return value if isinstance(value, Mapping) else {OTHER: value}
+
+
+Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
+Margins = Annotated[
+    dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_by_dataset), Field(min_length=1)
+]
+TargetLists = Annotated[
+    dict[str, Annotated[tuple[Target, ...], Field(min_length=1)]],
+    BeforeValidator(_by_dataset),
+    Field(min_length=1),
+]
+
+
+class Selection(Strict):
+    """Which records, and what of them; what is left out is the cell's, or that of the treatment."""
+
+    variant: Name | None = None
+    architecture: Name | None = None
+    dataset: Name | None = None
+    target: Target | None = None
+    metric: Name | None = None
+    minus: Selection | None = None
+    """Another record of the same seed whose metric is subtracted."""
+
+
+class Step(Selection):
+    """One point of a trend."""
+
+    x: float | None = None
+    """Where it lies on the axis; its number, from 1, when absent."""
+
+
+class Where(Strict):
+    """The cells that a claim is about; all that were run, where absent."""
+
+    dataset: Names | None = None
+    architecture: Names | None = None
+
+
+class PaperValue(Strict):
+    """A number that the paper itself states, with its source."""
+
+    value: float
+    unit: Name
+    source: Name
+
+
+class Claim(Strict):
+    """A falsifiable statement of a paper."""
+
+    id: Name
+    statement: Name
+    treatment: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)]
+    control: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
+    where: Where = Where()
+    targets: TargetLists | None = None
+    metric: Name = "test_accuracy"
+    test: Literal[tuple(_FIELDS)]
+    direction: Literal["higher", "lower"] | None = None
+    margin: Margins | None = None
+    value: float | None = None
+    scale: Literal["points", "ratio", "none"] = "none"
+    x: Literal["target", "logit"] = "target"
+    steps: Annotated[tuple[Step, ...], Field(min_length=2)] | None = None
+    require: Literal["all", "any"] = "all"
+    paper_value: PaperValue | None = None
+    note: str | None = None
+
+    def pairs(self) -> list[tuple[Selection, Selection | None]]:
+        """What is compared with what: equal lists in order, a single selection with each of a list."""
+        controls = self.control or (None,)
+        longest = max(len(self.treatment), len(controls))
+        return list(zip(_repeated(self.treatment, longest), _repeated(controls, longest), strict=True))
+
+    def margin_for(self, dataset: str) -> float | None:
+        """The margin for a data set, None where the claim has none."""
+        return _entry(self.margin, dataset)
+
+    def targets_for(self, dataset: str) -> tuple[float, ...] | None:
+        """The targets for a data set, None for all that were run."""
+        return _entry(self.targets, dataset)
+
+    def covers(self, dataset: str, architecture: str) -> bool:
+        """Whether the claim is made for this cell."""
+        tables = all(
+            table is None or dataset in table or OTHER in table for table in (self.margin, self.targets)
+        )
+        names = ((self.where.dataset, dataset), (self.where.architecture, architecture))
+        return tables and all(allowed is None or name in allowed for allowed, name in names)
+
+
+def _repeated(items: tuple, length: int) -> tuple:
+    return items * length if len(items) == 1 else items
+
+
+def _entry(table: Mapping[str, Any] | None, dataset: str) -> Any:
+    return None if table is None else table.get(dataset, table.get(OTHER))
+
+
+@dataclass(frozen=True)
+class ClaimsFile:
+    """The claims of one paper."""
+
+    paper: str
+    claims: tuple[Claim, ...]
+    digest: str
+    """SHA-256 of the file's bytes, 64 hexadecimal characters."""
+    path: Path
+
+
+def read_all(paths: list[Path]) -> list[ClaimsFile]:
+    """All claims of files, and of folders that hold `claims.yaml` or `*/claims.yaml`, by the papers' names.
+
+    Raises SettingsError naming file, claim and field; also for two files of one paper, and for a folder
+    without any.
+    """
+    found: dict[str, ClaimsFile] = {}
+    for path in _files(paths):
+        file = read(path)
+        if other := found.get(file.paper):
+            raise SettingsError(f"{path}: paper {file.paper!r} has claims in {other.path} already")
+        found[file.paper] = file
+    return [found[paper] for paper in sorted(found)]
+
+
+def _files(paths: list[Path]) -> Iterator[Path]:
+    seen = set()
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted([*path.glob(CLAIMS_FILE), *path.glob(f"*/{CLAIMS_FILE}")])
+            if not inside:
+                raise SettingsError(f"{path}: no {CLAIMS_FILE} in this folder or the folders in it")
+        for file in inside:
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                yield file
+
+
+def read(path: Path) -> ClaimsFile:
+    """The claims of one file. Raises SettingsError naming file, claim and field."""
+    content = read_yaml(path)
+    top = ["paper", "claims"]
+    if not isinstance(content, Mapping):
+        raise SettingsError(f"{path}: must be a table with the keys {', '.join(top)}")
+    for key in content:
+        if key not in top:
+            raise SettingsError(f"{path}: {key}: unknown key; {hint(key, top)}")
+    paper, entries = content.get("paper"), content.get("claims")
+    if not isinstance(paper, str) or not paper:
+        raise SettingsError(f"{path}: paper = {paper!r}: must be the paper's name")
+    if not isinstance(entries, list) or not entries:
+        raise SettingsError(f"{path}: claims = {entries!r}: must be a list of claims")
+    claims: dict[str, Claim] = {}
+    for number, entry in enumerate(entries, start=1):
+        claim = _claim(entry, path, number)
+        if claim.id in claims:
+            raise SettingsError(f"{path}: claim {claim.id}: two claims have this id")
+        claims[claim.id] = claim
+    return ClaimsFile(paper, tuple(claims.values()), hashlib.sha256(path.read_bytes()).hexdigest(), path)
+
+
+def _claim(entry: Any, path: Path, number: int) -> Claim:
+    name = entry.get("id") if isinstance(entry, Mapping) else None
+    where = f"{path}: claim {name if name is not None else f'number {number}'}"
+    if isinstance(entry, Mapping):
+        # one by one, so that an error in a part names the fields of that part
+        entry = dict(entry)
+        for key, model in (
+            ("treatment", Selection),
+            ("control", Selection),
+            ("steps", Step),
+            ("paper_value", PaperValue),
+        ):
+            if entry.get(key) is not None:
+                entry[key] = _parts(model, entry[key], f"{where}.{key}")
+    claim = validated(Claim, entry, where)
+    _check(claim, where)
+    return claim
+
+
+def _parts(model: type[BaseModel], value: Any, where: str) -> Any:
+    if not isinstance(value, list):
+        return validated(model, value, where)
+    return [validated(model, item, f"{where}[{index}]") for index, item in enumerate(value)]
+
+
+def _check(claim: Claim, where: str) -> None:
+    """What one field says about another."""
+    needed, allowed = _FIELDS[claim.test]
+    given = claim.model_fields_set
+    for key in sorted(needed):
+        if getattr(claim, key) is None:
+            raise SettingsError(f"{where}.{key}: missing; test {claim.test} needs it")
+    for key in sorted(given - needed - allowed - _EVERY_TEST):
+        fields = ", ".join(sorted(needed | allowed))
+        raise SettingsError(f"{where}.{key}: not for test {claim.test}, which knows {fields}")
+    lengths = {len(claim.treatment), len(claim.control or (None,))} - {1}
+    if len(lengths) > 1:
+        raise SettingsError(
+            f"{where}.control: {len(claim.control)} controls for {len(claim.treatment)} treatments; "
+            "give one, or as many"
+        )
+    for treatment, control in claim.pairs():
+        same = control and treatment.model_copy(
+            update={**control.model_dump(exclude_none=True), "minus": control.minus}
+        )
+        if same == treatment and not claim.steps:
+            raise SettingsError(f"{where}.control: the same as the treatment")
+    for selection in [*claim.treatment, *(claim.control or ()), *(claim.steps or ())]:
+        if selection.minus and selection.minus.minus:
+            raise SettingsError(f"{where}: a `minus` inside a `minus` is not possible")
+    parts = claim.steps or claim.treatment
+    if not all(part.variant for part in parts) and not all(part.variant for part in claim.treatment):
+        raise SettingsError(f"{where}.treatment.variant: missing")
+    if claim.targets and any(selection.target is not None for selection in claim.treatment):
+        raise SettingsError(f"{where}.targets: the treatment fixes its target already")
+    if claim.test == "diversity" and any(part.minus for part in (*claim.treatment, *claim.control)):
+        raise SettingsError(f"{where}: vectors are not subtracted; test diversity takes no `minus`")
+    if claim.scale == "ratio" and claim.value is not None and claim.value <= 0:
+        raise SettingsError(f"{where}.value = {claim.value:g}: a ratio is compared with a positive number")
+    if claim.test == "trend":
+        _check_trend(claim, where)
+
+
+def _check_trend(claim: Claim, where: str) -> None:
+    if claim.scale == "ratio":
+        raise SettingsError(f"{where}.scale = 'ratio': a trend has a slope, not a ratio; use points or none")
+    if claim.steps:
+        if "x" in claim.model_fields_set:
+            raise SettingsError(f"{where}.x: not together with steps, which have their own x")
+        x = [step.x if step.x is not None else number for number, step in enumerate(claim.steps, start=1)]
+        if len(set(x)) < len(x):
+            raise SettingsError(f"{where}.steps: two steps have the same x")
+    elif any(selection.target is not None for selection in claim.treatment):
+        raise SettingsError(
+            f"{where}.treatment.target: a trend runs over targets; leave it out, or give steps"
+        )

@@ -1,0 +1,472 @@
+"""The experiment: networks pruned while they train, against other criteria, other moments, and no pruning.
+
+For each network and seed one dense training. Every pruned run goes on from the dense network as it was before the first
+event, so runs of equal seed differ by pruning alone; its training epochs are those of the dense network in total.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from common import models, schedules
+from common.arena import Contest
+from common.datasets import Batches, Dataset
+from common.models import Network
+from common.models.resnet import ResNet
+from common.pruning import channels
+from common.pruning.counting import cost
+from common.runs import Context, Outcome, Run
+from common.settings import (
+    AugmentationSettings,
+    Count,
+    PaperSettings,
+    Profile,
+    Rate,
+    SettingsError,
+    Share,
+    Strict,
+    Targets,
+    hint,
+    stream,
+)
+from common.training import Hooks, RunFailed, Trainer
+from replications.feature_relevance import method
+from replications.feature_relevance.gradual import (
+    Enough,
+    GradualPruning,
+    Pruner,
+    Ranking,
+    forward_macs,
+    until_at_most,
+    until_channels,
+)
+
+PAPER = "feature_relevance"
+DENSE = "dense"
+SCORING_BATCH = 500
+# the paper's n / E and N1 / E, for trainings of another length
+EVENT_SHARE, LAST_SHARE = 0.105, 0.75
+
+
+class Variant(Strict):
+    """One way of pruning."""
+
+    criterion: method.Criterion = "relevance"
+    allocation: method.Allocation = "global"
+    """`per_layer` removes the same share of every layer, in the order of the same scores."""
+    budget: method.Budget = "channels"
+    """What a target fixes: `channels` the share of prunable channels that goes; `macs` the MACs, which are those of the
+    network whose layers have all lost that share."""
+    timing: Literal["gradual", "once", "end"] = "gradual"
+    """At every event; all at the epoch `last` with the rest for fine-tuning; or all after the last epoch."""
+    class_scale: bool = True
+    branch_share: bool = False
+    """Score the last convolution of a block by its branch alone."""
+    alpha: Annotated[float, Field(ge=1)] = 2.0
+
+
+class ArchitectureSettings(Strict):
+    """A network, and what is run on it."""
+
+    name: str
+    """As in common.models."""
+    options: dict[str, Any] = {}
+    """Of the network's class."""
+    runs: dict[str, Targets]
+    """Targets by variant; the dense network is run in any case."""
+    units_per_event: Annotated[int, Field(ge=0)] = 0
+    """Hidden units that every event removes from each hidden layer of a plain network."""
+    min_channels_per_layer: Annotated[int, Field(ge=0)] | None = None
+    """Default: 0 in residual networks, 1 in plain ones."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            models.architecture(name)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @field_validator("runs")
+    @classmethod
+    def _positive(cls, runs: dict[str, Targets]) -> dict[str, Targets]:
+        for variant, targets in runs.items():
+            if min(targets) <= 0:
+                raise ValueError(f"{variant}: a target must lie above 0; the dense network is run in any case")
+        return runs
+
+
+VARIANTS = {
+    "frs": Variant(),
+    "frs-once": Variant(timing="once"),
+    "frs-end": Variant(timing="end"),
+    "frs-macs": Variant(budget="macs"),
+    "random-macs": Variant(budget="macs", criterion="random"),
+    "l1-macs": Variant(budget="macs", criterion="l1"),
+    "per-layer-macs": Variant(budget="macs", allocation="per_layer"),
+}
+
+ARCHITECTURES = (
+    ArchitectureSettings(
+        name="resnet14", options={"stem": 8}, runs={"frs": (0.46,), "frs-once": (0.46,), "frs-end": (0.46,)}
+    ),
+    ArchitectureSettings(
+        name="vgg_mini",
+        options={"dropout": 0.0},
+        units_per_event=1,
+        runs={
+            "frs": (0.46,),
+            "frs-once": (0.46,),
+            "frs-end": (0.46,),
+            "frs-macs": (0.46, 0.7),
+            "random-macs": (0.46, 0.7),
+            "l1-macs": (0.7,),
+            "per-layer-macs": (0.7,),
+        },
+    ),
+)
+
+
+class Settings(PaperSettings):
+    """Settings of the paper; the defaults are those of the 8x8 digits."""
+
+    architectures: Annotated[tuple[ArchitectureSettings, ...], Field(min_length=1)] = ARCHITECTURES
+    variants: dict[str, Variant] = VARIANTS
+    """What the names in `runs` mean."""
+    epochs: Count = 40
+    every: Count = 4
+    """n: epochs between two events."""
+    last: Count = 30
+    """N1: no gradual event later than after this epoch; when the variants `once` prune."""
+    batch_size: Count = 64
+    learning_rate: Rate = 0.1
+    milestones: tuple[Share, ...] = (0.5, 0.75)
+    """Shares of training at which the learning rate drops to a tenth."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Of all parameters."""
+    augmentation: AugmentationSettings = AugmentationSettings(crop_padding=1)
+    """Of training images; scoring sees them as they are."""
+    scoring_share: Share = 0.25
+    """Share of the training images, the same number of each class, that relevance is computed on."""
+    removal: Literal["physical", "masked"] = "physical"
+    """Take channels out of the network while it trains, or multiply masks into its weights as the authors do."""
+
+    @field_validator("architectures")
+    @classmethod
+    def _named_once(cls, value: tuple[ArchitectureSettings, ...]) -> tuple[ArchitectureSettings, ...]:
+        if len({architecture.name for architecture in value}) < len(value):
+            raise ValueError("must not repeat a name")
+        return value
+
+    @field_validator("variants")
+    @classmethod
+    def _dense_is_taken(cls, value: dict[str, Variant]) -> dict[str, Variant]:
+        if DENSE in value:
+            raise ValueError(f"{DENSE!r} is the name of the network that is not pruned")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if not self.every <= self.last <= self.epochs:
+            raise ValueError(f"every {self.every} <= last {self.last} <= epochs {self.epochs} must hold")
+        for architecture in self.architectures:
+            for name in architecture.runs:
+                if name not in self.variants:
+                    raise ValueError(f"runs of {architecture.name}: {hint(name, list(self.variants))}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- planning
+
+
+def runs(profile: Profile) -> list[Run]:
+    """Every run of the experiment.
+
+    Raises SettingsError for a network that the method does not know, and for targets that no event can meet.
+    """
+    settings: Settings = profile.paper
+    data = profile.dataset.model_copy(update={"augmentation": settings.augmentation}).model_dump(mode="json")
+    listed = []
+    for architecture in settings.architectures:
+        least = _least_channels(architecture)
+        _check(settings, architecture, least)
+        cell = (profile.dataset.source, architecture.name)
+        common = {"data": data, "options": architecture.options}
+        common |= settings.model_dump(
+            mode="json", include={"epochs", "batch_size", "learning_rate", "milestones", "momentum", "weight_decay"}
+        )
+        own = settings.model_dump(mode="json", include={"every", "last", "scoring_share", "removal"})
+        own |= {"units_per_event": architecture.units_per_event, "min_channels_per_layer": least}
+        wanted = {name: settings.variants[name] for name in architecture.runs}
+        starts = sorted({_start(variant, settings) for variant in wanted.values()})
+        for seed in settings.seeds:
+            dense = Run(PAPER, DENSE, *cell, 0.0, seed, {**common, "snapshots": starts})
+            listed.append(dense)
+            for name, variant in wanted.items():
+                for target in architecture.runs[name]:
+                    method_settings = {**common, **own, "method": variant.model_dump(mode="json")}
+                    listed.append(Run(PAPER, name, *cell, target, seed, method_settings, (dense,)))
+    return listed
+
+
+def _start(variant: Variant, settings: Settings) -> int:
+    """The epoch after which a run parts from the dense one: that of its first event."""
+    return {"gradual": settings.every, "once": settings.last, "end": settings.epochs}[variant.timing]
+
+
+def _shape_of(architecture: ArchitectureSettings) -> Network:
+    """The network without values, for images that are large enough for any."""
+    options = architecture.options
+    return models.build(architecture.name, classes=10, image_shape=(3, 64, 64), device="meta", **options)
+
+
+def _least_channels(architecture: ArchitectureSettings) -> int:
+    residual = models.architecture(architecture.name).network is ResNet
+    wanted = architecture.min_channels_per_layer
+    if wanted is None:
+        return 0 if residual else 1
+    if wanted == 0 and not residual:
+        raise SettingsError(
+            f"{PAPER}.architectures: {architecture.name} has no path around a layer: min_channels_per_layer must be 1 or more"
+        )
+    return wanted
+
+
+def _check(settings: Settings, architecture: ArchitectureSettings, least: int) -> None:
+    where = f"{PAPER}.architectures: {architecture.name}"
+    try:
+        model = _shape_of(architecture)
+        layers, units = method.prunable_layers(model)
+    except ValueError as error:
+        raise SettingsError(f"{where}: {error}") from None
+    if not isinstance(model, method.KNOWN):
+        raise SettingsError(f"{where}: relevance is only defined for plain and residual networks")
+    if architecture.units_per_event and not units:
+        raise SettingsError(f"{where}.units_per_event = {architecture.units_per_event}: it has no hidden linear layer")
+    widths = [model.get_submodule(group.name).weight.shape[0] for group in layers]
+    events = len(method.pruning_schedule(settings.epochs, settings.every, settings.last))
+    for group in units:
+        if (width := model.get_submodule(group.name).weight.shape[0]) <= events * architecture.units_per_event:
+            raise SettingsError(
+                f"{where}.units_per_event = {architecture.units_per_event}: {events} events would leave none of {width} units"
+            )
+    most = sum(width - least for width in widths)
+    for name, targets in architecture.runs.items():
+        for target in targets:
+            each = round(target * sum(widths) / events)
+            if not 0 < each * events <= most:
+                raise SettingsError(
+                    f"{where}.runs.{name}: a target of {target:g} takes {each} channels at each of {events} events; it must "
+                    f"be at least 1, and {most} of {sum(widths)} channels can go in all"
+                )
+
+
+# ---------------------------------------------------------------------------------------------- executing
+
+
+def execute(run: Run, context: Context) -> Outcome:
+    """Train and measure one run. Raises RunFailed when training diverges or scores are not finite."""
+    job = _Job(run, context)
+    return job.dense() if run.variant == DENSE else job.pruned()
+
+
+class _Job:
+    """One run with its network."""
+
+    def __init__(self, run: Run, context: Context):
+        self.run, self.context, self.settings = run, context, run.settings
+        self.data = context.dataset(run.settings["data"])
+        self.model = self._build(seed=stream(run.seed, "init"))
+
+    def _build(self, **options: Any) -> Network:
+        shape = {"classes": self.data.classes, "image_shape": self.data.image_shape}
+        return models.build(self.run.architecture, **shape, **options, **self.settings["options"])
+
+    def trainer(self, hooks: Hooks) -> Trainer:
+        """A trainer of the run's network."""
+        options = {name: self.settings[name] for name in ("momentum", "weight_decay")}
+        return self.context.trainer(self.model, self.data, self.settings["batch_size"], hooks, **options)
+
+    def rates(self, trainer: Trainer) -> list[float]:
+        """The learning rates of all epochs."""
+        epochs = self.settings["epochs"]
+        milestones = [share * epochs for share in self.settings["milestones"]]
+        return schedules.multistep(self.settings["learning_rate"], epochs, len(trainer.batches), milestones)
+
+    def dense(self) -> Outcome:
+        """The network that nothing is taken from."""
+        snapshots = _Snapshots(self.settings["snapshots"])
+        trainer = self.trainer(snapshots)
+        trainer.fit(self.rates(trainer))
+        scores, costs = self.context.scores(trainer, self.data), cost(trainer.model, self.data.image_shape)
+        state = {"snapshots": snapshots.taken, "history": trainer.history}
+        return Outcome(scores, costs, trainer.history, state)
+
+    def pruned(self) -> Outcome:
+        """The network that loses channels."""
+        settings, variant = self.settings, Variant.model_validate(self.settings["method"])
+        table = method.CostTable(self.model, self.data.image_shape)
+        batches = scoring_batches(self.data, settings["scoring_share"])
+        pruner = Pruner(self.model, self.ranking(variant), batches)
+        events, units = self.plan(variant, pruner, table)
+        hook = GradualPruning(pruner, events, units, physical=settings["removal"] == "physical")
+        trainer = self.trainer(hook)
+        start = min(events)
+        _go_on(trainer, self.context.needs[0].state, start)
+        hook.prune(trainer, start)
+        trainer.fit(self.rates(trainer)[start * len(trainer.batches) :])
+        return self.measured(trainer, hook, table, variant)
+
+    def ranking(self, variant: Variant) -> Ranking:
+        """How channels are ranked."""
+        return Ranking(
+            criterion=variant.criterion,
+            allocation=variant.allocation,
+            alpha=variant.alpha,
+            class_scale=variant.class_scale,
+            branch_share=variant.branch_share,
+            minimum=self.settings["min_channels_per_layer"],
+            seed=self.run.seed,
+        )
+
+    def plan(
+        self, variant: Variant, pruner: Pruner, table: method.CostTable
+    ) -> tuple[dict[int, Enough], dict[int, int]]:
+        """What each event must reach, and how many hidden units it takes, by epoch.
+
+        Raises RunFailed when even the narrowest network has more MACs than asked for.
+        """
+        settings, target = self.settings, self.run.target
+        gradual = method.pruning_schedule(settings["epochs"], settings["every"], settings["last"])
+        count = len(gradual)
+        # a single event takes what all gradual ones take together
+        done = {epoch: i + 1 for i, epoch in enumerate(gradual)}
+        if variant.timing != "gradual":
+            done = {settings["last"] if variant.timing == "once" else settings["epochs"]: count}
+        parts = {epoch: events - before for (epoch, events), before in zip(done.items(), [0, *done.values()])}
+        units = {epoch: part * settings["units_per_event"] for epoch, part in parts.items()}
+        if variant.budget == "channels":
+            each = round(target * sum(table.widths[name] for name in pruner.layers) / count)
+            return {epoch: until_channels(part * each) for epoch, part in parts.items()}, units
+        budgets = {}
+        for epoch, events in done.items():
+            hidden = {name: table.widths[name] - events * settings["units_per_event"] for name in pruner.units}
+            budgets[epoch] = table.macs(table.even(pruner.layers, target * events / count) | hidden)
+            least = table.macs(dict.fromkeys(pruner.layers, settings["min_channels_per_layer"]) | hidden)
+            if least > budgets[epoch]:
+                raise RunFailed(f"{budgets[epoch]:.0f} MACs cannot be met: the narrowest network has {least:.0f}")
+        return {epoch: until_at_most(table.macs, most) for epoch, most in budgets.items()}, units
+
+    def measured(self, trainer: Trainer, hook: GradualPruning, table: method.CostTable, variant: Variant) -> Outcome:
+        """Scores, cost and what the events did."""
+        narrow = trainer.model
+        if self.settings["removal"] == "masked":
+            narrow = copy.deepcopy(narrow)
+            channels.remove(narrow, hook.pruner.kept)
+        shape, epochs = self.data.image_shape, self.settings["epochs"]
+        costs = cost(narrow, shape, dense=cost(self._build(device="meta"), shape))
+        zeros = method.official_zero_weights(self._build(device="meta"), table, hook.pruner.removed)
+        passes = method.SCORING_PASSES[variant.criterion] * len(hook.log) * len(hook.pruner.batches.labels)
+        gone = [len(hook.pruner.removed[name]) for name in hook.pruner.layers]
+        metrics = self.context.scores(trainer, self.data) | {
+            "channels_removed": sum(gone) / sum(table.widths[name] for name in hook.pruner.layers),
+            "weight_compression": costs["dense_weights"] / costs["weights"],
+            "macs_reduction": 1 - costs["macs"] / costs["dense_macs"],
+            "official_prune_rate": zeros / costs["dense_weights"],
+            # forward passes of the dense network over one image; training an image costs three
+            "scoring_cost": passes / (3 * epochs * len(self.data.labels["train"])),
+            "training_cost": sum(forward_macs(hook.log, table, epochs)) / (epochs * costs["dense_macs"]),
+        }
+        return Outcome(metrics, costs, trainer.history, details={"events": hook.log})
+
+
+class _Snapshots(Hooks):
+    """Keeps model and optimiser as they are at the end of given epochs (from 1)."""
+
+    def __init__(self, epochs: list[int]):
+        self.epochs = epochs
+        self.taken: dict[str, dict[str, Any]] = {}
+
+    def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
+        if (number := trainer.epochs_done + 1) in self.epochs:
+            states = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+            self.taken[str(number)] = copy.deepcopy(states)
+
+    def state(self) -> dict[str, Any]:
+        return self.taken
+
+    def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        self.taken = state
+
+
+def _go_on(trainer: Trainer, dense: Mapping[str, Any], epoch: int) -> None:
+    """Take up the dense training as it was after `epoch`."""
+    snapshot = dense["snapshots"][str(epoch)]
+    trainer.model.load_state_dict(snapshot["model"])
+    trainer.optimizer.load_state_dict(snapshot["optimizer"])
+    trainer.epochs_done, trainer.history = epoch, dense["history"][:epoch]
+
+
+def scoring_batches(data: Dataset, share: float) -> Batches:
+    """The training images that are scored: about `share` of them, as many of each class, always the same ones.
+
+    Raises RunFailed when that is less than one image of each class.
+    """
+    labels = data.labels["train"].cpu()
+    sizes = torch.bincount(labels, minlength=data.classes)
+    each = min(int(share * len(labels) / data.classes), int(sizes.min()))
+    if not each:
+        raise RunFailed(f"scoring_share = {share:g} of {len(labels)} images is less than one of each of {data.classes} classes")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(stream(0, "scoring images")))
+    index = torch.cat([order[labels[order] == label][:each] for label in range(data.classes)]).sort().values
+    index = index.to(data.labels["train"].device)
+    images, kept = data.images["train"][index], data.labels["train"][index]
+    chosen = dataclasses.replace(data, images={"train": images}, labels={"train": kept})
+    return Batches(chosen, "train", SCORING_BATCH)
+
+
+# ---------------------------------------------------------------------------------------------- equal footing
+
+
+def contend(contest: Contest) -> Outcome:
+    """Channels go at seven events until the parameters are few enough, spread as the paper spreads them."""
+    arena, model = contest.arena, contest.network()
+    table = method.CostTable(model, contest.data.image_shape)
+    least = 0 if isinstance(model, ResNet) else 1
+    pruner = Pruner(model, Ranking(minimum=least, seed=contest.run.seed), scoring_batches(contest.data, 0.25))
+    budget = contest.keep * contest.parameters
+    narrowest = table.parameters(dict.fromkeys(pruner.layers, least))
+    if narrowest > budget:
+        raise RunFailed(f"{budget:.0f} parameters cannot be met: the narrowest network has {narrowest:.0f}")
+    fraction = _even_fraction(lambda part: table.parameters(table.even(pruner.layers, part)), budget)
+    every = max(1, round(EVENT_SHARE * arena.epochs))
+    epochs = method.pruning_schedule(arena.epochs, every, max(every, round(LAST_SHARE * arena.epochs)))
+    goals = {
+        epoch: table.parameters(table.even(pruner.layers, fraction * (i + 1) / len(epochs)))
+        for i, epoch in enumerate(epochs)
+    } | {epochs[-1]: budget}
+    events = {epoch: until_at_most(table.parameters, most) for epoch, most in goals.items()}
+    hook = GradualPruning(pruner, events, {})
+    trainer = contest.trainer(model, hook)
+    trainer.fit(contest.dense_rates(arena.epochs))
+    return contest.outcome(trainer, sum(forward_macs(hook.log, table, arena.epochs)), events=hook.log)
+
+
+def _even_fraction(spent, budget: float) -> float:
+    """The fraction that every layer loses so that no more than `budget` is spent, by bisection; 1 when that is too little."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > budget else (low, middle)
+    return high
+
+
+CONTENDERS = {"feature relevance": contend}

@@ -1,0 +1,103 @@
+"""What is measured on a trained or pruned network beside its accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from common.training import BatchSource, Hooks, Trainer
+
+Features = Literal["corner", "mean"]
+
+NEAR_ZERO = (1e-5, 1e-4, 1e-3, 1e-2)
+"""Thresholds of the near-zero counters."""
+
+
+@torch.no_grad()
+def near_zero(parameters: Sequence[Tensor], taus: Sequence[float] = NEAR_ZERO) -> list[int]:
+    """How many scalars are at most tau in size, for each tau; the paper counts all parameters, not only prunable ones."""
+    sizes = torch.cat([p.abs().flatten() for p in parameters])
+    return [int((sizes <= tau).sum()) for tau in taus]
+
+
+class NearZero(Hooks):
+    """Counts the network's near-zero parameters after every epoch, one row of `rows` each."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, int]] = []
+
+    def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
+        counts = near_zero(list(trainer.model.parameters()))
+        self.rows.append({f"near_zero_{tau:g}": count for tau, count in zip(NEAR_ZERO, counts)})
+
+    def state(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        self.rows = list(state["rows"])
+
+
+@torch.no_grad()
+def rank_correlation(weights: Sequence[Tensor], lambdas: Sequence[Tensor]) -> float:
+    """Spearman correlation of |w| with |lambda| over all penalised scalars."""
+    sizes, shrinkage = (torch.cat([t.abs().flatten() for t in part]).cpu().numpy() for part in (weights, lambdas))
+    return float(spearmanr(sizes, shrinkage).statistic)
+
+
+def densities(kept: Mapping[str, Tensor]) -> dict[str, float]:
+    """Share of kept weights per tensor."""
+    return {name: mask.double().mean().item() for name, mask in kept.items()}
+
+
+# ------------------------------------------------------------------------------------------ energy
+
+
+def features(outputs: Tensor, kind: Features) -> Tensor:
+    """One number per channel from convolution outputs [N, C, H, W] -> [N, C].
+
+    `corner` is the top-left pixel, which is what the authors' script looks at; `mean` is the average over the map.
+    """
+    return outputs[:, :, 0, 0] if kind == "corner" else outputs.mean((2, 3))
+
+
+def energy(values: Tensor) -> Tensor:
+    """Shares of the covariance's eigenvalues of `values` [N, C], largest first; all zero where nothing varies."""
+    covariance = values.double().T.cov(correction=1).reshape(values.shape[1], -1)
+    sizes = torch.linalg.eigvalsh(covariance).abs().sort(descending=True).values
+    total = sizes.sum()
+    return sizes / total if total > 0 else sizes
+
+
+def directions(shares: Tensor, wanted: float) -> int:
+    """Smallest number of leading directions that hold at least the wanted share; 0 where nothing varies."""
+    reached = shares.cumsum(0) >= wanted
+    return int(reached.int().argmax()) + 1 if reached.any() else 0
+
+
+@torch.no_grad()
+def convolution_features(
+    model: nn.Module, batches: BatchSource, kinds: Sequence[Features]
+) -> dict[Features, dict[str, Tensor]]:
+    """Features of every convolution over one pass of `batches` in evaluation mode: kind -> layer -> [N, C]."""
+    found: dict[Features, dict[str, list[Tensor]]] = {kind: {} for kind in kinds}
+
+    def keep(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            for kind in kinds:
+                found[kind].setdefault(name, []).append(features(output, kind))
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    model.eval()
+    try:
+        for images, _ in batches.epoch(0):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {kind: {name: torch.cat(parts) for name, parts in layers.items()} for kind, layers in found.items()}

@@ -1,0 +1,83 @@
+"""What is measured on an accuracy curve: how much can be removed, what it costs, how few parameters suffice.
+
+A curve is a sequence of parameter reductions R (ascending, from 0), the accuracies there, and for `iso_parameters` the
+parameters. Plain numbers in, plain numbers out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+# accuracies are ratios of small integers: a difference that equals tau must not fail by rounding
+ROUNDING = 1e-12
+
+
+def largest_reduction(
+    reduction: Sequence[float],
+    accuracy: Sequence[float],
+    tau: float,
+    mode: str = "interp",
+    reference: float | None = None,
+) -> float:
+    """R*: the largest reduction whose accuracy is at most `tau` below the reference (default: the unpruned network's).
+
+    strict: the last level before the first one that loses more. any: the largest level that does not. interp: as
+    strict, and on from there in a straight line to the crossing. 0 when the first level already falls short.
+    Raises ValueError for another mode.
+    """
+    floor = (accuracy[0] if reference is None else reference) - tau
+    holds = [a >= floor - ROUNDING for a in accuracy]
+    if mode == "any":
+        return max((r for r, ok in zip(reduction, holds, strict=True) if ok), default=0.0)
+    if mode not in ("strict", "interp"):
+        raise ValueError(f"unknown mode {mode!r}; known: strict, any, interp")
+    first = holds.index(False) if False in holds else len(holds)
+    if first in (0, len(holds)):
+        return 0.0 if first == 0 else reduction[-1]
+    before = reduction[first - 1]
+    if mode == "strict":
+        return before
+    share = (accuracy[first - 1] - floor) / (accuracy[first - 1] - accuracy[first])
+    return before + max(share, 0.0) * (reduction[first] - before)
+
+
+def stopping_level(accuracy: Sequence[float], tau: float, patience: int = 1) -> int:
+    """Index of the last level run when pruning stops after `patience` consecutive levels that lose more than `tau`."""
+    failures = 0
+    for index, value in enumerate(accuracy):
+        failures = failures + 1 if accuracy[0] - value > tau + ROUNDING else 0
+        if failures == patience:
+            return index
+    return len(accuracy) - 1
+
+
+def accuracy_drop(reduction: Sequence[float], accuracy: Sequence[float], at: float) -> float:
+    """Unpruned accuracy minus the accuracy at reduction `at`, linear between levels."""
+    return float(accuracy[0] - np.interp(at, reduction, accuracy))
+
+
+def mean_accuracy(reduction: Sequence[float], accuracy: Sequence[float], up_to: float) -> float:
+    """Area under the curve on [0, up_to] by the trapezoid rule, divided by `up_to`."""
+    inside = [r for r in reduction if r < up_to]
+    points = np.array([*inside, up_to])
+    return float(np.trapezoid(np.interp(points, reduction, accuracy), points) / up_to)
+
+
+def iso_parameters(parameters: Sequence[float], accuracy: Sequence[float], wanted: float) -> float | None:
+    """Fewest parameters before the curve first falls below accuracy `wanted`.
+
+    Linear in accuracy and logarithmic in parameters between levels; None when the unpruned network is below, the last
+    level's parameters when none is.
+    """
+    first = next((i for i, a in enumerate(accuracy) if a < wanted - ROUNDING), None)
+    if first == 0:
+        return None
+    if first is None:
+        return float(parameters[-1])
+    high, low = accuracy[first - 1], accuracy[first]
+    share = min(max((high - wanted) / (high - low), 0.0), 1.0)
+    logs = math.log(parameters[first - 1]), math.log(parameters[first])
+    return math.exp(logs[0] + share * (logs[1] - logs[0]))

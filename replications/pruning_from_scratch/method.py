@@ -1,0 +1,128 @@
+"""Pruning from scratch (Wang et al., AAAI 2020): gates, learned on a network whose weights are never trained.
+
+A gate multiplies the output of a batch norm, scale and shift both, before the activation. The gates of the
+whole network are learned while everything else stays as it was initialised; the largest ones tell which
+channels a small network gets (`structure.py`). That network is then built afresh and trained like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common import schedules
+from common.training import Hooks, Trainer
+
+REFERENCE_BATCH = 256
+"""The batch size for which the cosine recipe states its learning rate."""
+
+
+class Gates(Hooks):
+    """One gate per channel of the named batch norms of `model`, at first 1; everything else is frozen.
+
+    `weight` and `level` are lambda and s of the penalty (see `regulariser`). Only `values` [N] is for the
+    optimiser (`optimizer`); the forward pass uses batch-norm scales and shifts multiplied by the gates, which
+    is the same as multiplying the outputs. `epochs` holds a copy of the gates after each epoch.
+    Source: learn_gates.py of the paper's release.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], weight: float, level: float):
+        model.requires_grad_(False)
+        self.weight, self.level = weight, level
+        self._names = list(names)
+        norms = [model.get_submodule(name) for name in names]
+        self._affine = [(norm.weight, norm.bias) for norm in norms]
+        self._sizes = [norm.num_features for norm in norms]
+        self.values = nn.Parameter(norms[0].weight.new_ones(sum(self._sizes)))
+        self.epochs: list[Tensor] = []
+
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam over the gates alone (betas .9 and .999, eps 1e-8, no weight decay)."""
+        return torch.optim.Adam([self.values])
+
+    def layers(self, values: Tensor | None = None) -> list[Tensor]:
+        """`values` [N] (default: the gates as they are now) cut into one vector for each gated layer."""
+        return list((self.values.detach() if values is None else values).split(self._sizes))
+
+    def weights(self, trainer: Trainer) -> dict[str, Tensor]:
+        effective = {}
+        for name, (scale, shift), gate in zip(self._names, self._affine, self.values.split(self._sizes)):
+            effective |= {f"{name}.weight": scale * gate, f"{name}.bias": shift * gate}
+        return effective
+
+    def loss(self, trainer: Trainer) -> Tensor:
+        return regulariser(self.values, self.weight, self.level)
+
+    @torch.no_grad()
+    def stepped(self, trainer: Trainer) -> None:
+        # a gate that reaches 0 stays there: neither the activation nor |g| has a gradient at 0
+        self.values.clamp_(0, 1)
+
+    def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
+        self.epochs.append(self.values.detach().clone())
+
+    def state(self) -> dict[str, Any]:
+        return {"values": self.values.detach().clone(), "epochs": list(self.epochs)}
+
+    def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        self.values.data.copy_(state["values"])
+        self.epochs = [values.to(self.values.device) for values in state["epochs"]]
+
+
+def regulariser(values: Tensor, weight: float, level: float) -> Tensor:
+    """weight * (mean |g| - level)^2 over all gates of a network, a scalar.
+
+    It draws the mean gate to `level` from both sides; its gradient at a gate of exactly 0 is 0.
+    """
+    return weight * (values.abs().mean() - level) ** 2
+
+
+def density(values: Tensor) -> float:
+    """The share of gates that are not exactly 0."""
+    return (values != 0).double().mean().item()
+
+
+def kept_epoch(accuracies: Sequence[float], densities: Sequence[float], level: float) -> tuple[int, bool]:
+    """Which epoch's gates are kept, and whether an eligible one was found.
+
+    Eligible are epochs whose density is at most `level`; the first of the best validation accuracy wins.
+    Without any (or with accuracies of 0 only) it is the last epoch.
+    """
+    eligible = [i for i, value in enumerate(densities) if value <= level and accuracies[i] > 0]
+    if not eligible:
+        return len(accuracies) - 1, False
+    return max(eligible, key=lambda i: (accuracies[i], -i)), True
+
+
+def budget_epochs(base: int, target: float) -> int:
+    """Epochs in which a network that is `target` cheaper costs what the base network's take; rounded down."""
+    return int((1 / (1 - target)) * base)
+
+
+def milestones(epochs: int, shares: Sequence[float] = (0.5, 0.75)) -> list[int]:
+    """Epochs (from 0) at which the learning rate drops, rounded down."""
+    return [int(share * epochs) for share in shares]
+
+
+def learning_rates(
+    schedule: Literal["multistep", "cosine"],
+    rate: float,
+    epochs: int,
+    per_epoch: int,
+    *,
+    drops: Sequence[float] = (0.5, 0.75),
+    batch_size: int = REFERENCE_BATCH,
+) -> list[float]:
+    """One rate per iteration, the same throughout an epoch.
+
+    multistep: a tenth at each of the shares `drops` of training, rounded down to an epoch. cosine: towards 0,
+    from a `rate` that grows with the batch size (as given for 256 images). Source: scripts of the paper's
+    release.
+    """
+    if schedule == "multistep":
+        return schedules.multistep(rate, epochs, per_epoch, milestones(epochs, drops))
+    by_epoch = schedules.cosine(rate * batch_size / REFERENCE_BATCH, epochs, per_epoch=1)
+    return [value for value in by_epoch for _ in range(per_epoch)]
