@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from common.settings import AugmentationSettings, DatasetSettings, SettingsError, stream
 
 SPLITS = ("train", "validation", "test")
+Arrays = dict[str, np.ndarray]
 DIGITS_SHA256 = "65e5b4619795efb40c1082f4c350c049e4ad552200d369b6ae99e21eef5e72c5"
 DIGITS_TEST = 1000
 
@@ -200,9 +202,12 @@ class FixedBatches:
 def load(settings: DatasetSettings) -> Dataset:
     """The data set that the settings name, split and ready to train on (on the CPU).
 
-    All but the embedded digits are read from the file that `common.prepare` made. Raises DataError.
+    A local `.npz` is read as it is; all else but the embedded digits from the file that `common.prepare` made.
+    Raises DataError naming what is missing, damaged, wrongly shaped or wrongly labelled.
     """
-    return _digits(settings) if settings.source == "digits" else _prepared(settings)
+    if settings.source == "digits":
+        return _digits(settings)
+    return _split(settings, _local(settings) if settings.source == "npz" else _prepared(settings))
 
 
 @functools.lru_cache(maxsize=64)
@@ -210,7 +215,13 @@ def fingerprint(settings: DatasetSettings) -> str:
     """SHA-256 of the images and labels that the settings name, before any split. Raises DataError."""
     if settings.source == "digits":
         return DIGITS_SHA256
-    return str(_open_prepared(settings, "sha256")["sha256"])
+    if settings.source != "npz":
+        return str(_opened(settings.prepared, settings, "sha256")["sha256"])
+    try:
+        with open(settings.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{settings.path}: cannot be read: {error.strerror}") from None
 
 
 def _digits(settings: DatasetSettings) -> Dataset:
@@ -252,16 +263,52 @@ def make_dataset(
     )
 
 
-def _open_prepared(settings: DatasetSettings, *keys: str) -> dict[str, np.ndarray]:
-    path = settings.prepared
+def _opened(path: str | Path, settings: DatasetSettings, *keys: str) -> Arrays:
+    """Arrays of an .npz file, all or those called `keys`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in keys or file.files}
     except FileNotFoundError:
-        make = "`dvc repro data` or `python -m common.prepare` makes it"
-        raise DataError(f"{path}: the prepared file of {settings.origin} is not there; {make}") from None
+        make = "" if settings.source == "npz" else "; `dvc repro data` or `python -m common.prepare` makes it"
+        raise DataError(f"{path}: the array file of {settings.origin} is not there{make}") from None
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise DataError(f"{path}: damaged ({error}); delete it and run `python -m common.prepare`") from None
+        raise DataError(f"{path}: not a readable .npz file, or damaged: {error}") from None
+
+
+def checked(arrays: Arrays, origin: str) -> Arrays:
+    """x_train, y_train, x_test, y_test (uint8 [N, H, W, C] and int64 [N]), `classes`, and `scale` if it is not 255.
+
+    Images may come as [N, H, W], classes may be absent. origin: what messages call the data. Raises DataError.
+    """
+    for key in ("x_train", "y_train", "x_test", "y_test"):
+        if key not in arrays:
+            raise DataError(f"{origin}: {key} is missing; x_train, y_train, x_test and y_test are needed")
+    numbers = [str(number) for number in range(int(arrays["y_train"].max(initial=-1)) + 1)]
+    classes = np.asarray(arrays.get("classes", numbers), dtype=str)
+    found = {"classes": classes} | {key: arrays[key] for key in ("scale",) if key in arrays}
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        x = x[..., None] if x.ndim == 3 else x
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or len(x) == 0:
+            raise DataError(f"{origin}: x_{split} is {x.dtype} {x.shape}; uint8 [N, height, width, 1 or 3] is needed")
+        if y.shape != (len(x),) or y.dtype.kind not in "iu":
+            raise DataError(f"{origin}: y_{split} is {y.dtype} {y.shape} for {len(x)} images; a whole number each is needed")
+        wrong = np.flatnonzero((y < 0) | (y >= len(classes)))
+        if len(wrong):
+            example = f"y_{split}[{wrong[0]}] = {y[wrong[0]]}"
+            raise DataError(f"{origin}: {example}, but there are {len(classes)} classes (0 to {len(classes) - 1})")
+        found |= {f"x_{split}": x, f"y_{split}": y.astype(np.int64)}
+    absent = set(range(len(classes))) - set(np.unique(found["y_train"]).tolist())
+    if absent:
+        raise DataError(f"{origin}: no training image of class {classes[min(absent)]} (label {min(absent)})")
+    if found["x_train"].shape[1:] != found["x_test"].shape[1:]:
+        shapes = f"{found['x_train'].shape[1:]} and {found['x_test'].shape[1:]}"
+        raise DataError(f"{origin}: training and test images have different shapes, {shapes}")
+    return found
+
+
+def _local(settings: DatasetSettings) -> Arrays:
+    return checked(_opened(settings.path, settings), settings.path)
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -273,11 +320,15 @@ def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
     return content.hexdigest()
 
 
-def _prepared(settings: DatasetSettings) -> Dataset:
-    """The data of a file that `common.prepare` wrote, checked against the digest in it."""
-    arrays = _open_prepared(settings)
+def _prepared(settings: DatasetSettings) -> Arrays:
+    """What `common.prepare` wrote, checked against the digest in it."""
+    arrays = _opened(settings.prepared, settings)
     if content_digest({k: v for k, v in arrays.items() if k != "sha256"}) != str(arrays.get("sha256")):
         raise DataError(f"{settings.prepared}: damaged (its digest does not match); delete it and prepare it again")
+    return arrays
+
+
+def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
     images = np.concatenate([arrays["x_train"], arrays["x_test"]])
     labels = np.concatenate([arrays["y_train"], arrays["y_test"]])
     count = len(arrays["y_train"])

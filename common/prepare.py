@@ -1,8 +1,7 @@
 """`python -m common.prepare`: bring every data set of a profile into one checked array file each, once.
 
 The stage `data` of the pipeline. torchvision downloads and verifies its own data sets (into `data/downloads`, which
-survives a broken attempt); local `.npz` files and image folders are checked and converted. Training reads only the
-prepared files.
+survives a broken attempt); image folders are converted. A local `.npz` already is such a file and is read as it is.
 """
 
 from __future__ import annotations
@@ -12,58 +11,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
-from common.datasets import SPLITS, DataError, content_digest, load, stratified
+from common.datasets import SPLITS, Arrays, DataError, checked, content_digest, load, stratified
 from common.settings import PARAMS_FILE, DatasetSettings, SettingsError, profile_datasets, stream
 
 DOWNLOADS = Path("data/downloads")
-Arrays = dict[str, np.ndarray]
 
 
 def prepare(settings: DatasetSettings) -> Arrays:
-    """The arrays x_train, y_train, x_test, y_test (uint8 [N, H, W, C] and int64 [N]) and `classes` of a data set.
-
-    An `.npz` may also hold `scale`, the pixel value that means 1.0, where it is not 255.
-
-    Raises DataError naming what is missing, damaged, wrongly shaped or wrongly labelled.
-    """
-    arrays = _SOURCES[settings.source](settings)
-    for key in ("x_train", "y_train", "x_test", "y_test"):
-        if key not in arrays:
-            raise DataError(f"{settings.origin}: {key} is missing; x_train, y_train, x_test and y_test are needed")
-    scale = {"scale": arrays["scale"]} if "scale" in arrays else {}
-    arrays["classes"] = np.asarray(arrays.get("classes", _numbers(arrays["y_train"])), dtype=str)
-    for split in ("train", "test"):
-        _check(settings.origin, split, arrays)
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        shapes = f"{arrays['x_train'].shape[1:]} and {arrays['x_test'].shape[1:]}"
-        raise DataError(f"{settings.origin}: training and test images have different shapes, {shapes}")
-    return {key: arrays[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")} | scale
-
-
-def _numbers(labels: np.ndarray) -> list[str]:
-    return [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
-
-
-def _check(origin: str, split: str, arrays: Arrays) -> None:
-    x, y, classes = arrays[f"x_{split}"], arrays[f"y_{split}"], arrays["classes"]
-    if x.ndim == 3:
-        x = arrays[f"x_{split}"] = x[..., None]
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or len(x) == 0:
-        raise DataError(f"{origin}: x_{split} is {x.dtype} {x.shape}; uint8 [N, height, width, 1 or 3] is needed")
-    if y.shape != (len(x),) or y.dtype.kind not in "iu":
-        raise DataError(f"{origin}: y_{split} is {y.dtype} {y.shape} for {len(x)} images; one whole number each is needed")
-    wrong = np.flatnonzero((y < 0) | (y >= len(classes)))
-    if len(wrong):
-        found = f"y_{split}[{wrong[0]}] = {y[wrong[0]]}"
-        raise DataError(f"{origin}: {found}, but there are {len(classes)} classes (0 to {len(classes) - 1})")
-    absent = set(range(len(classes))) - set(np.unique(y).tolist())
-    if split == "train" and absent:
-        raise DataError(f"{origin}: no training image of class {classes[min(absent)]} (label {min(absent)})")
-    arrays[f"y_{split}"] = y.astype(np.int64)
+    """The checked arrays of a data set that is not one array file yet, see `common.datasets.checked`. Raises DataError."""
+    return checked(_SOURCES[settings.source](settings), settings.origin)
 
 
 def _downloaded(make: Callable, origin: str):
@@ -165,20 +124,11 @@ def _without_test(images: np.ndarray, labels: np.ndarray, settings: DatasetSetti
     return {"x_train": images[train], "y_train": labels[train], "x_test": images[test], "y_test": labels[test]}
 
 
-def _npz(settings: DatasetSettings) -> Arrays:
-    try:
-        with np.load(settings.path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise DataError(f"{settings.path}: not a readable .npz file: {error}") from None
-
-
 _SOURCES: dict[str, Callable[[DatasetSettings], Arrays]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
     "svhn": _svhn,
     "caltech101": _caltech101,
-    "npz": _npz,
     "folder": _folder,
 }
 
@@ -204,11 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     manifest = {}
     try:
         for settings in profile_datasets(options.params, options.profile):
-            if settings.source != "digits" and not settings.prepared.exists():
-                write(settings.prepared, prepare(settings))
-            data = load(settings)
-            counts = {split: len(data.labels[split]) for split in SPLITS}
-            manifest[settings.origin] = {"classes": data.classes, "digest": data.digest, "images": counts}
+            if settings.source in _SOURCES:
+                if not settings.prepared.exists():
+                    write(settings.prepared, prepare(settings))
+                data = load(settings)
+                counts = {split: len(data.labels[split]) for split in SPLITS}
+                manifest[settings.origin] = {"classes": data.classes, "digest": data.digest, "images": counts}
         folder = Path("data/prepared")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -110,15 +110,13 @@ def _arrays(**changes):
 
 @pytest.fixture
 def npz(tmp_path, monkeypatch):
-    """Settings for a local .npz with the given arrays, prepared in an empty working folder."""
+    """Settings for a local .npz with the given arrays, in an otherwise empty working folder."""
     monkeypatch.chdir(tmp_path)
     datasets.fingerprint.cache_clear()
 
     def make(**changes):
         np.savez("mine.npz", **_arrays(**changes))
-        settings = DatasetSettings(source="npz", path="mine.npz", validation=8)
-        write(settings.prepared, prepare(settings))
-        return settings
+        return DatasetSettings(source="npz", path="mine.npz", validation=8)
 
     return make
 
@@ -136,20 +134,25 @@ def npz(tmp_path, monkeypatch):
 )
 def test_wrong_npz_is_named(npz, changes, message):
     with pytest.raises(DataError, match=message):
-        npz(**changes)
+        load(npz(**changes))
 
 
-def test_local_npz_is_prepared_and_loaded(npz):
+def test_local_npz_is_loaded(npz):
     settings = npz()
     data = load(settings)
     assert data.classes == 4 and data.image_shape == (3, 8, 8)
     assert [len(data.labels[s]) for s in datasets.SPLITS] == [32, 8, 10]
     assert np.array_equal(data.images["test"].numpy(), _arrays()["x_test"])
-    assert len(datasets.fingerprint(settings)) == 64
+    assert datasets.fingerprint(settings) == hashlib.sha256(open("mine.npz", "rb").read()).hexdigest()
+    with pytest.raises(DataError, match="nowhere.npz: the array file of nowhere.npz is not there"):
+        load(DatasetSettings(source="npz", path="nowhere.npz"))
 
 
-def test_a_missing_or_damaged_prepared_file_is_named(npz):
-    settings = npz()
+def test_a_missing_or_damaged_prepared_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = DatasetSettings(source="cifar10", validation=8)
+    write(settings.prepared, datasets.checked(_arrays(), "cifar10"))
+    assert [len(load(settings).labels[s]) for s in datasets.SPLITS] == [32, 8, 10]
     content = bytearray(settings.prepared.read_bytes())
     for change, message in ((1, "digest does not match|damaged"), (-900, "damaged")):
         broken = bytes(content[:change]) if change < 0 else bytes(content[:2000]) + b"?" + bytes(content[2001:])
@@ -157,10 +160,8 @@ def test_a_missing_or_damaged_prepared_file_is_named(npz):
         with pytest.raises(DataError, match=message):
             load(settings)
     settings.prepared.unlink()
-    with pytest.raises(DataError, match="mine.npz is not there.*common.prepare"):
+    with pytest.raises(DataError, match="cifar10 is not there.*common.prepare"):
         load(settings)
-    with pytest.raises(DataError, match="nowhere.npz: not a readable"):
-        prepare(DatasetSettings(source="npz", path="nowhere.npz"))
 
 
 def _write_images(root, classes, per_class, size=(20, 12)):
