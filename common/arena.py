@@ -31,7 +31,7 @@ class Arena(Strict):
     """What all contenders share."""
 
     architecture: str = "vgg_t8"
-    epochs: Count = 40
+    epochs: Count = 20
     batch_size: Count = 64
     learning_rate: Rate = 0.1
     milestones: tuple[Share, ...] = (0.5, 0.75)

@@ -29,7 +29,7 @@ class Settings(PaperSettings):
     """What the comparison is made of."""
 
     arena: Arena = Arena()
-    targets: Targets = (0.5, 0.75, 0.9)
+    targets: Targets = (0.75, 0.9, 0.95)
     """Shares of the dense network's parameters that are removed: the operating points."""
     retraining: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the epochs after pruning, for the controls that prune a trained network."""

@@ -1,0 +1,24 @@
+"""IMP with SLR on equal footing: three quarters of the epochs dense, one pruning, the rest retraining."""
+
+from common.arena import Contest
+from common.pruning.masks import KeepMasked, Masks
+from common.runs import Outcome
+from replications.imp_slr.method import History, Retraining, prune_and_retrain
+
+
+def contend(contest: Contest) -> Outcome:
+    """Train, prune by global magnitude to the contest's share of parameters, retrain with SLR."""
+    after = max(1, contest.arena.epochs // 4)
+    before = contest.arena.epochs - after
+    rates = contest.dense_rates(before)
+    model = contest.network()
+    masks = Masks.dense(model)
+    trainer = contest.trainer(model, KeepMasked(masks))
+    trainer.fit(rates, "dense")
+    # IMP begins with a new optimiser
+    trainer.optimizer.state.clear()
+    prune_and_retrain(trainer, masks, contest.sparsity(model), [after], Retraining("SLR", History(rates), before))
+    return contest.outcome(trainer)
+
+
+CONTENDERS = {"IMP + SLR": contend}

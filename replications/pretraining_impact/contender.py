@@ -1,0 +1,39 @@
+"""The paper's pruning loop on equal footing: filters of least L1 norm go in steps, from a network trained from scratch."""
+
+import torch
+
+from common.arena import Contest
+from common.pruning import channels
+from common.pruning.counting import cost
+from common.runs import Outcome
+from replications.pretraining_impact.filters import Selection, choose, filter_widths, fractions_for_reductions
+
+STEPS = 3
+
+
+def contend(contest: Contest) -> Outcome:
+    """Half of the epochs dense, then in STEPS equal parts: remove filters towards the contest's share, train on."""
+    model = contest.network()
+    original = filter_widths(model)
+
+    def parameters(widths: list[int]) -> int:
+        return sum(parameter.numel() for parameter in contest.shape_of(widths).parameters())
+
+    reductions = [contest.run.target * (step + 1) / STEPS for step in range(STEPS)]
+    fractions = fractions_for_reductions(parameters, original, reductions)
+    dense = contest.arena.epochs // 2
+    parts = [len(part) for part in torch.arange(contest.arena.epochs - dense).tensor_split(STEPS)]
+    trainer = contest.trainer(model)
+    trainer.fit(contest.dense_rates(dense), "dense")
+    shape = contest.data.image_shape
+    spent = cost(model, shape)["macs"] * dense
+    for fraction, epochs in zip(fractions, parts):
+        channels.remove(model, choose(model, fraction, original, Selection()), trainer.optimizer)
+        # as in the paper's loop, the optimiser starts anew after each removal
+        trainer.optimizer.state.clear()
+        trainer.fit(contest.dense_rates(epochs), f"after removing {fraction:.2f}")
+        spent += cost(model, shape)["macs"] * epochs
+    return contest.outcome(trainer, spent, widths=filter_widths(model))
+
+
+CONTENDERS = {"L1 filters": contend}
