@@ -132,9 +132,9 @@ def _at_macs(run: Run, context: Context) -> Outcome:
     points = sorted((need.record["cost"]["sparse_macs"], need.record["metrics"]["test_accuracy"]) for need in context.needs)
     macs, accuracy = np.array(points, dtype=float).T
     dense = context.needs[0].record["cost"]
-    wanted = (1 - run.target) * dense["macs"]
+    wanted = round((1 - run.target) * dense["macs"])
     if not macs[0] <= wanted <= macs[-1]:
-        raise RunFailed(f"its runs reach from {macs[0]:.0f} to {macs[-1]:.0f} MACs; {wanted:.0f} lies outside")
+        raise RunFailed(f"its runs reach from {macs[0]:.0f} to {macs[-1]:.0f} MACs; {wanted} lies outside")
     found = float(np.interp(np.log(wanted), np.log(macs), accuracy))
-    costs = {"sparse_macs": round(wanted), "dense_macs": dense["macs"], "dense_parameters": dense["dense_parameters"]}
+    costs = {"sparse_macs": wanted, "dense_macs": dense["macs"], "dense_parameters": dense["dense_parameters"]}
     return Outcome({"test_accuracy": found}, costs, details={"interpolated": True})

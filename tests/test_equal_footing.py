@@ -1,0 +1,79 @@
+"""Equal footing: every contender and control keeps to its parameters and epochs; interpolation does not extrapolate."""
+
+import pytest
+
+from common.arena import Arena, Contest
+from common.runs import Context, Needed, Run
+from common.settings import DatasetSettings, ExecutionSettings, Profile
+from common.training import Compute, RunFailed
+from replications.equal_footing import protocol
+
+DATA = DatasetSettings(train=120, validation=50)
+ARENA = Arena(epochs=8, batch_size=40)
+
+
+def _contest(variant: str, target: float, arena: Arena = ARENA) -> Contest:
+    settings = {"data": DATA.model_dump(mode="json"), "arena": arena.model_dump(mode="json"), "retraining": 0.25}
+    run = Run("equal_footing", variant, "digits", arena.architecture, target, 0, settings)
+    return Contest(run, Context(run, Compute.choose("cpu", "float32"), ()), arena)
+
+
+def _methods() -> dict:
+    return protocol.CONTROLS | {name: entry for name, (_, entry) in protocol.contenders().items()}
+
+
+def test_every_paper_enters():
+    entered = {paper for paper, _ in protocol.contenders().values()}
+    assert entered == {"imp_slr", "halo", "feature_relevance", "pruning_from_scratch", "pretraining_impact"}
+
+
+@pytest.mark.parametrize("method", _methods())
+def test_a_method_keeps_to_its_share_of_parameters_and_epochs(method):
+    contest = _contest(method, 0.75)
+    outcome = _methods()[method](contest)
+    cost = outcome.cost
+    assert cost["dense_parameters"] == contest.parameters
+    assert 0.2 * contest.parameters < cost["nonzero_parameters"] <= 0.26 * contest.parameters
+    assert len(outcome.curves) <= ARENA.epochs and cost["training_macs"] > 0
+    assert {"test_accuracy", "validation_accuracy"} <= set(outcome.metrics)
+
+
+def test_more_epochs_than_the_arena_allows_are_a_failure():
+    contest = _contest("dense", 0.0)
+    trainer = contest.trainer(contest.network())
+    trainer.fit(contest.dense_rates(ARENA.epochs + 1))
+    with pytest.raises(RunFailed, match="trained for 9 epochs; the arena allows 8"):
+        contest.outcome(trainer)
+
+
+def test_a_share_that_masks_cannot_meet_is_named():
+    contest = _contest("global magnitude", 0.999)
+    with pytest.raises(RunFailed, match="only a share of 0.99.* are prunable weights; 0.999 must go"):
+        contest.sparsity(contest.network())
+
+
+def _point(macs: int, accuracy: float) -> Needed:
+    cost = {"sparse_macs": macs, "macs": 1000, "dense_parameters": 500}
+    return Needed({"cost": cost, "metrics": {"test_accuracy": accuracy}}, None)
+
+
+def test_accuracy_at_a_share_of_the_macs_is_interpolated_and_not_extrapolated():
+    needs = (_point(1000, 0.9), _point(400, 0.8), _point(100, 0.6))
+    at = lambda target: _at(target, needs).metrics["test_accuracy"]  # noqa: E731
+    assert at(0.6) == pytest.approx(0.8) and at(0.9) == pytest.approx(0.6)
+    assert at(0.8) == pytest.approx(0.7)  # 200 is the geometric mean of 100 and 400
+    with pytest.raises(RunFailed, match="reach from 100 to 1000 MACs; 50 lies outside"):
+        at(0.95)
+
+
+def _at(target: float, needs: tuple):
+    run = Run("equal_footing", "x" + protocol.AT_MACS, "digits", "vgg_t8", target, 0, {})
+    return protocol.execute(run, Context(run, Compute.choose("cpu", "float32"), needs))
+
+
+def test_all_methods_run_at_all_targets_and_seeds():
+    settings = protocol.Settings(seeds=(0, 1))
+    profile = Profile(name="digits", dataset=DATA, execution=ExecutionSettings(), paper=settings)
+    found = {(run.variant, run.target, run.seed) for run in protocol.runs(profile)}
+    methods = len(_methods())
+    assert len(found) == 2 * (1 + 2 * methods * len(settings.targets))
