@@ -125,7 +125,7 @@ class Context:
     run: Run
     compute: Compute
     needs: tuple[Needed, ...]
-    checkpoints: ScratchCheckpoints | None = None
+    checkpoints: RunCheckpoints | None = None
 
     def dataset(self, settings: DatasetSettings | Mapping[str, Any]) -> datasets.Dataset:
         """The data set on this run's device; loaded once per process."""
@@ -155,7 +155,7 @@ class Context:
             validation=datasets.Batches(data, "validation", EVALUATION_BATCH),
             seed=seed,
             compute=self.compute,
-            checkpoints=self.checkpoints,
+            checkpoints=self.checkpoints and self.checkpoints.of_next_trainer(),
             **options,
         )
 
@@ -219,7 +219,7 @@ def _unpack(content: bytes | None) -> dict[str, Any] | None:
 
 
 class ScratchCheckpoints:
-    """Checkpoints of the fits of one run, written at most once a minute; a fit that is shorter is simply redone."""
+    """Checkpoints of the fits of one trainer, written at most once a minute; a fit that is shorter is simply redone."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -235,6 +235,18 @@ class ScratchCheckpoints:
         if time.monotonic() - self._last > CHECKPOINT_SECONDS or (finished and path.exists()):
             save_checked(path, _pack(state()))
             self._last = time.monotonic()
+
+
+class RunCheckpoints:
+    """The checkpoints of one run; its trainers are numbered in the order in which it makes them."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._trainers = itertools.count()
+
+    def of_next_trainer(self) -> ScratchCheckpoints:
+        """Where the next trainer of the run keeps its state."""
+        return ScratchCheckpoints(self._folder / f"trainer-{next(self._trainers)}")
 
     def clear(self) -> None:
         """Remove all states; called when the run has its record."""
@@ -275,9 +287,9 @@ class Store:
             return None
         return entry
 
-    def checkpoints(self, run: Run) -> ScratchCheckpoints:
+    def checkpoints(self, run: Run) -> RunCheckpoints:
         """Where the run keeps its state while it trains."""
-        return ScratchCheckpoints(self.folder / f"{self.key(run)}.part")
+        return RunCheckpoints(self.folder / f"{self.key(run)}.part")
 
 
 def data_prints(run: Run) -> list[str]:

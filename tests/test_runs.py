@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from project import add_example, copy, environment, params, run
 
-from common.runs import Run, in_order, load_checked, save_checked
+from common.runs import Run, RunCheckpoints, in_order, load_checked, save_checked
 
 STAGE = ("python", "-m", "replications", "run", "example")
 RESULTS = ("results/digits/example.jsonl", "results/digits/example.curves.jsonl")
@@ -196,3 +196,14 @@ def test_checked_files_survive_and_show_damage(tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-1])
     assert load_checked(file) is None and "x.bin: damaged" in capsys.readouterr().err
     assert load_checked(tmp_path / "absent") is None
+
+
+def test_two_trainers_of_a_run_keep_their_states_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.runs.CHECKPOINT_SECONDS", -1.0)
+    checkpoints = RunCheckpoints(tmp_path / "run.part")
+    for number in range(2):
+        checkpoints.of_next_trainer().offer(0, lambda n=number: {"trainer": n}, finished=False)
+    again = RunCheckpoints(tmp_path / "run.part")
+    assert [again.of_next_trainer().load(0) for _ in range(2)] == [{"trainer": 0}, {"trainer": 1}]
+    again.clear()
+    assert not (tmp_path / "run.part").exists()

@@ -302,6 +302,27 @@ def test_holm_counts_every_comparison_of_a_papers_claims_and_no_opposite_test():
     assert judge_paper([two[0], untested], records)[0]["comparisons"] == alone["comparisons"]
 
 
+def test_claims_that_an_interval_contradicts_do_not_weigh_on_the_opposite_tests():
+    better = claim(id="A", direction="lower")
+    others = [claim("equivalence", id="B", margin={"other": 0.01}), claim("difference", id="C")]
+    alone, together = (judge_paper(claims, pair(0.003))[0] for claims in ([better], [better, *others]))
+    (one,), (other,) = alone["comparisons"], together["comparisons"]
+    assert one["p_opposite_holm"] == other["p_opposite_holm"] < 0.05
+
+
+def test_targets_are_the_same_up_to_rounding_error():
+    found = judge_one(claim(targets={"other": [0.3]}), pair(0.02, target=0.1 + 0.2))
+    assert found["verdict"] == "replicated"
+
+
+def test_the_weakest_comparison_decides_what_all_must_show_and_the_strongest_what_one_may():
+    records = pair(0.02, target=0.5) + pair(0.01, target=0.9, seed=1) + pair(0.03, target=0.95, seed=2)
+    for require, target in (("all", 0.9), ("any", 0.95)):
+        found = judge(claim(require=require), records)
+        assert found["verdict"] == "replicated" and f"target {target}:" in found["reason"]
+        assert found["comparisons"][found["deciding"]]["target"] == target
+
+
 def test_the_numbers_of_a_comparison_by_hand():
     found = judge_one(claim(scale="points"), runs("new", [0.92, 0.93, 0.97]) + runs("old", [0.9, 0.92, 0.94]))
     differences = np.array([0.02, 0.01, 0.03])

@@ -156,7 +156,8 @@ def _numbers(comparison: Comparison) -> str:
     if claim.test == "sign":
         agree = f"{round(comparison.estimate * comparison.n)} of {comparison.n} cells"
         share = f"95% interval of the share {comparison.low:.2f} to {comparison.high:.2f}"
-        return f"{agree}: {treatment} is {claim.direction} than {control} ({share}, Holm {_p(comparison.p_holm)})"
+        evidence = f"({share}, Holm {_p(comparison.p_holm)})"
+        return f"{agree}: {treatment} is {claim.direction} than {control} {evidence}"
     joint = " over " if claim.scale == "ratio" else " minus "
     subject = treatment + (joint + control if control else "")
     if claim.test == "count":

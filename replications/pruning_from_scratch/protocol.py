@@ -26,7 +26,6 @@ from common.settings import (
     PaperSettings,
     Profile,
     Rate,
-    Seeds,
     SettingsError,
     Share,
     Sparsity,
@@ -62,6 +61,8 @@ PUBLISHED_GATE_IMAGES = 10 * 45_000
 PUBLISHED_BASE_IMAGES = 160 * 50_000
 
 ON_RANDOM, ON_TRAINED = "gates-on-random-weights", "gates-on-trained-weights"
+# marks records of work that other runs share and that are no results by themselves
+INTERMEDIATE = {"intermediate": True}
 
 Variant = Literal[
     "pfs-e", "pfs-b", "trained-gates-e", "trained-gates-b", "random-gates-e", "random-gates-b",
@@ -138,7 +139,6 @@ class ArchitectureSettings(Strict):
 class Settings(PaperSettings):
     """Settings of the paper; the defaults are those of the 8x8 digits."""
 
-    seeds: Seeds = tuple(range(8))
     architectures: Annotated[tuple[ArchitectureSettings, ...], Field(min_length=1)] = (
         ArchitectureSettings(),
     )
@@ -284,6 +284,7 @@ class _Job:
         """The widened network, trained: what the control learns its gates on."""
         model = self.wide.build(seed=self.seed("widened network"))
         outcome = self.trained(model, self.training.epochs)
+        outcome.details |= INTERMEDIATE
         outcome.state = dict(model.state_dict())
         return outcome
 
@@ -324,7 +325,7 @@ class _Job:
             model.load_state_dict(self.context.needs[0].state)
         options = GateSettings.model_validate(self.run.settings["gates"])
         trainer, gates, found = learned(self.context, self.data, self.wide, model, options)
-        outcome = self.measured(trainer, found)
+        outcome = self.measured(trainer, found | INTERMEDIATE)
         values = gates.values.detach()
         outcome.metrics |= {
             "density": density(values),

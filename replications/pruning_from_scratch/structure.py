@@ -62,8 +62,11 @@ class Layout:
         """
         fixed = {**_OPTIONS.get(models.architecture(architecture).network, {}), **(options or {})}
         shape = tuple(image_shape)
+        own = {"classes": classes, "image_shape": shape, "widths": None, "seed": 0, "device": "meta"}
+        if taken := sorted(own.keys() & fixed):
+            raise SettingsError(f"architecture {architecture!r}: {taken[0]!r} is not an option")
         try:
-            model = models.build(architecture, classes=classes, image_shape=shape, device="meta", **fixed)
+            model = models.build(architecture, **own, **fixed)
         except (ValueError, TypeError) as error:
             raise SettingsError(f"architecture {architecture!r} for images of {shape}: {error}") from None
         bare = [
@@ -134,7 +137,7 @@ class Ranking:
 
     @classmethod
     def of(cls, gates: list[Tensor], ties: Literal["first", "random"] = "first", seed: int = 0) -> Ranking:
-        """Rank gates. Of equal ones the first (earlier layer, then channel) precedes, or a drawn one (`random`)."""
+        """Rank gates; of equal ones the first leads (by layer, then channel), or a drawn one (`random`)."""
         values = torch.cat([gate.detach().reshape(-1).cpu() for gate in gates])
         before = torch.arange(len(values))
         if ties == "random":
@@ -147,7 +150,7 @@ class Ranking:
         return cls(values, sizes, rank, place)
 
     def masks(self, keep: int, min_channels: int = 1) -> list[Tensor]:
-        """Boolean masks: the `keep` first gates, and the `min_channels` first of each layer (or all it has)."""
+        """Boolean masks: the `keep` first gates and the `min_channels` first of each layer, or all it has."""
         return list(((self.rank < keep) | (self.place < min_channels)).split(self.sizes))
 
     def tied_share(self, keep: int) -> float:
@@ -195,6 +198,7 @@ class Structure:
         """The candidate that is returned."""
         return self.tried[self.chosen]
 
+
 def keep_count(gates: int, dropped: float) -> int:
     """How many of `gates` remain when the share `dropped` goes, rounded half to even."""
     return round(gates * (1 - dropped))
@@ -211,7 +215,7 @@ def search(
     min_channels: int = 1,
     returned: Literal["last", "best"] = "best",
 ) -> Structure:
-    """Bisect the share of dropped gates until the cost is `target` below `reference`, that of the base network.
+    """Bisect the share of dropped gates until the cost is `target` below `reference`, the base network's.
 
     Ends when |reduction - target| / target <= tolerance. Returns the candidate tried last, or the nearest one
     (the first of equals). A target that no structure meets is a status of the result, not an error. Raises

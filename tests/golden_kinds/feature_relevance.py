@@ -25,7 +25,10 @@ def _weighted(inputs, rule, *layout):
     x, weight, of_output = (_tensor(inputs[key]) for key in ("x", "weight", "relevance_out"))
     found = rule(x, weight, of_output, *layout, alpha=inputs["alpha"])
     totals = {"total_in": found.sum().item(), "total_out": of_output.sum().item()}
-    return {"relevance_in": found.tolist(), "channel_mean": found.flatten(2).mean(2).tolist() if found.ndim > 2 else []} | totals
+    return {
+        "relevance_in": found.tolist(),
+        "channel_mean": found.flatten(2).mean(2).tolist() if found.ndim > 2 else [],
+    } | totals
 
 
 def relprop_linear(case, document):
@@ -44,7 +47,9 @@ def relprop_maxpool2d(case, document):
 
 def relprop_avgpool2d(case, document):
     inputs = case["inputs"]
-    found = relevance.avg_pool2d(_tensor(inputs["x"]), _tensor(inputs["relevance_out"]), (inputs["kernel"],) * 2)
+    found = relevance.avg_pool2d(
+        _tensor(inputs["x"]), _tensor(inputs["relevance_out"]), (inputs["kernel"],) * 2
+    )
     return {"relevance_in": found.tolist()}
 
 
@@ -81,8 +86,13 @@ def _chain(layers, classes, image_shape):
         if layer["type"] in ("conv2d", "batchnorm2d", "relu", "maxpool2d") and not linears:
             features.append(layer)
     convolutions = [layer for layer in features if layer["type"] == "conv2d"]
-    options = {"kernel": len(convolutions[0]["weight"][0][0]), "padding": [layer["padding"] for layer in convolutions]}
-    model = ConvNet(classes, image_shape, None, cfg=cfg, hidden=hidden[:-1], head="flatten", dropout=0.0, **options)
+    options = {
+        "kernel": len(convolutions[0]["weight"][0][0]),
+        "padding": [layer["padding"] for layer in convolutions],
+    }
+    model = ConvNet(
+        classes, image_shape, None, cfg=cfg, hidden=hidden[:-1], head="flatten", dropout=0.0, **options
+    )
     names = {f"features.{i}": layer for i, layer in enumerate(features)}
     return model, names | {f"classifier.{3 * i}": layer for i, layer in enumerate(linears)}
 
@@ -105,7 +115,10 @@ def _resnet(layers, classes, image_shape):
             if key.startswith(("conv", "bn")):
                 names[f"layer1.{i}.{key}"] = layer
         if case["shortcut"]:
-            names |= {f"layer1.{i}.shortcut.0": case["shortcut"]["conv"], f"layer1.{i}.shortcut.1": case["shortcut"]["bn"]}
+            names |= {
+                f"layer1.{i}.shortcut.0": case["shortcut"]["conv"],
+                f"layer1.{i}.shortcut.1": case["shortcut"]["bn"],
+            }
         channels_in = outputs
     model.layer1 = nn.Sequential(*built)
     return model, names
@@ -113,7 +126,9 @@ def _resnet(layers, classes, image_shape):
 
 def _conv(layer):
     weight = torch.tensor(layer["weight"])
-    return nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], layer["stride"], layer["padding"], bias=False)
+    return nn.Conv2d(
+        weight.shape[1], weight.shape[0], weight.shape[2], layer["stride"], layer["padding"], bias=False
+    )
 
 
 @torch.no_grad()
@@ -135,10 +150,13 @@ def relevance_network(case, document):
 def _in_the_case_s_terms(found, expected):
     """Scored layers in order, without the last linear layer, shortcuts, and a residual network's stem."""
     names = [name for name in found if ".shortcut." not in name][1:]
-    return [{**site, "mean_over_positions": found[name].tolist()} for name, site in zip(names, expected, strict=True)]
+    return [
+        {**site, "mean_over_positions": found[name].tolist()}
+        for name, site in zip(names, expected, strict=True)
+    ]
 
 
-# ------------------------------------------------------------------------------------------ scores and selection
+# --------------------------------------------------------------------------------------- scores and selection
 
 
 def class_scale(case, document):
@@ -173,7 +191,7 @@ def select_units(case, document):
     return {"selected_in_order": [unit for _, unit in chosen], "pruned_after": _after(removed, chosen)[0]}
 
 
-# ------------------------------------------------------------------------------------------ schedule, masks, cost
+# -------------------------------------------------------------------------------------- schedule, masks, cost
 
 
 def pruning_schedule(case, document):
@@ -198,7 +216,11 @@ def learning_rate(case, document):
 def weight_mask(case, document):
     inputs = case["inputs"]
     shape, before, own = inputs["shape"], inputs["pruned_inputs"], inputs["pruned_outputs"]
-    layer = nn.Linear(shape[1], shape[0]) if inputs["kind"] == "linear" else nn.Conv2d(shape[1], shape[0], shape[2], bias=False)
+    layer = (
+        nn.Linear(shape[1], shape[0])
+        if inputs["kind"] == "linear"
+        else nn.Conv2d(shape[1], shape[0], shape[2], bias=False)
+    )
     model = nn.ModuleDict({"before": nn.Linear(1, shape[1]), "layer": layer})
     consumers = () if inputs["kind"] == "conv_first_of_block" else ("layer",)
     groups = [ChannelGroup("before", consumers=consumers), ChannelGroup("layer")]
@@ -219,7 +241,9 @@ def pruned_cost(case, document):
     options = {"hidden": [512]} if inputs["arch"].startswith("vgg") else {}
     model = build(inputs["arch"], classes=inputs["classes"], image_shape=shape, device="meta", **options)
     layers, units = method.prunable_layers(model)
-    counts = dict(zip([group.name for group in layers], inputs["pruned_per_layer_deepest_first"], strict=True))
+    counts = dict(
+        zip([group.name for group in layers], inputs["pruned_per_layer_deepest_first"], strict=True)
+    )
     counts |= {group.name: inputs.get("pruned_hidden_units", 0) for group in units}
     table = method.CostTable(model, shape)
     left = {name: table.widths[name] - count for name, count in counts.items()}

@@ -34,7 +34,9 @@ def _dense_lr(case, document):
         "Cosine": (schedules.cosine, ("end",)),
     }[name]
     length = (inputs["epochs"], inputs["iterations_per_epoch"])
-    return {"lr": function(rate, *length, **dict(zip(names, rest)), warmup_epochs=inputs.get("warmup_epochs", 0))}
+    return {
+        "lr": function(rate, *length, **dict(zip(names, rest)), warmup_epochs=inputs.get("warmup_epochs", 0))
+    }
 
 
 def _retrain_lr(case, document):
@@ -64,7 +66,8 @@ def _retrain_lr(case, document):
 
 def _check_retrain_lr(case, document, got):
     expected = dict(case["expected"])
-    # where the record of the authors' code leaks a warm-up value, the intended schedule is the one implemented
+    # where the record of the authors' code leaks a warm-up value, the intended schedule is the one
+    # implemented
     expected["lr"] = expected.get("lr_fixed", expected["lr"])
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, abs=case["tolerance"]["abs"], rel=0), key
@@ -93,7 +96,8 @@ def _legacy_bimp(case, document):
     }
 
 
-# ------------------------------------------------------------------------------------------ cycles and selection
+# ------------------------------------------------------------------------------------------ cycles and
+# selection
 
 
 def _cycles(case, document):
@@ -102,7 +106,9 @@ def _cycles(case, document):
     return {
         "fraction": method.cycle_fraction(goal, cycles),
         "cumulative_sparsity": method.cumulative_sparsities(goal, cycles),
-        "epochs": method.cycle_epochs(cycles, each=inputs["epochs_per_cycle"], split=inputs["epochs_to_split"]),
+        "epochs": method.cycle_epochs(
+            cycles, each=inputs["epochs_per_cycle"], split=inputs["epochs_to_split"]
+        ),
         "surviving": method.surviving(inputs["n_weights"], goal, cycles),
     }
 
@@ -170,7 +176,9 @@ def _check_allocation(case, document, got):
     assert len(got["kept"]) == len(expected["kept"])
     assert all(abs(a - b) <= tolerance["kept_abs"] for a, b in zip(got["kept"], expected["kept"]))
     assert abs(got["kept_total"] - expected["kept_total"]) <= tolerance["kept_abs"] * len(got["kept"])
-    assert got["theoretical_speedup"] == pytest.approx(expected["theoretical_speedup"], rel=tolerance["speedup_rel"])
+    assert got["theoretical_speedup"] == pytest.approx(
+        expected["theoretical_speedup"], rel=tolerance["speedup_rel"]
+    )
 
 
 ARCHITECTURES = {
@@ -258,7 +266,10 @@ def _norm_drop(case, document):
     distance = method.distance_to_pruned(model, inputs["sparsity"])
     chosen = pruning.Masks.dense(model)
     weights = chosen.weights(model).values()
-    before, prunable_before = pruning.squared_norm(method.norm_parameters(model)), pruning.squared_norm(weights)
+    before, prunable_before = (
+        pruning.squared_norm(method.norm_parameters(model)),
+        pruning.squared_norm(weights),
+    )
     chosen.prune(model, inputs["sparsity"])
     chosen.apply(model)
     after, prunable_after = pruning.squared_norm(method.norm_parameters(model)), pruning.squared_norm(weights)
@@ -347,10 +358,17 @@ def _imp_trajectory(case, document):
     epochs = method.cycle_epochs(
         inputs["n_phases"], each=inputs["epochs_per_phase"], split=inputs.get("epochs_to_split")
     )
-    retraining = method.Retraining(inputs["schedule"], method.History(inputs["lr_history"]), inputs["orig_epochs"])
+    retraining = method.Retraining(
+        inputs["schedule"], method.History(inputs["lr_history"]), inputs["orig_epochs"]
+    )
     after = []
     cycles = method.prune_and_retrain(
-        trainer, masks, inputs["goal"], epochs, retraining, pruned=lambda *_: after.append(list(_masks(masks).values()))
+        trainer,
+        masks,
+        inputs["goal"],
+        epochs,
+        retraining,
+        pruned=lambda *_: after.append(list(_masks(masks).values())),
     )
     return {
         "rel_norm_drop": [cycle.norm_drop for cycle in cycles],
@@ -364,7 +382,9 @@ def _imp_trajectory(case, document):
 def _gmp_trajectory(case, document):
     inputs = case["inputs"]
     model, batches = _mlp(case, document)
-    gmp = baselines.GMP(model, inputs["goal"], inputs["n_epochs"], inputs["interval"], inputs["allow_recovering"])
+    gmp = baselines.GMP(
+        model, inputs["goal"], inputs["n_epochs"], inputs["interval"], inputs["allow_recovering"]
+    )
     recorder = _recorder_of(gmp)
     trainer = _trainer(case, document, model, batches, gmp, recorder)
     trainer.fit([inputs["lr"]] * inputs["n_epochs"] * len(batches))
@@ -387,7 +407,9 @@ def _dpf_trajectory(case, document):
 
 
 def _gmp_schedule(case, document):
-    events = baselines.gmp_events(case["inputs"]["goal"], case["inputs"]["n_epochs"], case["inputs"]["interval"])
+    events = baselines.gmp_events(
+        case["inputs"]["goal"], case["inputs"]["n_epochs"], case["inputs"]["interval"]
+    )
     return {"schedule": events, "relative_steps": method.relative_steps(events)}
 
 
@@ -419,7 +441,9 @@ def _gsm_step(case, document):
 
 def _lc_step(case, document):
     inputs = case["inputs"]
-    return _one_step(case, document, lambda model: baselines.LC(model, inputs["goal"], inputs["weight_decay"]))
+    return _one_step(
+        case, document, lambda model: baselines.LC(model, inputs["goal"], inputs["weight_decay"])
+    )
 
 
 def _legacy_lc_weight_decay(case, document):
@@ -477,7 +501,13 @@ def _cs(case, document):
     inputs = case["inputs"]
 
     def make(model):
-        numbers = (inputs["s_initial"], inputs["beta_final"], inputs["penalty"], inputs["T"], inputs["weight_decay"])
+        numbers = (
+            inputs["s_initial"],
+            inputs["beta_final"],
+            inputs["penalty"],
+            inputs["T"],
+            inputs["weight_decay"],
+        )
         hook = baselines.CS(model, *numbers)
         return _with(hook, hook.gates, (inputs["m1"], inputs["m2"]))
 
