@@ -410,10 +410,16 @@ def in_order(runs: Sequence[Run]) -> list[Run]:
     return list(ordered.values())
 
 
-def execute(runs: Sequence[Run], store: Store, execution: ExecutionSettings, title: str) -> list[dict[str, Any]]:
+def execute(
+    runs: Sequence[Run],
+    store: Store,
+    execution: ExecutionSettings,
+    title: str,
+    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> list[dict[str, Any]]:
     """Execute all runs that are not finished yet, several at once, and return the entries of all, in order.
 
-    A run that fails leaves a `failed` record and the others go on. Raises StageError for what concerns the stage: a
+    finished: called with each entry as soon as it is there, also with those of an earlier attempt. A run that fails leaves a `failed` record and the others go on. Raises StageError for what concerns the stage: a
     full disk, a folder that cannot be written, a defect in the code.
     """
     ordered = in_order(runs)
@@ -422,12 +428,19 @@ def execute(runs: Sequence[Run], store: Store, execution: ExecutionSettings, tit
     for run in ordered:
         if entry := store.finished(run, run.settings_hash in needed):
             entries[run.settings_hash] = entry
+            finished(entry)
     todo = [run for run in ordered if run.settings_hash not in entries]
     if todo:
         workers, devices = _workers(execution, len(todo))
         done = len(ordered) - len(todo)
         with tqdm(total=len(ordered), initial=done, desc=title, unit="run", mininterval=1.0) as bar:
-            _Scheduler(store, execution, workers, devices, needed, entries, bar).execute(todo)
+
+            def done_with(entry: dict[str, Any]) -> None:
+                entries[entry["record"]["settings_hash"]] = entry
+                bar.update()
+                finished(entry)
+
+            _Scheduler(store, execution, workers, devices, needed, entries, done_with).execute(todo)
     return [entries[run.settings_hash] for run in ordered]
 
 
@@ -444,9 +457,9 @@ def _workers(execution: ExecutionSettings, most: int) -> tuple[int, list[str] | 
 class _Scheduler:
     """Gives each run to a worker process as soon as what it needs is finished."""
 
-    def __init__(self, store, execution, workers, devices, needed, entries, bar):
+    def __init__(self, store, execution, workers, devices, needed, entries, finish):
         self.store, self.execution, self.workers, self.devices = store, execution, workers, devices
-        self.needed, self.entries, self.bar = needed, entries, bar
+        self.needed, self.entries, self.finish = needed, entries, finish
         self.running: dict[Future, Run] = {}
         self.defects: list[str] = []
 
@@ -502,11 +515,8 @@ class _Scheduler:
             self.defects.append(f"{run}: {type(error).__name__}: {error}")
             traceback.print_exception(error)
         else:
-            self._finish(self.running.pop(future), entry)
-
-    def _finish(self, run: Run, entry: dict[str, Any]) -> None:
-        self.entries[run.settings_hash] = entry
-        self.bar.update()
+            del self.running[future]
+            self.finish(entry)
 
     def _after_a_death(self, alone: bool) -> list[Run]:
         """The runs that may have killed their worker; one that was alone with it is recorded as failed."""
@@ -522,7 +532,7 @@ class _Scheduler:
             if entry is None:
                 suspects.append(run)
             else:
-                self._finish(run, entry)
+                self.finish(entry)
         return suspects
 
     def _stopped(self, error: BaseException) -> str:
@@ -532,10 +542,11 @@ class _Scheduler:
         return f"interrupted; {kept}"
 
 
-def environment(entries: Sequence[Mapping[str, Any]], compute: Compute) -> dict[str, Any]:
-    """What the records leave out: machine, versions and the seconds that each run took."""
+def environment(papers: Sequence[str], compute: Compute) -> dict[str, Any]:
+    """What the records leave out: code, machine and versions."""
     cuda = compute.device.type == "cuda"
     return {
+        "code": code_digest(tuple(papers)),
         "machine": {
             "device": torch.cuda.get_device_name(compute.device) if cuda else platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -543,7 +554,6 @@ def environment(entries: Sequence[Mapping[str, Any]], compute: Compute) -> dict[
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "precision": str(compute.autocast or torch.float32).removeprefix("torch."),
-        "seconds": {e["record"]["settings_hash"]: e["seconds"] for e in entries},
     }
 
 

@@ -1,7 +1,7 @@
 """Learning rates of a whole training run in closed form: one number per iteration.
 
-Lists in place of scheduler objects, because chained schedulers depend on the version of the framework and cannot be
-looked at beforehand. `common.training.Trainer.fit` takes such a list. All functions share
+Lists in place of scheduler objects, because chained schedulers depend on the version of the framework and
+cannot be looked at beforehand. `common.training.Trainer.fit` takes such a list. All functions share
 
     rate: the highest learning rate (> 0)
     epochs, per_epoch: length of training, and iterations in an epoch
@@ -22,14 +22,21 @@ def constant(rate: float, epochs: int, per_epoch: int, warmup_epochs: int = 0) -
 
 
 def multistep(
-    rate: float, epochs: int, per_epoch: int, milestones: Sequence[float], gamma: float = 0.1, warmup_epochs: int = 0
+    rate: float,
+    epochs: int,
+    per_epoch: int,
+    milestones: Sequence[float],
+    gamma: float = 0.1,
+    warmup_epochs: int = 0,
 ) -> list[float]:
     """`rate`, multiplied by `gamma` at each milestone.
 
     milestones: epochs counted from the start of training, warm-up included.
     """
     drops = [round(milestone * per_epoch) for milestone in milestones]
-    return _through_warmup(epochs, per_epoch, warmup_epochs, lambda t: rate * gamma ** sum(t >= d for d in drops))
+    return _through_warmup(
+        epochs, per_epoch, warmup_epochs, lambda t: rate * gamma ** sum(t >= d for d in drops)
+    )
 
 
 def step(
@@ -40,7 +47,9 @@ def step(
     return _through_warmup(epochs, per_epoch, warmup_epochs, lambda t: rate * gamma ** (t // every))
 
 
-def exponential(rate: float, epochs: int, per_epoch: int, gamma: float, warmup_epochs: int = 0) -> list[float]:
+def exponential(
+    rate: float, epochs: int, per_epoch: int, gamma: float, warmup_epochs: int = 0
+) -> list[float]:
     """`rate`, multiplied by `gamma` in every iteration after the warm-up."""
     return _after_warmup(rate, epochs, per_epoch, warmup_epochs, lambda t, length: rate * gamma**t)
 
@@ -74,10 +83,14 @@ def _after_warmup(
 ) -> list[float]:
     """main(t, length) with t counted from the end of the warm-up."""
     total, warmup = _iterations(epochs, per_epoch, warmup_epochs)
-    return [rate * t / warmup for t in range(warmup)] + [main(t, total - warmup) for t in range(total - warmup)]
+    return [rate * t / warmup for t in range(warmup)] + [
+        main(t, total - warmup) for t in range(total - warmup)
+    ]
 
 
-def _through_warmup(epochs: int, per_epoch: int, warmup_epochs: int, main: Callable[[int], float]) -> list[float]:
+def _through_warmup(
+    epochs: int, per_epoch: int, warmup_epochs: int, main: Callable[[int], float]
+) -> list[float]:
     """main(t) with t counted from the start, scaled down during the warm-up."""
     total, warmup = _iterations(epochs, per_epoch, warmup_epochs)
     return [main(t) * min(1.0, t / warmup if warmup else 1.0) for t in range(total)]

@@ -1,7 +1,7 @@
 """MLflow: every run of a stage in one experiment per paper, nested under the stage's run.
 
-Only the stage's own process writes, after the runs are done, so workers cannot collide in the database. Logging is
-idempotent: a run is found again by its settings hash, so a resumed or repeated stage adds what is missing and no twin.
+Only one thread of the stage's own process writes, so workers cannot collide in the database. Logging is idempotent: a
+run is found again by its key, so a resumed or repeated stage adds what is missing and no twin.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import queue
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +25,23 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset as MlflowDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
 from common.settings import digest
 
 EXPERIMENT = "pruning-replications/{paper}"
 _METRICS_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH = 1000, 100, 6000  # limits of the store
+
+
+@event.listens_for(Engine, "connect")
+def _no_waiting_for_the_disk(connection: Any, _: Any) -> None:
+    """MLflow commits about nine times a run. A killed process still loses nothing; only a power cut could.
+
+    What it could lose is a copy: the records are the truth, and a stage logs again what is missing.
+    """
+    if type(connection).__module__.startswith("sqlite3"):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 def store_uri() -> str:
@@ -34,33 +49,69 @@ def store_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
-def log_stage(paper: str, profile: str, entries: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> int:
-    """Log the entries of a stage that the store does not hold yet; returns how many were added.
+class StageLog:
+    """Logs the runs of a stage while it goes on, from a thread of its own; use it as a context manager.
 
-    entries: {"record", "curves", "seconds"} as `common.runs.execute` returns them.
+    environment: `code`, `machine` and `versions` as `common.runs.environment` returns them. A run that the store already
+    holds is passed over. When the store cannot be reached, the stage goes on and `error` says why; runs that were not
+    logged are logged the next time the stage is run.
     """
-    mlflow.set_tracking_uri(store_uri())
-    client = MlflowClient()
-    experiment = _experiment(client, paper)
-    known = {
-        run.data.tags["run_key"]
-        for run in _search(client, experiment, f"tags.profile = '{profile}' and attributes.status != 'RUNNING'")
-        if "run_key" in run.data.tags
-    }
-    new = [entry for entry in entries if _run_key(entry["record"], environment) not in known]
-    if not new:
-        return 0
-    shared = {"profile": profile, "stage": paper, "origin": _origin(), "code": environment["code"], **_revision()}
-    shared |= {f"machine.{k}": str(v) for k, v in environment["machine"].items()}
-    shared |= {f"version.{k}": str(v) for k, v in environment["versions"].items()}
-    parent = _stage_run(client, experiment, paper, shared)
-    seconds = sum(entry["seconds"] for entry in entries)
-    failed = sum(entry["record"]["status"] != "ok" for entry in entries)
-    _send(client, parent, metrics={"runs": len(entries), "failed": failed, "seconds": seconds})
-    for entry in new:
-        _log_run(client, experiment, parent, entry, shared, _run_key(entry["record"], environment))
-    client.set_terminated(parent)
-    return len(new)
+
+    def __init__(self, paper: str, profile: str, environment: Mapping[str, Any]):
+        self.paper, self.profile, self.environment = paper, profile, environment
+        self.error: Exception | None = None
+        self.added = 0
+        self._entries: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._seconds, self._count, self._failed = 0.0, 0, 0
+        self._thread = threading.Thread(target=self._log, daemon=True)
+
+    def __enter__(self) -> StageLog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self._complete = kind is None
+        self._entries.put(None)
+        self._thread.join()
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Log one entry {"record", "curves", "seconds"}; returns at once."""
+        self._entries.put(entry)
+
+    def _log(self) -> None:
+        try:
+            self._drain()
+        except Exception as error:  # tracking must never cost a stage its runs
+            self.error = error
+
+    def _drain(self) -> None:
+        mlflow.set_tracking_uri(store_uri())
+        client = MlflowClient()
+        experiment = _experiment(client, self.paper)
+        known = {
+            run.data.tags["run_key"]
+            for run in _search(client, experiment, f"tags.profile = '{self.profile}' and attributes.status != 'RUNNING'")
+            if "run_key" in run.data.tags
+        }
+        shared = {"profile": self.profile, "stage": self.paper, "origin": _origin(), "code": self.environment["code"]}
+        shared |= _revision()
+        for group in ("machine", "versions"):
+            shared |= {f"{group}.{key}": str(value) for key, value in self.environment[group].items()}
+        parent = None
+        while (entry := self._entries.get()) is not None:
+            self._seconds += entry["seconds"]
+            self._count += 1
+            self._failed += entry["record"]["status"] != "ok"
+            run_key = _run_key(entry["record"], self.environment)
+            if run_key not in known:
+                parent = parent or _stage_run(client, experiment, self.paper, shared)
+                _log_run(client, experiment, parent, entry, shared, run_key)
+                known.add(run_key)
+                self.added += 1
+        if parent and self._complete:
+            totals = {"runs": self._count, "failed": self._failed, "seconds": self._seconds}
+            _send(client, parent, metrics=totals)
+            client.set_terminated(parent)
 
 
 def _stage_run(client: MlflowClient, experiment: str, paper: str, tags: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 from common import runs
@@ -20,36 +21,50 @@ RESULTS = Path("results")
 
 def run_paper(paper: str, params: str, profile_name: str | None) -> None:
     """Execute all runs of a paper in a profile, write its records and log them. Raises SettingsError, StageError."""
+    begun = time.perf_counter()
     profile = load(paper, params, profile_name)
     protocol = importlib.import_module(f"replications.{paper}.protocol")
     planned = protocol.runs(profile)
     # a comparison of papers names the folders whose code it runs
     code = getattr(protocol, "PAPERS", (paper,))
     store = runs.Store(runs.SCRATCH / profile.name / paper, code)
-    entries = runs.execute(planned, store, profile.execution, paper)
-    environment = runs.environment(entries, Compute.choose(profile.execution.device, profile.execution.precision))
-    environment |= {"code": runs.code_digest(code)}
-    runs.write_results(profile, paper, entries, RESULTS)
+    environment = runs.environment(code, Compute.choose(profile.execution.device, profile.execution.precision))
+    with _tracking(paper, profile.name, environment) as log:
+        entries = runs.execute(planned, store, profile.execution, paper, log.add)
+        runs.write_results(profile, paper, entries, RESULTS)
+    if log.error:
+        print(f"MLflow logging failed ({type(log.error).__name__}: {log.error}). The records are complete; "
+              f"`python -m replications run {paper}` logs what is missing without training again.", file=sys.stderr)
+    environment |= {"seconds": {entry["record"]["settings_hash"]: entry["seconds"] for entry in entries}}
+    environment |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
     beside = RESULTS / "environment" / profile.name / f"{paper}.json"
     runs.write_atomically(beside, json.dumps(environment, indent=1, sort_keys=True).encode())
-    failed = [entry["record"] for entry in entries if entry["record"]["status"] != "ok"]
-    for record in failed:
+    for record in (entry["record"] for entry in entries if entry["record"]["status"] != "ok"):
         print(f"failed: {paper}/{record['variant']} seed {record['seed']}: {record['reason']}", file=sys.stderr)
-    _track(paper, profile.name, entries, environment)
 
 
-def _track(paper: str, profile: str, entries: list[dict], environment: dict) -> None:
+class _NoTracking:
+    """Stands in where MLflow is not installed."""
+
+    error = None
+
+    def __enter__(self) -> _NoTracking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, entry: dict) -> None:
+        pass
+
+
+def _tracking(paper: str, profile: str, environment: dict):
     try:
-        from common import tracking
+        from common.tracking import StageLog
     except ModuleNotFoundError as missing:
         print(f"{missing.name} is not installed here: nothing is logged to MLflow", file=sys.stderr)
-        return
-    try:
-        tracking.log_stage(paper, profile, entries, environment)
-    except Exception as error:  # tracking must never cost a finished stage
-        command = f"python -m replications run {paper}"
-        print(f"MLflow logging failed ({type(error).__name__}: {error}); the records are complete. "
-              f"`{command}` logs what is missing without training again.", file=sys.stderr)
+        return _NoTracking()
+    return StageLog(paper, profile, environment)
 
 
 def main(arguments: list[str] | None = None) -> int:

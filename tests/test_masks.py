@@ -24,7 +24,14 @@ from common.training import Trainer
 
 def network(dtype=torch.float32):
     torch.manual_seed(0)
-    layers = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 5))
+    layers = (
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
     return nn.Sequential(*layers).to(dtype)
 
 

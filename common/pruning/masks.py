@@ -1,7 +1,8 @@
 """Unstructured pruning: which weights may be pruned, which are chosen, and masks that hold them at zero.
 
-A selection names tensors by their parameter names and keeps the order of the modules. Counts are exact: the number
-of weights to prune is rounded half to even, and among equal scores the one that comes first is pruned first.
+A selection names tensors by their parameter names and keeps the order of the modules. Counts are exact: the
+number of weights to prune is rounded half to even, and among equal scores the one that comes first is pruned
+first.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ class Infeasible(RunFailed):
 def prunable(model: nn.Module, layers: Layers = "conv+linear") -> dict[str, nn.Parameter]:
     """The weight tensors that may be pruned, by parameter name, in module order.
 
-    An allow-list: convolutions and, unless layers="conv", linear layers. Biases and normalisation never belong to it.
+    An allow-list: convolutions and, unless layers="conv", linear layers. Biases and normalisation never
+    belong to it.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, _MODULES[layers])}
     return {f"{name}.weight" if name else "weight": module.weight for name, module in found.items()}
 
 
-# ------------------------------------------------------------------------------------------ how many per layer
+# ------------------------------------------------------------------------------------------ how many per
+# layer
 
 
 def erk_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     """Weights to prune per layer under Erdős-Rényi-Kernel densities (Evci et al. 2020).
 
-    A layer's density is in proportion to (sum of its weight's dimensions) / (their product). A layer that would need
-    more weights than it has stays dense, and the others share what is left.
+    A layer's density is in proportion to (sum of its weight's dimensions) / (their product). A layer that
+    would need more weights than it has stays dense, and the others share what is left.
     """
     sizes = [math.prod(shape) for shape in shapes]
     scores = [sum(shape) for shape in shapes]
@@ -68,7 +71,8 @@ def erk_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
 def uniform_plus_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
     """Weights to prune per layer under Uniform+ (Gale et al. 2019).
 
-    The first convolution stays dense and the last linear layer keeps at least a fifth; all others share one sparsity.
+    The first convolution stays dense and the last linear layer keeps at least a fifth; all others share one
+    sparsity.
     Raises Infeasible when they would have to lose more than they have.
     """
     sizes = [math.prod(shape) for shape in shapes]
@@ -89,7 +93,8 @@ def _shared_fraction(sizes: Sequence[int], fixed: Mapping[int, float], wanted: i
     missing = wanted - sum(fraction * sizes[i] for i, fraction in fixed.items())
     if missing > free:
         raise Infeasible(
-            f"Uniform+ cannot prune {wanted} of {sum(sizes)} weights: the layers it may thin out hold only {free}"
+            f"Uniform+ cannot prune {wanted} of {sum(sizes)} weights: "
+            f"the layers it may thin out hold only {free}"
         )
     return missing / free if free else 0.0
 
@@ -99,8 +104,8 @@ def layer_counts(
 ) -> list[int]:
     """Weights to prune now in each layer, for the allocations that do not look at the weights' values.
 
-    remaining: weights that are left in each layer; `fraction` of their sum is to go. `uniform_plus` and `ERK` give each
-    layer the count that it should have lost in total at the sparsity then reached.
+    remaining: weights that are left in each layer; `fraction` of their sum is to go. `uniform_plus` and `ERK`
+    give each layer the count that it should have lost in total at the sparsity then reached.
     Raises ValueError for any other allocation, Infeasible.
     """
     if allocation == "uniform":
@@ -132,8 +137,8 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 def lamp_scores(weight: Tensor, kept: Tensor) -> Tensor:
     """Layer-adaptive magnitude scores (Lee et al. 2021), flat.
 
-    The square of a kept weight over the sum of squares of all kept weights of the layer that are no smaller. Entries
-    that are not kept get 0.
+    The square of a kept weight over the sum of squares of all kept weights of the layer that are no smaller.
+    Entries that are not kept get 0.
     """
     index = kept.flatten().nonzero().flatten()
     squares = weight.detach().flatten()[index].square()
@@ -153,10 +158,11 @@ def select(
 ) -> dict[str, Tensor]:
     """Boolean masks, True = kept, after pruning `fraction` of the remaining weights.
 
-    weights: tensors by name. kept: current masks (default: nothing is pruned yet); what is pruned stays pruned.
-    allocation: `global` ranks all magnitudes together; `uniform` prunes the same fraction of each layer; `uniform_plus`
-    and `ERK` set each layer's count from its shape and the cumulative sparsity; `LAMP` ranks layer-adaptive scores
-    together; `random` draws from `generator` (a CPU generator), blind to the weights.
+    weights: tensors by name. kept: current masks (default: nothing is pruned yet); what is pruned stays
+    pruned. allocation: `global` ranks all magnitudes together; `uniform` prunes the same fraction of each
+    layer; `uniform_plus` and `ERK` set each layer's count from its shape and the cumulative sparsity; `LAMP`
+    ranks layer-adaptive scores together; `random` draws from `generator` (a CPU generator), blind to the
+    weights.
     Raises ValueError for an unknown allocation or a fraction outside [0, 1], Infeasible.
     """
     if not 0 <= fraction <= 1:
@@ -174,10 +180,14 @@ def select(
             scores = [d.to(weights[name].device) for d, name in zip(drawn, names)]
         return _together(names, scores, kept, fraction)
     counts = layer_counts(
-        [weights[name].shape for name in names], [int(kept[name].sum()) for name in names], fraction, allocation
+        [weights[name].shape for name in names],
+        [int(kept[name].sum()) for name in names],
+        fraction,
+        allocation,
     )
     return {
-        name: _pruned(weights[name].detach().abs().flatten(), kept[name], count) for name, count in zip(names, counts)
+        name: _pruned(weights[name].detach().abs().flatten(), kept[name], count)
+        for name, count in zip(names, counts)
     }
 
 
@@ -205,8 +215,8 @@ def _pruned(scores: Tensor, kept: Tensor, count: int) -> Tensor:
 class Masks:
     """Boolean masks of a network's weights, by parameter name; True = kept.
 
-    kept: tensors of the shapes of the parameters that they mask. The masks belong to one network at a time, whose
-    parameters are changed in place and not replaced.
+    kept: tensors of the shapes of the parameters that they mask. The masks belong to one network at a time,
+    whose parameters are changed in place and not replaced.
     """
 
     def __init__(self, kept: Mapping[str, Tensor]):
@@ -218,7 +228,9 @@ class Masks:
     @classmethod
     def dense(cls, model: nn.Module, layers: Layers = "conv+linear") -> Masks:
         """Masks over all prunable weights that prune nothing."""
-        return cls({name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(model, layers).items()})
+        return cls(
+            {name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(model, layers).items()}
+        )
 
     def update(self, kept: Mapping[str, Tensor]) -> None:
         """Replace the masks."""
@@ -256,8 +268,8 @@ class Masks:
 
     def effective(self, model: nn.Module) -> dict[str, Tensor]:
         """Weights times masks, differentiable: what a forward pass behind the masks uses."""
-        factors = self.factors(model)
-        return {name: weight * factors[name] for name, weight in self.weights(model).items()}
+        weights, factors = self.weights(model), self.factors(model)
+        return dict(zip(weights, torch._foreach_mul(list(weights.values()), list(factors.values()))))
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -272,7 +284,9 @@ class Masks:
     @torch.no_grad()
     def apply_to_momentum(self, trainer: Trainer) -> None:
         """Set the momentum of the pruned weights to zero."""
-        self._multiply(trainer.model, [trainer.momentum_buffer(w) for w in self.weights(trainer.model).values()])
+        self._multiply(
+            trainer.model, [trainer.momentum_buffer(w) for w in self.weights(trainer.model).values()]
+        )
 
     @property
     def counts(self) -> dict[str, int]:

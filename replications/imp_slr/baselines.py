@@ -1,7 +1,8 @@
 """Pruning during training: the methods that IMP is compared with, as the authors' code has them.
 
-Each is a `Hooks` for one `Trainer.fit`; `finish` then writes the sparse weights into the model. GMP, DPF, GSM, LC and
-DNW aim at a sparsity; with STR, CS and DST it results from their hyper-parameters and is read off afterwards.
+Each is a `Hooks` for one `Trainer.fit`; `finish` then writes the sparse weights into the model. GMP, DPF,
+GSM, LC and DNW aim at a sparsity; with STR, CS and DST it results from their hyper-parameters and is read off
+afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.pruning.masks import Allocation, Masks, select, smallest
-from common.training import Hooks, Trainer
+from common.training import Hooks, RunFailed, Trainer
 from replications.imp_slr.method import relative_steps
 
 Ranking = Literal["all", "prunable"]
@@ -28,8 +29,8 @@ _LC_STEPS = 30
 class DuringTraining(Hooks):
     """A method that prunes while it trains.
 
-    model: the network to be trained, already on its device. masks: those of the last pruning, and after `finish` those
-    of the final weights.
+    model: the network to be trained, already on its device. masks: those of the last pruning, and after
+    `finish` those of the final weights.
     """
 
     def __init__(self, model: nn.Module):
@@ -92,8 +93,9 @@ def gmp_events(sparsity: float, epochs: int, interval: int) -> list[tuple[int, f
 class GMP(DuringTraining):
     """Gradual magnitude pruning (Zhu & Gupta 2017), ranked globally by default.
 
-    recovering: choose each mask anew from all raw values, which go on decaying behind the mask, so that a pruned
-    weight may come back; else prune only among those that remain. The momentum is masked at each pruning.
+    recovering: choose each mask anew from all raw values, which go on decaying behind the mask, so that a
+    pruned weight may come back; else prune only among those that remain. The momentum is masked at each
+    pruning.
     """
 
     def __init__(
@@ -128,8 +130,8 @@ class GMP(DuringTraining):
 class DPF(DuringTraining):
     """Dynamic pruning with feedback (Lin et al. 2020).
 
-    The gradient at the masked weights is applied to the dense ones. The mask is the global magnitude mask of the
-    dense weights, looked at again every 16 iterations; its target moves with the events of GMP.
+    The gradient at the masked weights is applied to the dense ones. The mask is the global magnitude mask of
+    the dense weights, looked at again every 16 iterations; its target moves with the events of GMP.
     """
 
     def __init__(self, model: nn.Module, sparsity: float, epochs: int, interval: int):
@@ -138,7 +140,9 @@ class DPF(DuringTraining):
 
     def effective(self, trainer: Trainer) -> dict[str, Tensor]:
         weights = self.masks.weights(trainer.model)
-        return {name: _straight_through(weights[name], f) for name, f in self.masks.factors(trainer.model).items()}
+        return {
+            name: _straight_through(weights[name], f) for name, f in self.masks.factors(trainer.model).items()
+        }
 
     def stepped(self, trainer: Trainer) -> None:
         if (trainer.iteration + 1) % DPF_ITERATIONS == 0:
@@ -164,12 +168,15 @@ def _straight_through(weight: Tensor, factor: Tensor) -> Tensor:
 class _Preparing(DuringTraining):
     """Trains dense in a way that makes weights dispensable; after `finish` they are pruned as by IMP.
 
-    rank_over: whether biases and normalisation compete for the places, whose number is int((1 - s) * prunable).
+    rank_over: whether biases and normalisation compete for the places. There are int((1 - sparsity) * n) of
+    them, n the number of prunable weights.
     """
 
     def __init__(self, model: nn.Module, sparsity: float, rank_over: Ranking = "all"):
         super().__init__(model)
-        self._parameters = list(model.parameters() if rank_over == "all" else self.masks.weights(model).values())
+        self._parameters = list(
+            model.parameters() if rank_over == "all" else self.masks.weights(model).values()
+        )
         self.places = int((1 - sparsity) * sum(w.numel() for w in self.masks.kept.values()))
 
     def _largest(self, scores: Sequence[Tensor]) -> list[Tensor]:
@@ -194,9 +201,9 @@ class _Preparing(DuringTraining):
 
 
 class GSM(_Preparing):
-    """Global sparse momentum (Ding et al. 2019): only the entries of largest |weight * gradient| keep their gradient.
+    """Global sparse momentum (Ding et al. 2019): few entries keep their gradient.
 
-    All others shrink by weight decay alone.
+    Those of largest |weight * gradient|; all others shrink by weight decay alone.
     """
 
     def _change(self, parameters: list[nn.Parameter]) -> None:
@@ -213,7 +220,7 @@ def lc_weight_decays(weight_decay: float, epochs: int) -> dict[int, float]:
 
 
 class LC(_Preparing):
-    """Learning-compression (Carreira-Perpiñán & Idelbayev 2018): the largest weights are spared from weight decay.
+    """Learning-compression (Carreira-Perpiñán & Idelbayev 2018): large weights do not decay.
 
     weight_decay: the optimiser's. growth: the `lc_weight_decays` of the 2022 code, by which it changes.
     """
@@ -246,29 +253,33 @@ class LC(_Preparing):
 
 
 class DNW(DuringTraining):
-    """Discovering neural wirings (Wortsman et al. 2019): magnitude masks in every step, straight-through gradients.
+    """Discovering neural wirings (Wortsman et al. 2019): magnitude masks in every step.
 
-    Keeps what is strictly larger than the int(sparsity * n)-th smallest magnitude of all layers.
-    Raises ValueError when that number is 0.
+    The gradient goes straight through to all weights. Keeps what is strictly larger than the
+    int(sparsity * n)-th smallest magnitude of all layers. Raises RunFailed when that number is 0.
     """
 
     def __init__(self, model: nn.Module, sparsity: float):
         super().__init__(model)
         self._rank = int(sparsity * sum(mask.numel() for mask in self.masks.kept.values()))
         if self._rank < 1:
-            raise ValueError(f"DNW needs at least one weight to prune; sparsity {sparsity} gives none")
+            raise RunFailed(f"DNW needs at least one weight to prune; sparsity {sparsity:g} gives none")
 
     def effective(self, trainer: Trainer) -> dict[str, Tensor]:
         weights = self.masks.weights(trainer.model)
         magnitudes = torch.cat([w.detach().abs().flatten() for w in weights.values()])
         threshold = magnitudes.sort().values[self._rank - 1]
-        return {name: _straight_through(w, (w.detach().abs() > threshold).to(w.dtype)) for name, w in weights.items()}
+        return {
+            name: _straight_through(w, (w.detach().abs() > threshold).to(w.dtype))
+            for name, w in weights.items()
+        }
 
 
 class STR(DuringTraining):
-    """Soft threshold reparameterisation (Kusupati et al. 2020), with one learnt threshold sigmoid(s) per layer.
+    """Soft threshold reparameterisation (Kusupati et al. 2020).
 
-    Weight decay acts on s as well, and that is what drives the thresholds up.
+    Each layer has one learnt threshold sigmoid(s). Weight decay acts on s as well, and that is what drives
+    the thresholds up.
     """
 
     def __init__(self, model: nn.Module, initial: float):
@@ -282,7 +293,8 @@ class STR(DuringTraining):
     def effective(self, trainer: Trainer) -> dict[str, Tensor]:
         weights = self.masks.weights(trainer.model)
         return {
-            name: w.sign() * torch.relu(w.abs() - s.sigmoid()) for (name, w), s in zip(weights.items(), self.thresholds)
+            name: w.sign() * torch.relu(w.abs() - s.sigmoid())
+            for (name, w), s in zip(weights.items(), self.thresholds)
         }
 
     def _tensors(self) -> list[Tensor]:
@@ -292,7 +304,8 @@ class STR(DuringTraining):
 class _Reparameterised(DuringTraining):
     """A method whose loss holds the weight decay of the weights that it reparameterises.
 
-    double_decay: let the optimiser decay those weights and the method's own tensors once more, as in the 2023 code.
+    double_decay: let the optimiser decay those weights and the method's own tensors once more, as in the 2023
+    code.
     """
 
     def __init__(self, model: nn.Module, penalty: float, weight_decay: float, double_decay: bool):
@@ -315,9 +328,10 @@ class _Reparameterised(DuringTraining):
 
 
 class CS(_Reparameterised):
-    """Continuous sparsification (Savarese et al. 2020): weights times sigmoid(beta * m), beta growing to `beta_final`.
+    """Continuous sparsification (Savarese et al. 2020): weights times sigmoid(beta * m).
 
-    iterations: length of training. The final mask is m > 0; the scale 1 / sigmoid(initial) stays in the weights.
+    beta grows from 1 to `beta_final`. iterations: length of training. The final mask is m > 0; the scale
+    1 / sigmoid(initial) stays in the weights.
     """
 
     def __init__(
@@ -341,7 +355,9 @@ class CS(_Reparameterised):
 
     def effective(self, trainer: Trainer) -> dict[str, Tensor]:
         beta, weights = self.beta(trainer.iteration), self.masks.weights(trainer.model)
-        return {n: w * (torch.sigmoid(beta * m) * self.scale) for (n, w), m in zip(weights.items(), self.gates)}
+        return {
+            n: w * (torch.sigmoid(beta * m) * self.scale) for (n, w), m in zip(weights.items(), self.gates)
+        }
 
     def _penalised(self, trainer: Trainer) -> Tensor:
         beta = self.beta(trainer.iteration)

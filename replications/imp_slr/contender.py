@@ -17,7 +17,9 @@ def contend(contest: Contest) -> Outcome:
     trainer.fit(rates, "dense")
     # IMP begins with a new optimiser
     trainer.optimizer.state.clear()
-    prune_and_retrain(trainer, masks, contest.sparsity(model), [after], Retraining("SLR", History(rates), before))
+    prune_and_retrain(
+        trainer, masks, contest.sparsity(model), [after], Retraining("SLR", History(rates), before)
+    )
     return contest.outcome(trainer)
 
 

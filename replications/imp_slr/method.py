@@ -1,8 +1,8 @@
 """Iterative magnitude pruning with restarted learning rates (Zimmer, Spiegel & Pokutta, arXiv 2111.00843).
 
-Prune, retrain, repeat. The paper's subject is the learning rate of the retraining phases, so most of this file is
-lists of learning rates, one number per iteration. Rules follow the authors' 2023 code where it and the 2022 code
-differ; the 2022 readings are functions of their own.
+Prune, retrain, repeat. The paper's subject is the learning rate of the retraining phases, so most of this
+file is lists of learning rates, one number per iteration. Rules follow the authors' 2023 code where it and
+the 2022 code differ; the 2022 readings are functions of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import nn
 
 from common.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, prunable, squared_norm
@@ -37,8 +36,8 @@ LCT_FLOOR = 0.01
 class History:
     """The learning rates of dense training, one per iteration.
 
-    warmup: number of iterations at the start that belong to a warm-up. highest: the rate that retraining restarts
-    from (default: the largest of `rates`).
+    warmup: number of iterations at the start that belong to a warm-up. highest: the rate that retraining
+    restarts from (default: the largest of `rates`).
     """
 
     rates: Sequence[float]
@@ -63,21 +62,23 @@ class History:
         return min(self.rates[self.warmup :])
 
     def compressed(self, iteration: int, length: int) -> float:
-        """The rate at this iteration if the whole record is squeezed into `length`; the highest one in the warm-up."""
+        """The rate at an iteration if the record is squeezed into `length`; the highest one for a warm-up."""
         index = iteration * len(self.rates) // length
         return self.eta_max if index < self.warmup else self.rates[index]
 
 
 def start_value(highest: float, drop: float, floor: float) -> float:
-    """highest * max(drop, floor), at most `highest`: where the adaptive schedules start (section 2.3)."""
+    """highest * max(drop, floor), at most `highest`: where the adaptive schedules start."""
     return highest * min(1.0, max(drop, floor))
 
 
-def adaptive_start(highest: float, drop: float, fraction: float, retrain_epochs: float, dense_epochs: float) -> float:
+def adaptive_start(
+    highest: float, drop: float, fraction: float, retrain_epochs: float, dense_epochs: float
+) -> float:
     """Start of ALLR: the norm drop, over the square root of the pruned fraction, decides how far to restart.
 
-    Never below the share of the dense epochs that this cycle retrains. LCN passes all retraining epochs that are left
-    as `retrain_epochs`.
+    Never below the share of the dense epochs that this cycle retrains. LCN passes all retraining epochs that
+    are left as `retrain_epochs`.
     """
     return start_value(highest, drop / math.sqrt(fraction), retrain_epochs / dense_epochs)
 
@@ -90,10 +91,10 @@ def retraining_rates(
     start: float | None = None,
     warmup_share: float = WARMUP_SHARE,
 ) -> list[float]:
-    """Learning rates of one retraining phase of `length` iterations (section 2.3).
+    """Learning rates of one retraining phase of `length` iterations.
 
-    start: the rate right after the warm-up; required by the adaptive and the tunable kinds, unused by the others.
-    warmup_share: share of the iterations that rise from 0 along a cosine; none for FT and LRW.
+    start: the rate right after the warm-up; required by the adaptive and the tunable kinds, unused by the
+    others. warmup_share: share of the iterations that rise from 0 along a cosine; none for FT and LRW.
     Raises ValueError for an unknown kind, for a missing start, and RunFailed when LRW would rewind beyond the
     beginning of dense training.
     """
@@ -102,7 +103,8 @@ def retraining_rates(
     if kind == "LRW":
         if length > len(history.rates):
             raise RunFailed(
-                f"LRW cannot rewind {length} iterations: dense training had {len(history.rates)}; retrain for less"
+                f"LRW cannot rewind {length} iterations: dense training had {len(history.rates)}; "
+                "retrain for less"
             )
         return list(history.rates[len(history.rates) - length :])
     if (kind in ADAPTIVE or kind in TUNABLES) and start is None:
@@ -144,7 +146,7 @@ def cycle_fraction(sparsity: float, cycles: int) -> float:
 
 
 def cycles_needed(sparsity: float, fraction: float = 0.2) -> int:
-    """Cycles until `sparsity` is reached if each removes `fraction` of the remaining weights (Renda et al. 2020)."""
+    """Cycles to reach `sparsity` if each removes `fraction` of the remaining weights (Renda et al. 2020)."""
     # the margin keeps an exact number of cycles from being rounded up
     return max(1, math.ceil(math.log(1 - sparsity) / math.log(1 - fraction) - 1e-9))
 
@@ -184,7 +186,8 @@ class Cycle:
     """What one pruning did.
 
     norm_drop: relative drop of the norm of all weights and biases, normalisation included (ALLR's measure);
-    prunable_norm_drop: the same over the prunable weights alone. rates: learning rates of the retraining after it.
+    prunable_norm_drop: the same over the prunable weights alone. rates: learning rates of the retraining
+    after it.
     """
 
     fraction: float
@@ -199,11 +202,12 @@ class Cycle:
 class Retraining:
     """How pruned networks are retrained.
 
-    schedule: kind of learning rates. history: of dense training, which took `dense_epochs`. initial and warmup_share:
-    start value and share of warm-up of the tunable kinds. reset_momentum: forget the momentum at each pruning.
-    recalibrate: after each pruning, pass once over the training images in training mode without gradients, which
-    renews the statistics of batch normalisation. adaptive_from: the cycle, from 0, from which on ALLR's formula holds;
-    cycles before it start at the highest rate (2022 code: all but the last).
+    schedule: kind of learning rates. history: of dense training, which took `dense_epochs`. initial and
+    warmup_share: start value and share of warm-up of the tunable kinds. reset_momentum: forget the momentum
+    at each pruning. recalibrate: after each pruning, pass once over the training images in training mode
+    without gradients, which renews the statistics of batch normalisation. adaptive_from: the cycle, from 0,
+    from which on ALLR's formula holds; cycles before it start at the highest rate (2022 code: all but the
+    last).
     """
 
     schedule: Schedule | Tunable
@@ -226,10 +230,10 @@ def prune_and_retrain(
     generator: torch.Generator | None = None,
     pruned: Callable[[Trainer, Cycle], None] | None = None,
 ) -> list[Cycle]:
-    """IMP (section 2.2): len(epochs) cycles that end at `sparsity`, each followed by that many epochs of retraining.
+    """IMP: one cycle for each entry of `epochs`, which is how long it retrains; ends at `sparsity`.
 
-    The trainer starts with a fresh optimiser and has `KeepMasked(masks)` among its hooks. pruned: called after each
-    pruning, before its retraining. Raises RunFailed.
+    The trainer starts with a fresh optimiser and has `KeepMasked(masks)` among its hooks. pruned: called
+    after each pruning, before its retraining. Raises RunFailed.
     """
     fraction = cycle_fraction(sparsity, len(epochs))
     by_accuracy = retraining.schedule in ("LC", "LCT")
@@ -264,7 +268,7 @@ def prune_and_retrain(
 def _start(
     retraining: Retraining, cycle: int, epochs: Sequence[int], fraction: float, drop: float, lost: float
 ) -> float | None:
-    """The start value of a cycle's schedule, None for the kinds that need none. lost: relative train accuracy."""
+    """The start value of a cycle's schedule, if it needs one. lost: relative loss of train accuracy."""
     highest, total, left = retraining.history.eta_max, retraining.dense_epochs, sum(epochs[cycle:])
     if retraining.schedule == "ALLR":
         if cycle < retraining.adaptive_from:
@@ -288,7 +292,7 @@ def _train_accuracy(trainer: Trainer) -> float:
 
 @torch.no_grad()
 def recalibrate(trainer: Trainer) -> None:
-    """Renew the running statistics of batch normalisation with a pass over the training images; no weight changes."""
+    """Renew the running statistics of batch normalisation with a pass over the training images."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.model.modules()):
         return
     trainer.model.train()
@@ -317,41 +321,48 @@ def distance_to_pruned(model: nn.Module, sparsity: float) -> float:
 def saturation_epochs(epochs: Sequence[float], gains: Sequence[float], share: float = 0.9) -> float | None:
     """Epochs of retraining until `share` of the final gain, by the curve a * (1 - exp(-epochs / tau)).
 
-    gains: accuracy above that before retraining. Fitted by least squares: for each tau the best a is known, and tau
-    is searched for between a hundredth of the shortest and ten times the longest retraining. None without a gain.
+    gains: accuracy above that before retraining. Fitted by least squares: for each tau the best a is known,
+    and tau is looked for between a hundredth of the shortest and ten times the longest retraining. None
+    without a gain.
     """
     if max(gains) <= 0:
         return None
     x, y = np.asarray(epochs, dtype=float), np.asarray(gains, dtype=float)
-
-    def misfit(log_tau: float) -> float:
-        curve = 1 - np.exp(-x / math.exp(log_tau))
-        return float(((y - curve * (curve @ y) / (curve @ curve)) ** 2).sum())
-
-    found = minimize_scalar(misfit, bounds=(math.log(x.min() / 100), math.log(x.max() * 10)), method="bounded")
-    return -math.log(1 - share) * math.exp(found.x)
+    taus = np.geomspace(x.min() / 100, x.max() * 10, 5000)
+    curves = 1 - np.exp(-x / taus[:, None])
+    heights = (curves @ y) / (curves**2).sum(1)
+    misfits = ((y - heights[:, None] * curves) ** 2).sum(1)
+    return float(-math.log(1 - share) * taus[misfits.argmin()])
 
 
 # ------------------------------------------------------------------------------------------ BIMP as one run
 
 
 def bimp_events(sparsity: float, epochs: int, dense_epochs: int, interval: int) -> list[tuple[int, float]]:
-    """BIMP in the 2022 reading: (epoch at whose end is pruned, cumulative sparsity afterwards), epochs from 1.
+    """Prunings of BIMP in the 2022 reading: (epoch at whose end, from 1; cumulative sparsity afterwards).
 
     Raises ValueError when the epochs after dense training are fewer than one interval.
     """
     cycles = (epochs - dense_epochs) // interval
     if cycles < 1:
-        raise ValueError(f"{epochs} epochs leave no pruning interval of {interval} after {dense_epochs} dense ones")
+        raise ValueError(
+            f"{epochs} epochs leave no pruning interval of {interval} after {dense_epochs} dense ones"
+        )
     return [(dense_epochs + k * interval, s) for k, s in enumerate(cumulative_sparsities(sparsity, cycles))]
 
 
 def bimp_rates(
-    rate: float, epochs: int, dense_epochs: int, interval: int, per_epoch: int, warmup_share: float = WARMUP_SHARE
+    rate: float,
+    epochs: int,
+    dense_epochs: int,
+    interval: int,
+    per_epoch: int,
+    warmup_share: float = WARMUP_SHARE,
 ) -> list[float]:
-    """Learning rates of BIMP in the 2022 reading: linear to 0, and for each cycle linear up, then linear to 0.
+    """Learning rates of BIMP in the 2022 reading.
 
-    The warm-up is a share of an interval; the last cycle takes the epochs that are left over.
+    Linear to 0 in dense training, and in each cycle linear up, then linear to 0. The warm-up is a share of an
+    interval; the last cycle takes the epochs that are left over.
     """
     rates = linear(rate, dense_epochs, per_epoch)
     starts = [epoch for epoch, _ in bimp_events(0.5, epochs, dense_epochs, interval)]
