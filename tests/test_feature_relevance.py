@@ -5,18 +5,27 @@ import copy
 import pytest
 import torch
 
+from common import settings as common_settings
+from common.arena import Arena, Contest
 from common.datasets import FixedBatches
 from common.models import build
-from common.training import RunFailed, Trainer
-from replications.feature_relevance import method
-from replications.feature_relevance.gradual import GradualPruning, MaskedTwin, Pruner, Ranking, until_channels
+from common.pruning import channels
+from common.runs import Context, Run, Store, in_order, perform
+from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError
+from common.training import Compute, RunFailed, Trainer
+from replications.feature_relevance import method, protocol
+from replications.feature_relevance.gradual import (
+    GradualPruning,
+    Pruner,
+    Ranking,
+    forward_macs,
+    until_at_most,
+    until_channels,
+)
+from replications.feature_relevance.relevance import relevances
 
 CLASSES, SHAPE = 3, (1, 8, 8)
-NETWORKS = {
-    "resnet14": {"stem": 4},
-    "resnet11": None,
-    "vgg_mini": {"dropout": 0.0},
-}
+DIGITS = DatasetSettings(train=100, test=100)
 
 
 def _batches(count=3, size=16, seed=0):
@@ -27,32 +36,370 @@ def _batches(count=3, size=16, seed=0):
     return FixedBatches([(x + y.view(-1, 1, 1, 1), y) for x, y in zip(images, labels)])
 
 
-def _network(name, **options):
-    return build(name, classes=CLASSES, image_shape=SHAPE, seed=1, **options).double()
+def _network(name="resnet14", **options):
+    defaults = {"resnet14": {"stem": 4}, "vgg_mini": {"dropout": 0.0}}.get(name, {})
+    return build(name, classes=CLASSES, image_shape=SHAPE, seed=1, **{**defaults, **options}).double()
 
 
-def _trained(model, physical, events=(1, 2, 3), epochs=5, taken=6, units=0, momentum=0.9, **ranking):
-    pruner = Pruner(copy.deepcopy(model), Ranking(minimum=1, **ranking), _batches(seed=9))
-    hook = GradualPruning(pruner, dict.fromkeys(events, until_channels(taken)), dict.fromkeys(events, units), physical)
-    trainer = Trainer(copy.deepcopy(model), _batches(), hooks=hook, weight_decay=0.01, momentum=momentum)
-    trainer.fit([0.05] * (epochs * len(trainer.batches)))
+def _trainer(model, physical, events=(1, 2, 3), taken=6, units=0, minimum=1, nesterov=False, **options):
+    pruner = Pruner(copy.deepcopy(model), Ranking(minimum=minimum), _batches(seed=9))
+    hook = GradualPruning(
+        pruner, dict.fromkeys(events, until_channels(taken)), dict.fromkeys(events, units), physical
+    )
+    trainer = Trainer(
+        copy.deepcopy(model), _batches(), hooks=hook, weight_decay=0.01, nesterov=nesterov, **options
+    )
     return trainer, hook
 
 
+def _fit(trainer, epochs=5):
+    trainer.fit([0.05] * (epochs * len(trainer.batches)))
+
+
+def _logits(trainer, training):
+    images, _ = next(iter(_batches(seed=5).epoch(0)))
+    trainer.model.train(training)
+    return trainer._forward(images)
+
+
+# ----------------------------------------------------------------------------------- narrowing while training
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("resnet14", {"stem": 4}), ("resnet56", {"stem": 2}), ("vgg_mini", {"dropout": 0.0})],
+    [("resnet14", {}), ("resnet164", {"blocks": [1, 2, 1], "stem": 4}), ("vgg_mini", {})],
 )
-def test_narrowed_training_equals_masked_training(name, options):
+def test_narrowed_training_equals_masked_training(name, options, nesterov):
     model = _network(name, **options)
-    narrow, physical = _trained(model, True, units=2)
-    wide, masked = _trained(model, False, units=2)
+    (narrow, physical), (wide, masked) = (
+        _trainer(model, p, units=2, nesterov=nesterov) for p in (True, False)
+    )
+    _fit(narrow), _fit(wide)
     assert physical.pruner.removed == masked.pruner.removed
     assert sum(p.numel() for p in narrow.model.parameters()) < sum(p.numel() for p in wide.model.parameters())
-    images, _ = next(iter(_batches(seed=5).epoch(0)))
-    for mode in (True, False):
-        found = []
-        for trainer in (narrow, wide):
-            trainer.model.train(mode)
-            found.append(trainer._forward(images))
-        assert torch.allclose(*found, atol=1e-9, rtol=0)
+    for training in (True, False):
+        assert torch.allclose(_logits(narrow, training), _logits(wide, training), atol=1e-9, rtol=0)
+
+
+def test_twin_is_the_masked_network_with_the_norms_of_removed_channels():
+    model = _network()
+    (narrow, physical), (wide, masked) = (_trainer(model, p, events=(2,)) for p in (True, False))
+    _fit(narrow), _fit(wide)
+    twin = physical._twin.refresh(narrow, physical.pruner.kept).state_dict()
+    expected = wide.model.state_dict() | masked.weights(wide)
+    before = model.state_dict()
+    assert any(not torch.equal(before[name], expected[name]) for name in before if "running_mean" in name)
+    for name, value in expected.items():
+        assert torch.allclose(twin[name].double(), value.double(), atol=1e-12, rtol=1e-9), name
+
+
+def test_weights_of_masked_channels_do_not_come_back():
+    trainer, hook = _trainer(_network(), physical=False)
+    _fit(trainer)
+    masks = channels.masks(trainer.model, hook.pruner.kept, norms=False)
+    for name, weight in hook.weights(trainer).items():
+        assert not weight[~masks[name]].any()
+
+
+def test_pruned_branches_leave_a_working_network():
+    trainer, hook = _trainer(_network(), physical=True, events=(1, 2), taken=52, minimum=0)
+    _fit(trainer, 4)
+    assert 0 in hook.pruner.left.values()
+    assert _logits(trainer, training=False).isfinite().all()
+
+
+class _Memory:
+    """Checkpoints in memory; the run is interrupted after `stop` epochs."""
+
+    def __init__(self, stop=None):
+        self.stop, self.saved, self.count = stop, None, 0
+
+    def load(self, fit):
+        return copy.deepcopy(self.saved)
+
+    def offer(self, fit, state, finished):
+        self.count += 1
+        if self.count == self.stop:
+            self.saved = copy.deepcopy(state())
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("physical", [True, False])
+def test_interrupted_pruning_goes_on_as_if_nothing_had_happened(physical):
+    model = _network()
+    whole, hook = _trainer(model, physical)
+    _fit(whole)
+    memory = _Memory(stop=2)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(_trainer(model, physical, checkpoints=memory)[0])
+    memory.stop = None
+    resumed, other = _trainer(model, physical, checkpoints=memory)
+    _fit(resumed)
+    assert other.pruner.removed == hook.pruner.removed and other.log == hook.log
+    assert torch.equal(_logits(whole, training=False), _logits(resumed, training=False))
+
+
+# --------------------------------------------------------------------------------------- scores and selection
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "taylor", "l1", "random"])
+def test_scoring_changes_nothing(criterion):
+    model = _network()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    pruner = Pruner(model, Ranking(criterion=criterion), _batches())
+    pruner.ranking.scores(model, pruner.layers, pruner.batches, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_scores_do_not_depend_on_how_images_are_batched():
+    model = _network()
+    [(images, labels)] = _batches(count=1, size=30).epoch(0)
+    layers = [group.name for group in method.prunable_layers(model)[0]]
+    whole = method.relevance_scores(model, layers, FixedBatches([(images, labels)])).scores
+    parts = list(zip(images.split(7), labels.split(7)))
+    for name, scores in method.relevance_scores(model, layers, FixedBatches(parts)).scores.items():
+        assert torch.allclose(scores, whole[name], rtol=1e-9, atol=1e-12)
+
+
+def test_taylor_is_activation_times_gradient():
+    model = _network().eval()
+    [(images, labels)] = _batches(count=1).epoch(0)
+    outputs = {}
+    for name in (names := ["layer1.0.conv1", "layer3.1.conv2"]):
+
+        def keep(_module, _inputs, output, name=name):
+            output.retain_grad()
+            outputs[name] = output
+
+        model.get_submodule(name).register_forward_hook(keep)
+    torch.nn.functional.cross_entropy(model(images), labels, reduction="sum").backward()
+    expected = {n: (o * o.grad).sum((0, 2, 3)).abs().detach() for n, o in outputs.items()}
+    found = method.taylor_scores(model, names, FixedBatches([(images, labels)])).scores
+    for name, values in expected.items():
+        assert torch.allclose(found[name], values / values.norm(), rtol=1e-6)
+
+
+def test_alpha_of_one_leaves_positive_relevance_only():
+    model = _network("vgg_mini").eval()
+    [(images, labels)] = _batches(count=1).epoch(0)
+    _, found = relevances(model, images, labels, alpha=1.0)
+    assert all((values >= 0).all() for values in found.values())
+
+
+def test_branch_share_scores_less_than_the_sum_only_at_the_end_of_blocks():
+    model = _network().eval()
+    [(images, labels)] = _batches(count=1).epoch(0)
+    (_, of_sum), (_, of_branch) = (
+        relevances(model, images, labels, branch_share=share) for share in (False, True)
+    )
+    different = {name for name in of_sum if not torch.allclose(of_sum[name], of_branch[name])}
+    assert different == {f"{name}.conv2" for name, _ in model.blocks()}
+
+
+def test_pool_gives_nothing_to_rows_and_columns_that_it_leaves_out():
+    model = build("vgg_mini", classes=CLASSES, image_shape=(1, 9, 9), seed=1, dropout=0.0).double().eval()
+    _, found = relevances(model, torch.rand(2, 1, 9, 9).double(), torch.tensor([0, 1]))
+    assert all(values.isfinite().all() for values in found.values())
+
+
+def test_shares_are_the_same_in_every_layer():
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(width, generator=generator) for width in (8, 16, 32)]
+    removed = [[], [3, 5], []]
+    chosen = method.select(method.in_layer_shares(scores, removed), removed, until_channels(26))
+    taken = [sum(layer == i for layer, _ in chosen) + len(gone) for i, gone in enumerate(removed)]
+    assert taken == [4, 8, 16]
+    for layer, values in enumerate(scores):
+        order = [channel for i, channel in chosen if i == layer]
+        assert order == sorted(order, key=lambda channel: values[channel].item())
+
+
+def test_minimum_keeps_channels():
+    scores = [torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.9, 0.8])]
+    chosen = method.select(scores, [[], []], until_channels(99), minimum=1)
+    assert chosen == [(0, 0), (0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "random", "l1"])
+def test_equal_macs_are_met_to_within_one_channel(criterion):
+    model = _network()
+    table = method.CostTable(model, SHAPE)
+    pruner = Pruner(model, Ranking(criterion=criterion), _batches())
+    most = table.macs(table.even(pruner.layers, 0.5))
+    pruner.event(model, until_at_most(table.macs, most))
+    assert table.macs(pruner.left) <= most
+    largest = max(table.macs() - table.macs({name: width - 1}) for name, width in pruner.widths.items())
+    assert table.macs(pruner.left) > most - largest
+
+
+def test_cost_table_counts_what_is_physically_left():
+    model = _network("vgg_mini")
+    table = method.CostTable(model, SHAPE)
+    pruner = Pruner(copy.deepcopy(model), Ranking(criterion="l1", minimum=1), _batches())
+    pruner.event(model, until_channels(30), units=5)
+    channels.remove(model, pruner.kept)
+    narrow = method.CostTable(model, SHAPE)
+    assert table.parameters(pruner.left) == pytest.approx(sum(p.numel() for p in model.parameters()))
+    assert table.macs(pruner.left) == pytest.approx(narrow.macs())
+    assert table.weights(pruner.left) == pytest.approx(narrow.weights())
+
+
+def test_forward_macs_follow_the_events():
+    table = method.CostTable(_network(), SHAPE)
+    left = {name: 1 for name in table.widths}
+    macs = forward_macs([{"epoch": 2, "left": left}], table, 4)
+    assert macs == [table.macs()] * 2 + [table.macs(left)] * 2
+
+
+def test_classes_that_are_never_right_stop_the_run():
+    with pytest.raises(RunFailed, match="no class"):
+        method.class_scale(torch.zeros(3))
+
+
+def test_scores_that_are_no_numbers_stop_the_run():
+    sums = torch.tensor([[1.0, float("inf")]])
+    with pytest.raises(RunFailed, match="not finite"):
+        method.channel_scores(sums, torch.tensor([2]), torch.tensor([0.8]))
+
+
+def test_networks_without_a_rule_are_named():
+    model = build("mobilenet_t8", classes=CLASSES, image_shape=SHAPE)
+    with pytest.raises(SettingsError, match="MobileNetV1"):
+        relevances(model.eval(), torch.rand(2, *SHAPE), torch.tensor([0, 1]))
+
+
+# ------------------------------------------------------------------------------------------ protocol
+
+
+def _profile(**paper):
+    small = {
+        "name": "resnet8",
+        "options": {"stem": 4},
+        "runs": {"frs": [0.4], "frs-once": [0.4], "frs-end": [0.4]},
+    }
+    base = {"seeds": [0], "epochs": 4, "every": 1, "last": 3, "architectures": [small]}
+    settings = common_settings.validated(protocol.Settings, base | paper, "paper")
+    return Profile(name="test", dataset=DIGITS, execution=ExecutionSettings(device="cpu"), paper=settings)
+
+
+def _records(profile, folder):
+    store = Store(folder, protocol.PAPER)
+    listed = in_order(protocol.runs(profile))
+    needed = {need.settings_hash for run in listed for need in run.needs}
+    entries = [perform(run, store, profile.execution, run.settings_hash in needed) for run in listed]
+    return {(e["record"]["architecture"], e["record"]["variant"]): e for e in entries}
+
+
+def test_runs_part_from_the_dense_one_at_their_first_event(tmp_path):
+    entries = _records(_profile(), tmp_path)
+    assert all(entry["record"]["status"] == "ok" for entry in entries.values())
+    dense = entries["resnet8", "dense"]["curves"]
+    for variant, epochs in (("frs", 1), ("frs-once", 3), ("frs-end", 4)):
+        curves = entries["resnet8", variant]["curves"]
+        assert len(curves) == 4 and curves[:epochs] == dense[:epochs]
+        metrics = entries["resnet8", variant]["record"]["metrics"]
+        # 56 channels, three events of round(0.4 * 56 / 3) = 7
+        assert metrics["channels_removed"] == 21 / 56
+        assert (metrics["training_cost"] == 1) == (variant == "frs-end")
+    assert entries["resnet8", "frs"]["curves"][1:] != dense[1:]
+    # three events, 20 of 100 images, five forward passes each; four epochs of 100 images at three passes
+    assert entries["resnet8", "frs"]["record"]["metrics"]["scoring_cost"] == 3 * 20 * 5 / (4 * 100 * 3)
+
+
+def test_removed_and_masked_runs_leave_the_same_record(tmp_path):
+    # two channels stay in each layer: with a dead branch, scores of what is left of it may differ
+    small = {"name": "resnet8", "options": {"stem": 4}, "runs": {"frs": [0.4]}, "min_channels_per_layer": 2}
+    found = []
+    for removal in ("physical", "masked"):
+        profile = _profile(architectures=[small], removal=removal)
+        found.append(_records(profile, tmp_path)["resnet8", "frs"]["record"])
+    assert found[0]["cost"] == found[1]["cost"]
+    assert found[0]["metrics"]["test_accuracy"] == found[1]["metrics"]["test_accuracy"]
+    assert found[0]["metrics"]["test_loss"] == pytest.approx(found[1]["metrics"]["test_loss"], rel=1e-4)
+
+
+def test_plain_networks_lose_hidden_units_at_equal_macs(tmp_path):
+    plain = {
+        "name": "vgg_mini",
+        "options": {"dropout": 0.0},
+        "units_per_event": 2,
+        "runs": {"frs-macs": [0.5], "l1-macs": [0.5]},
+    }
+    entries = _records(_profile(architectures=[plain]), tmp_path)
+    reductions = []
+    for variant in ("frs-macs", "l1-macs"):
+        record = entries["vgg_mini", variant]["record"]
+        assert record["details"]["events"][-1]["left"]["classifier.0"] == 32 - 3 * 2
+        reductions.append(record["metrics"]["macs_reduction"])
+    assert reductions[0] == pytest.approx(reductions[1], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("paper", "message"),
+    [
+        ({"architectures": [{"name": "resnet9", "runs": {}}]}, "resnet9"),
+        ({"architectures": [{"name": "resnet14", "runs": {"fsr": [0.4]}}]}, "did you mean 'frs'"),
+        ({"architectures": [{"name": "resnet14", "runs": {"frs": [1.2]}}]}, "less than 1"),
+        ({"architectures": [{"name": "resnet14", "runs": {"frs": [0.0]}}]}, "above 0"),
+        ({"last": 5}, "last 5"),
+        ({"variants": {"dense": {}}}, "not pruned"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(paper, message):
+    with pytest.raises(SettingsError, match=message):
+        _profile(**paper)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"name": "resnet8", "runs": {"frs": [0.001]}}, "takes 0 channels"),
+        ({"name": "resnet8", "runs": {"frs": [0.99]}, "min_channels_per_layer": 8}, "can go in all"),
+        ({"name": "resnet8", "runs": {}, "units_per_event": 1}, "no hidden linear layer"),
+        ({"name": "vgg_mini", "runs": {"frs": [0.4]}, "units_per_event": 11}, "none of 32 units"),
+        ({"name": "vgg_mini", "runs": {}, "min_channels_per_layer": 0}, "must be 1 or more"),
+        ({"name": "vgg_mini", "runs": {"frs-macs": [0.9]}, "min_channels_per_layer": 8}, "narrowest network"),
+        ({"name": "vgg16", "runs": {}}, "too small"),
+        ({"name": "resnet14", "runs": {}, "options": {"stern": 8}}, "did you mean 'stem'"),
+        ({"name": "mobilenet_v1", "runs": {}}, "plain and residual"),
+        ({"name": "mlp", "runs": {}}, "plain and residual"),
+    ],
+)
+def test_plans_that_cannot_be_are_named_before_training(architecture, message):
+    with pytest.raises(SettingsError, match=message):
+        protocol.runs(_profile(architectures=[architecture]))
+
+
+def _context(run):
+    return Context(run, Compute.choose("cpu"), ())
+
+
+def test_scoring_images_are_balanced_and_fixed():
+    data = _context(None).dataset(DIGITS)
+    first, second = (protocol.scoring_batches(data, 0.3) for _ in range(2))
+    assert torch.bincount(first.labels).tolist() == [3] * 10
+    assert torch.equal(first.images, second.images)
+    with pytest.raises(RunFailed, match="scoring_share"):
+        protocol.scoring_batches(data, 0.01)
+
+
+@pytest.mark.parametrize("architecture", ["vgg_t8", "resnet8"])
+def test_contender_ends_with_few_enough_parameters(architecture):
+    arena = Arena(architecture=architecture, epochs=4)
+    run = Run(
+        "equal_footing",
+        "feature relevance",
+        "digits",
+        architecture,
+        0.75,
+        0,
+        {"data": DIGITS.model_dump(mode="json")},
+    )
+    contest = Contest(run, _context(run), arena)
+    outcome = protocol.contend(contest)
+    assert outcome.cost["parameters"] <= 0.25 * contest.parameters
+    assert outcome.cost["parameters"] > 0.2 * contest.parameters
+    assert outcome.cost["training_macs"] < 3 * 4 * 100 * outcome.cost["dense_macs"]

@@ -1,6 +1,7 @@
 """`python -m common.report`: figures, tables and the page of one profile, from its records, without training.
 
-Writes into the `--out` folder: `index.html`, `figures/*.svg` and `*.png`, and `plots/accuracy.json` for `dvc plots`.
+Writes into the `--out` folder: `index.html`, `figures/*.svg` and `*.png`, and `plots/accuracy.json` for
+`dvc plots`.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from common.report import equal_footing, evidence, figures, judged, page, panels
+from common.report import equal_footing, evidence, figures, judged, page, panels, planning
 
 WORKERS = 4
 """Most processes that draw; with few figures a process costs more than it saves."""
 FIGURES_A_WORKER = 12
 
 
-def report(profile: str, results: Path, replications: Path, verdicts: Path, out: Path, environment: Path) -> int:
+def report(
+    profile: str, results: Path, replications: Path, verdicts: Path, out: Path, environment: Path
+) -> int:
     """Draw everything into `out` and return the number of figures. Raises ReportError, OSError."""
     found = evidence.load(profile, results, replications, verdicts, environment)
     views = {paper.name: judged.views(paper) for paper in found.papers}
     planned: list[tuple[str, panels.Panel]] = [("overview", judged.overview(views))]
     for paper in found.papers:
-        planned += [(paper.name, panel) for panel in panels.paper_panels(paper, found.curves)]
+        planned += [(paper.name, panel) for panel in planning.paper_panels(paper, found.curves)]
         for claim, parts in judged.panels(paper, full_scale=profile == page.FULL_SCALE).items():
             planned += [(f"{paper.name}/{claim}", panel) for panel in parts]
     footing = f"{evidence.EQUAL_FOOTING}/figures"
@@ -35,7 +38,9 @@ def report(profile: str, results: Path, replications: Path, verdicts: Path, out:
     names = [panel.name for _, panel in planned]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise evidence.ReportError(f"two figures would be called {twice[0]}: rename a paper, data set, architecture or claim")
+        raise evidence.ReportError(
+            f"two figures would be called {twice[0]}: rename a paper, data set, architecture or claim"
+        )
     drawn: dict[str, list[figures.Drawn]] = {}
     for (place, _), figure in zip(planned, _draw([panel for _, panel in planned])):
         drawn.setdefault(place, []).append(figure)
@@ -64,7 +69,7 @@ def _rows(papers: Sequence[evidence.Paper]) -> str:
         {name: record[name] for name in identity} | {"test_accuracy": accuracy}
         for paper in papers
         for record in paper.records
-        if record["status"] == "ok" and (accuracy := panels.measured(record, "test_accuracy")) is not None
+        if record["status"] == "ok" and (accuracy := planning.measured(record, "test_accuracy")) is not None
     ]
     return json.dumps(rows, indent=0) + "\n"
 
@@ -84,12 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m common.report", description=__doc__)
     parser.add_argument("--profile", required=True, help="name of the profile that the records belong to")
-    parser.add_argument("--results", type=Path, required=True, help="folder of <paper>.jsonl and <paper>.curves.jsonl")
-    parser.add_argument("--replications", type=Path, required=True, help="folder of the papers' claims and READMEs")
-    parser.add_argument("--verdicts", type=Path, required=True, help="what `python -m common.statistics` wrote")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder of <paper>.jsonl and <paper>.curves.jsonl"
+    )
+    parser.add_argument(
+        "--replications", type=Path, required=True, help="folder of the papers' claims and READMEs"
+    )
+    parser.add_argument(
+        "--verdicts", type=Path, required=True, help="what `python -m common.statistics` wrote"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument(
-        "--environment", type=Path, help="folder of <paper>.json (default: environment/<profile> beside --results)"
+        "--environment",
+        type=Path,
+        help="folder of <paper>.json (default: environment/<profile> beside --results)",
     )
     options = parser.parse_args(arguments)
     environment = options.environment or options.results.parent / "environment" / options.profile

@@ -1,7 +1,7 @@
 """Equal footing: every method and control at common costs, on the same data, seeds and training epochs.
 
-Takes records whose `details.equal_footing` is true, and all records of a paper called `equal_footing`. What it computes
-is descriptive; the comparisons that are judged are claims like all others.
+Takes records whose `details.equal_footing` is true, and all records of a paper called `equal_footing`. What
+it computes is descriptive; the comparisons that are judged are claims like all others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from common.report.evidence import EQUAL_FOOTING, Paper
-from common.report.panels import CONFIDENCE, Panel, cost_panel, gather, measured, slug
+from common.report.panels import CONFIDENCE, Panel, slug
+from common.report.planning import Looks, Targets, cost_panel, gather, measured, reference
 
 RESAMPLES = 2000
 FEWEST_SEEDS = 5
@@ -43,7 +44,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All methods of one cell. improvements: [row beats column], None on the diagonal or without common seeds."""
+    """All methods of one cell.
+
+    improvements: [row beats column], None on the diagonal or without common seeds.
+    """
 
     place: str
     targets: tuple[float, ...]
@@ -53,7 +57,7 @@ class Comparison:
 
 
 def tagged(papers: Sequence[Paper]) -> list[dict]:
-    """The records on equal footing, their variants named after the paper too where several papers take part."""
+    """The records on equal footing; where several papers take part, variants bear the paper's name too."""
     found = [
         record
         for paper in papers
@@ -66,12 +70,16 @@ def tagged(papers: Sequence[Paper]) -> list[dict]:
 
 
 def panels(records: Sequence[Mapping]) -> list[Panel]:
-    """Accuracy against parameters and against MACs, all methods on common axes."""
+    """Accuracy against parameters and against MACs, all methods on common axes; trained networks only."""
     drawn = []
-    for (dataset, architecture), cell in gather(records).items():
-        look = {method: number for number, method in enumerate(cell)}
+    for (dataset, architecture), cell in gather(r for r in records if not _interpolated(r)).items():
+        level = reference(cell)
+        look: Looks = {
+            method: number for number, method in enumerate(method for method in cell if method != level)
+        }
+        look |= {level: None} if level else {}
         for cost in ("parameters", "macs"):
-            name = "-".join((slug(EQUAL_FOOTING), slug(dataset), slug(architecture), cost))
+            name = "-".join((slug(EQUAL_FOOTING), "all", slug(dataset), slug(architecture), cost))
             place = f"{dataset} · {architecture}"
             panel = cost_panel(name, f"{place}: all methods", place, cost, cell, look)
             drawn += [panel] if panel else []
@@ -79,16 +87,33 @@ def panels(records: Sequence[Mapping]) -> list[Panel]:
 
 
 def comparisons(records: Sequence[Mapping], papers: Sequence[Paper]) -> list[Comparison]:
-    """Ranks, probabilities of improvement and training cost, one comparison a cell."""
-    seconds = {key: value for paper in papers for key, value in ((paper.environment or {}).get("seconds") or {}).items()}
-    return [
-        _comparison(f"{dataset} · {architecture}", cell, seconds)
-        for (dataset, architecture), cell in gather(records).items()
-        if len(cell) > 1
-    ]
+    """Ranks, probabilities of improvement and training cost.
+
+    One comparison a cell at common targets, and one at common MACs where records hold interpolated values.
+    """
+    seconds = {
+        key: value
+        for paper in papers
+        for key, value in ((paper.environment or {}).get("seconds") or {}).items()
+    }
+    found = []
+    for at_macs in (False, True):
+        for (dataset, architecture), cell in gather(
+            r for r in records if _interpolated(r) == at_macs
+        ).items():
+            methods = {method: targets for method, targets in cell.items() if method != reference(cell)}
+            if len(methods) > 1:
+                what = "at common MACs, interpolated between runs" if at_macs else "at common targets"
+                found.append(_comparison(f"{dataset} · {architecture}, {what}", methods, seconds))
+    return found
 
 
-def _comparison(place: str, cell: Mapping[str, Mapping[float, list[dict]]], seconds: Mapping[str, float]) -> Comparison:
+def _interpolated(record: Mapping) -> bool:
+    """Whether a record is no trained network, but read off between those at another cost."""
+    return (record.get("details") or {}).get("interpolated") is True
+
+
+def _comparison(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, float]) -> Comparison:
     values = {
         method: {
             target: {r["seed"]: 100 * a for r in runs if (a := measured(r, "test_accuracy")) is not None}
@@ -97,7 +122,9 @@ def _comparison(place: str, cell: Mapping[str, Mapping[float, list[dict]]], seco
         for method, targets in cell.items()
     }
     targets = tuple(sorted({target for found in values.values() for target in found}))
-    shared = {t: sorted(set.intersection(*(set(found.get(t, ())) for found in values.values()))) for t in targets}
+    shared = {
+        t: sorted(set.intersection(*(set(found.get(t, ())) for found in values.values()))) for t in targets
+    }
     ranks = {
         t: rankdata([[-found[t][s] for s in seeds] for found in values.values()], axis=0).mean(axis=1)
         for t, seeds in shared.items()
@@ -109,8 +136,12 @@ def _comparison(place: str, cell: Mapping[str, Mapping[float, list[dict]]], seco
             accuracies={t: list(found[t].values()) for t in targets if found.get(t)},
             ranks={t: float(mean[number]) for t, mean in ranks.items()},
             rank=float(np.mean([mean[number] for mean in ranks.values()])) if ranks else None,
-            seconds=_average([seconds.get(r["settings_hash"]) for runs in cell[method].values() for r in runs]),
-            training_macs=_average([measured(r, "training_macs") for runs in cell[method].values() for r in runs]),
+            seconds=_average(
+                [seconds.get(r["settings_hash"]) for runs in cell[method].values() for r in runs]
+            ),
+            training_macs=_average(
+                [measured(r, "training_macs") for runs in cell[method].values() for r in runs]
+            ),
         )
         for number, (method, found) in enumerate(values.items())
     ]
@@ -121,7 +152,7 @@ def _comparison(place: str, cell: Mapping[str, Mapping[float, list[dict]]], seco
 
 
 def _improvement(first: Mapping, second: Mapping, targets: Sequence[float]) -> Improvement | None:
-    """P(first > second) + P(equal) / 2 over pairs of runs, averaged over targets; the bootstrap resamples seeds."""
+    """P(first > second) + P(equal) / 2 over pairs of runs, averaged over targets; seeds are resampled."""
     shared = [t for t in targets if t in first and t in second]
     seeds = sorted(set.intersection(*(set(first[t]) & set(second[t]) for t in shared))) if shared else []
     if not seeds:

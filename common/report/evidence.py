@@ -51,7 +51,9 @@ class Paper:
     @property
     def stale(self) -> bool:
         """Whether the verdicts were judged on other claims than the file now holds."""
-        return None not in (self.claims_digest, self.judged_digest) and self.claims_digest != self.judged_digest
+        return (
+            None not in (self.claims_digest, self.judged_digest) and self.claims_digest != self.judged_digest
+        )
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class Evidence:
 def load(profile: str, results: Path, replications: Path, verdicts: Path, environment: Path) -> Evidence:
     """Read all inputs of a report.
 
-    `results` holds `<paper>.jsonl` and `<paper>.curves.jsonl`, `replications` one folder a paper, `environment` optional
-    `<paper>.json` files. Raises ReportError, naming file and line, for anything missing or damaged.
+    `results` holds `<paper>.jsonl` and `<paper>.curves.jsonl`, `replications` one folder a paper, and
+    `environment` perhaps `<paper>.json`. Raises ReportError, naming file and line, for what is missing or
+    damaged.
     """
     judgement = _judgement(verdicts)
     records: dict[str, list[dict]] = {}
@@ -78,7 +81,9 @@ def load(profile: str, results: Path, replications: Path, verdicts: Path, enviro
         if path.name.endswith(CURVES_SUFFIX):
             for where, line in _json_lines(path):
                 if not isinstance(line.get("settings_hash"), str) or not isinstance(line.get("curves"), list):
-                    raise ReportError(f"{where}: needs `settings_hash` and `curves`, a list of per-epoch measurements")
+                    raise ReportError(
+                        f"{where}: needs `settings_hash` and `curves`, a list of per-epoch measurements"
+                    )
                 curves[line["settings_hash"]] = line["curves"]
     try:
         for path in sorted(results.glob("*.jsonl")):
@@ -92,7 +97,7 @@ def load(profile: str, results: Path, replications: Path, verdicts: Path, enviro
     names = sorted(files.keys() | records.keys(), key=lambda name: (name == EQUAL_FOOTING, name))
     if not names:
         raise ReportError(
-            f"no paper to report: {replications} has no folder with a claims.yaml and {results} has no records"
+            f"no paper to report: no folder in {replications} has a claims.yaml and {results} has no records"
         )
     papers = [
         _paper(name, files.get(name), records.get(name, []), judgement["papers"].get(name, {}), environment)
@@ -120,7 +125,9 @@ def _paper(name: str, file: ClaimsFile | None, records: list[dict], judged: dict
     readme = file.path.parent / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     title = re.search(r"^# +(.+?) *$", text, flags=re.MULTILINE)
-    deviations = re.search(r"^## +Deviations\b[^\n]*\n(.*?)(?=^#{1,2} |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    deviations = re.search(
+        r"^## +Deviations\b[^\n]*\n(.*?)(?=^#{1,2} |\Z)", text, flags=re.MULTILINE | re.DOTALL
+    )
     return Paper(
         name=name,
         title=title.group(1) if title else name,
@@ -140,7 +147,9 @@ def _judgement(path: Path) -> dict:
     except ValueError as error:
         raise ReportError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("papers"), dict):
-        raise ReportError(f"{path}: needs `papers`, the verdicts by paper, as `python -m common.statistics` writes them")
+        raise ReportError(
+            f"{path}: needs `papers`, the verdicts by paper, as `python -m common.statistics` writes them"
+        )
     return document
 
 

@@ -1,18 +1,18 @@
 """Panels become figures: SVG and PNG with equal bytes on every drawing, and SVG text to set inside a page.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every variant has its own marker and dash
-as well, so that no figure depends on colour.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every variant has a marker and
+a dash of its own as well, so that no figure depends on colour.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
-import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import matplotlib
 import numpy as np
@@ -38,17 +38,26 @@ from common.report.panels import (
     mean_interval,
     slug,
 )
+from common.report.svg import compact, inline
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c3e")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1.2, 1.2)), (0, (7, 1.5, 1, 1.5, 1, 1.5)), (0, (8, 2)), (0, (2, 2)))
+DASHES = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (3, 1.2, 1, 1.2)),
+    (0, (1.2, 1.2)),
+    (0, (7, 1.5, 1, 1.5, 1, 1.5)),
+    (0, (8, 2)),
+    (0, (2, 2)),
+)
 INK, MUTED, GRID = "#222222", "#6a6a6a", "#dcdcdc"
 THEMED = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
 THEMED |= {colour: f"var(--series-{i})" for i, colour in enumerate(PALETTE)}
 
 WIDTH = 4.0
 """Inches of every figure: drawn at a telephone's width, so that its text stays readable there."""
-PNG_DPI = 160
+PNG_DPI = 144
 _STYLE = {
     "svg.hashsalt": "pruning-replications",
     "svg.fonttype": "none",
@@ -99,8 +108,15 @@ def draw(panel: Panel) -> Drawn:
         FigureCanvasSVG(figure).print_svg(svg, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         figure.set_dpi(PNG_DPI)
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
-    text = _compact(svg.getvalue())
-    return Drawn(panel.name, panel.heading, panel.caption, text, png.getvalue(), _inline(text, panel))
+    text = compact(svg.getvalue())
+    return Drawn(
+        panel.name,
+        panel.heading,
+        panel.caption,
+        text,
+        png.getvalue(),
+        inline(text, panel.name, panel.title, THEMED),
+    )
 
 
 @functools.singledispatch
@@ -114,7 +130,13 @@ def _figure(panel: Panel) -> Figure:
 def _look(index: int | None) -> dict:
     """Line2D properties of a variant's look; the reference (None) is drawn in ink."""
     if index is None:
-        return {"color": INK, "marker": "_", "linestyle": (0, (1, 1.6)), "markersize": 7, "markeredgewidth": 1.6}
+        return {
+            "color": INK,
+            "marker": "_",
+            "linestyle": (0, (1, 1.6)),
+            "markersize": 7,
+            "markeredgewidth": 1.6,
+        }
     count = len(PALETTE)
     colour = PALETTE[index % count]
     return {
@@ -129,23 +151,48 @@ def _look(index: int | None) -> dict:
     }
 
 
-def _canvas(panel: Panel, height: float, labels: Sequence[str], looks: Sequence[int | None]) -> tuple[Figure, float]:
-    """A figure with title and legend, for axes of this height (inches); returns it and the bottom of its axes."""
+def _canvas(
+    panel: Panel, height: float, labels: Sequence[str], looks: Sequence[int | None]
+) -> tuple[Figure, float]:
+    """A figure with title and legend for axes of this height; returns it and the axes' bottom, in inches."""
     columns = 2 if max((len(label) for label in labels), default=0) <= _WIDE_LABEL and len(labels) > 1 else 1
     bottom = _BOTTOM + _ROW * math.ceil(len(labels) / columns) + 0.05
     figure = Figure(figsize=(WIDTH, bottom + height + _TOP))
-    figure.text(0.08 / WIDTH, 1 - 0.08 / figure.get_figheight(), panel.title, va="top", fontsize=9, fontweight="bold")
+    _title(figure, panel)
     handles = [Line2D([], [], **_look(look)) for look in looks]
     figure.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(0.08 / WIDTH, 0.02 / figure.get_figheight()), ncol=columns,
-        handlelength=3.0, columnspacing=1.2, labelspacing=0.3, borderpad=0.1, borderaxespad=0.0,
-    )  # fmt: skip
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0.08 / WIDTH, 0.02 / figure.get_figheight()),
+        ncol=columns,
+        handlelength=3.0,
+        columnspacing=1.2,
+        labelspacing=0.3,
+        borderpad=0.1,
+        borderaxespad=0.0,
+    )
     return figure, bottom
+
+
+def _title(figure: Figure, panel: Panel) -> None:
+    # long titles are set smaller rather than cut
+    size = min(9.0, 420 / len(panel.title))
+    figure.text(
+        0.08 / WIDTH,
+        1 - 0.08 / figure.get_figheight(),
+        panel.title,
+        va="top",
+        fontsize=size,
+        fontweight="bold",
+    )
 
 
 def _axes(figure: Figure, bottom: float, height: float, **options) -> Axes:
     whole = figure.get_figheight()
-    return figure.add_axes((_LEFT / WIDTH, bottom / whole, 1 - (_LEFT + _RIGHT) / WIDTH, height / whole), **options)
+    return figure.add_axes(
+        (_LEFT / WIDTH, bottom / whole, 1 - (_LEFT + _RIGHT) / WIDTH, height / whole), **options
+    )
 
 
 def _frame(axes: Axes, values: Sequence[float]) -> None:
@@ -159,18 +206,20 @@ def _frame(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _position(target: float) -> float:
-    """Place of a target on the axis: halving what remains is one step, which opens up the high-sparsity end."""
+    """Place of a target on the axis: halving what remains is one step, which opens up the high end."""
     return -math.log2(1 - target)
 
 
 @_figure.register
 def _(panel: TargetPanel) -> Figure:
-    figure, bottom = _canvas(panel, 2.45, [line.label for line in panel.lines], [line.look for line in panel.lines])
+    figure, bottom = _canvas(
+        panel, 2.45, [line.label for line in panel.lines], [line.look for line in panel.lines]
+    )
     axes = _axes(figure, bottom, 2.45)
     targets = sorted({point.target for line in panel.lines for point in line.points})
     place = _position if all(0 <= target < 1 for target in targets) else float
     ticks = [place(target) for target in targets]
-    gaps = [b - a for a, b in zip(ticks, ticks[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(ticks)]
     # side by side, and the seeds of each side by side too, so that nothing hides
     step = min(0.09, 0.45 * min(gaps, default=1.0) / len(panel.lines))
     compared = [line for line in panel.lines if line.look is not None]
@@ -181,7 +230,13 @@ def _(panel: TargetPanel) -> Figure:
         _seeds(axes, line, [x + beside for x, beside in zip(xs, spread)])
         _means(axes, line, xs)
         if line.look is None and len(line.points) == 1 and len(targets) > 1:
-            axes.axhline(float(np.mean(line.points[0].ys)), color=INK, linewidth=0.8, linestyle=(0, (1, 1.6)), zorder=1.5)
+            axes.axhline(
+                float(np.mean(line.points[0].ys)),
+                color=INK,
+                linewidth=0.8,
+                linestyle=(0, (1, 1.6)),
+                zorder=1.5,
+            )
     _frame(axes, [y for line in panel.lines for point in line.points for y in point.ys])
     axes.set_xticks(ticks, _thinned(ticks, [f"{100 * target:.4g}" for target in targets]))
     axes.set_xlim(ticks[0] - 0.3, ticks[-1] + 0.3)
@@ -202,7 +257,9 @@ def _thinned(ticks: Sequence[float], labels: Sequence[str]) -> list[str]:
 
 @_figure.register
 def _(panel: CostPanel) -> Figure:
-    figure, bottom = _canvas(panel, 2.45, [line.label for line in panel.lines], [line.look for line in panel.lines])
+    figure, bottom = _canvas(
+        panel, 2.45, [line.label for line in panel.lines], [line.look for line in panel.lines]
+    )
     axes = _axes(figure, bottom, 2.45, xscale="log")
     for line in panel.lines:
         _seeds(axes, line, [point.xs for point in line.points])
@@ -224,9 +281,18 @@ def _seeds(axes: Axes, line: Line, xs: Sequence[Sequence[float]]) -> None:
     flat = [x for values in xs for x in values]
     ys = [y for point in line.points for y in point.ys]
     axes.plot(
-        flat, ys, linestyle="none", marker="o", markersize=2.7, markeredgewidth=0, color=colour, alpha=0.45,
-        gid=f"seeds-{slug(line.label)}", clip_on=False, zorder=2,
-    )  # fmt: skip
+        flat,
+        ys,
+        linestyle="none",
+        marker="o",
+        markersize=2.7,
+        markeredgewidth=0,
+        color=colour,
+        alpha=0.45,
+        gid=f"seeds-{slug(line.label)}",
+        clip_on=False,
+        zorder=2,
+    )
 
 
 def _means(axes: Axes, line: Line, xs: Sequence[float]) -> None:
@@ -272,27 +338,35 @@ def _(panel: CurvesPanel) -> Figure:
         for number, curve in enumerate(panel.curves):
             look = _look(curve.look) | {"markersize": 3.4}
             spacing = max(1, len(curve.epochs) // 5)
-            axes.fill_between(curve.epochs, curve.lows[row], curve.highs[row], color=look["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(
+                curve.epochs, curve.lows[row], curve.highs[row], color=look["color"], alpha=0.15, linewidth=0
+            )
             axes.plot(curve.epochs, curve.means[row], markevery=(number % spacing, spacing), **look)
             starts = [epoch for epoch, _ in curve.phases[1:]]
             if starts:
                 heights = np.interp(starts, curve.epochs, curve.means[row])
-                axes.plot(starts, heights, linestyle="none", marker="|", markersize=8, markeredgewidth=1.6, color=look["color"])
-    if len(losses) and losses.max() > 5 * losses.min():
+                axes.plot(
+                    starts,
+                    heights,
+                    linestyle="none",
+                    marker="|",
+                    markersize=8,
+                    markeredgewidth=1.6,
+                    color=look["color"],
+                )
+    if len(losses):
+        low, high = losses.min(), losses.max()
+        ticks = _log_ticks(low, high)
         loss.set_yscale("log")
-        ticks = _log_ticks(losses.min(), losses.max())
         loss.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         loss.minorticks_off()
-    if len(losses):
-        air = 0.06 * (losses.max() - losses.min() or 1.0)
-        loss.set_ylim((losses.min() / 1.2, losses.max() * 1.2) if loss.get_yscale() == "log" else
-                      (losses.min() - air, losses.max() + air))  # fmt: skip
+        loss.set_ylim(low / 1.2, high * 1.2)
     means = np.concatenate([curve.means[0] for curve in panel.curves])
     if np.isfinite(means).any():
         _frame(accuracy, means[np.isfinite(means)])
     loss.set_xlabel("epoch of the run")
     accuracy.set_ylabel("validation accuracy (%)")
-    loss.set_ylabel("training loss")
+    loss.set_ylabel("training loss (log)")
     _name_phases(accuracy, panel)
     return figure
 
@@ -309,8 +383,16 @@ def _name_phases(axes: Axes, panel: CurvesPanel) -> None:
     for epoch, name in names:
         if epoch > 1:
             axes.axvline(epoch, color=MUTED, linewidth=0.6, linestyle=(0, (2, 2)), zorder=1)
-        axes.annotate(name, (epoch, 1.0), xycoords=("data", "axes fraction"), xytext=(1, 1),
-                      textcoords="offset points", fontsize=7, color=MUTED, va="bottom")  # fmt: skip
+        axes.annotate(
+            name,
+            (epoch, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(1, 1),
+            textcoords="offset points",
+            fontsize=7,
+            color=MUTED,
+            va="bottom",
+        )
 
 
 # ---------------------------------------------------------------------------------------------- claims
@@ -331,26 +413,53 @@ def _(panel: ClaimPanel) -> Figure:
     bottom = _BOTTOM + _ROW * (1 + panel.axis.count("\n")) + 0.05
     figure = Figure(figsize=(WIDTH, bottom + height + _TOP))
     whole = figure.get_figheight()
-    figure.text(0.08 / WIDTH, 1 - 0.08 / whole, panel.title, va="top", fontsize=9, fontweight="bold")
+    _title(figure, panel)
     axes = figure.add_axes((0.12 / WIDTH, bottom / whole, 1 - 0.24 / WIDTH, height / whole))
     if panel.logarithmic:
         axes.set_xscale("log")
     for number, effect in enumerate(panel.effects):
         colour, marker, filled = _VERDICT_LOOKS[effect.verdict]
         y = -number - 0.62
-        axes.annotate(effect.label, (0, y + 0.28), xycoords=("axes fraction", "data"), xytext=(2, 0),
-                      textcoords="offset points", fontsize=min(7.6, 480 / len(effect.label)), va="center")  # fmt: skip
+        axes.annotate(
+            effect.label,
+            (0, y + 0.28),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 0),
+            textcoords="offset points",
+            fontsize=min(7.6, 480 / len(effect.label)),
+            va="center",
+        )
         if panel.null is not None:
             axes.vlines(panel.null, y - 0.2, y + 0.16, color=INK, linewidth=1.0, zorder=1.5)
-        axes.vlines(effect.bounds, y - 0.2, y + 0.16, color=INK, linewidth=1.0, linestyle=(0, (3, 1.5)), zorder=1.5)
-        axes.plot(effect.values, [y] * len(effect.values), linestyle="none", marker="o",
-                  markersize=3.2, markeredgewidth=0, color=PALETTE[0], alpha=0.5, gid=f"pairs-{number}", zorder=2)  # fmt: skip
+        axes.vlines(
+            effect.bounds, y - 0.2, y + 0.16, color=INK, linewidth=1.0, linestyle=(0, (3, 1.5)), zorder=1.5
+        )
+        axes.plot(
+            effect.values,
+            [y] * len(effect.values),
+            linestyle="none",
+            marker="o",
+            markersize=3.2,
+            markeredgewidth=0,
+            color=PALETTE[0],
+            alpha=0.5,
+            gid=f"pairs-{number}",
+            zorder=2,
+        )
         if effect.estimate is None:
             continue
         if effect.low is not None and effect.high is not None:
             axes.hlines(y, effect.low, effect.high, color=colour, linewidth=1.6, zorder=2.5)
-        axes.plot([effect.estimate], [y], marker=marker, markersize=6, color=colour, markeredgewidth=1.3, zorder=3,
-                  markerfacecolor=colour if filled else "none")  # fmt: skip
+        axes.plot(
+            [effect.estimate],
+            [y],
+            marker=marker,
+            markersize=6,
+            color=colour,
+            markeredgewidth=1.3,
+            zorder=3,
+            markerfacecolor=colour if filled else "none",
+        )
     if panel.paper_value is not None:
         axes.axvline(panel.paper_value, color=PALETTE[4], linewidth=1.4, linestyle=(0, (1, 1)), zorder=1.5)
     _effect_limits(axes, panel)
@@ -366,15 +475,33 @@ def _(panel: ClaimPanel) -> Figure:
     if panel.paper_value is not None:
         handles.append(Line2D([], [], color=PALETTE[4], linewidth=1.4, linestyle=(0, (1, 1))))
         labels.append("paper's number")
-    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.08 / WIDTH, 0.02 / whole), ncol=5,
-                  handlelength=1.6, columnspacing=1.0, borderpad=0.1, borderaxespad=0.0, fontsize=7.5)  # fmt: skip
+    figure.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0.08 / WIDTH, 0.02 / whole),
+        ncol=5,
+        handlelength=1.6,
+        columnspacing=1.0,
+        borderpad=0.1,
+        borderaxespad=0.0,
+        fontsize=7.5,
+    )
     return figure
 
 
 def _verdict_handle(verdict: str) -> Line2D:
     colour, marker, filled = _VERDICT_LOOKS[verdict]
-    return Line2D([], [], color=colour, marker=marker, markersize=6, markeredgewidth=1.3, linewidth=1.6,
-                  markerfacecolor=colour if filled else "none")  # fmt: skip
+    return Line2D(
+        [],
+        [],
+        color=colour,
+        marker=marker,
+        markersize=6,
+        markeredgewidth=1.3,
+        linewidth=1.6,
+        markerfacecolor=colour if filled else "none",
+    )
 
 
 def _effect_limits(axes: Axes, panel: ClaimPanel) -> None:
@@ -399,8 +526,8 @@ def _effect_limits(axes: Axes, panel: ClaimPanel) -> None:
 
 @_figure.register
 def _(panel: OverviewPanel) -> Figure:
-    side, gap, room, names = 0.42, 0.06, 7.6, 2.0
-    a_row = int((room - names - 0.1) // (side + gap))
+    wide, side, gap, room, names = 0.63, 0.48, 0.06, 7.6, 1.95
+    a_row = int((room - names - 0.1) // (wide + gap))
     height = _TOP + 0.35
     tops = []
     for _, claims in panel.rows:
@@ -417,53 +544,13 @@ def _(panel: OverviewPanel) -> Figure:
     for (name, claims), top in zip(panel.rows, tops):
         axes.text(0.1, top + side / 2, name, va="center", fontsize=8.5, fontweight="bold")
         for number, (claim, verdict) in enumerate(claims):
-            x, y = names + (number % a_row) * (side + gap), top + (number // a_row) * (side + gap)
+            x, y = names + (number % a_row) * (wide + gap), top + (number // a_row) * (side + gap)
             colour = _VERDICT_LOOKS[verdict][0]
-            axes.add_patch(Rectangle((x, y), side, side, facecolor=colour, alpha=0.25, linewidth=0))
-            axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=1.2))
-            axes.text(x + side / 2, y + 0.15, VERDICTS[verdict], ha="center", va="center", fontsize=11)
-            axes.text(x + side / 2, y + 0.33, claim, ha="center", va="center", fontsize=min(7.0, 34 / len(claim)))
+            axes.add_patch(Rectangle((x, y), wide, side, facecolor=colour, alpha=0.25, linewidth=0))
+            axes.add_patch(Rectangle((x, y), wide, side, fill=False, edgecolor=colour, linewidth=1.2))
+            middle = {"ha": "center", "va": "center"}
+            axes.text(x + wide / 2, y + 0.14, VERDICTS[verdict], fontsize=11, **middle)
+            parts = textwrap.wrap(claim, 11) or [""]
+            size = min(6.5, 68 / max(map(len, parts)), 14 / len(parts))
+            axes.text(x + wide / 2, y + 0.34, "\n".join(parts), fontsize=size, linespacing=1.0, **middle)
     return figure
-
-
-# ---------------------------------------------------------------------------------------------- SVG text
-
-
-def _compact(svg: str) -> str:
-    """The same drawing in a third of the bytes: short numbers, one style for a row of equal markers, plain fonts."""
-    svg = re.sub(r"\s*<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: 'DejaVu Sans', system-ui, sans-serif", svg)
-    svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
-    svg = re.sub(r' (?:d|x|y|width|height|points|transform)="[^"]*"', _shortened, svg)
-    svg = re.sub(r">\s+<", "><", svg)
-
-    def hoist(group: re.Match[str]) -> str:
-        uses = group.group(2)
-        styles = set(re.findall(r' style="([^"]*)"', uses))
-        if len(styles) != 1 or uses.count("<use ") < 2:
-            return group.group(0)
-        return f'<g{group.group(1)} style="{styles.pop()}">' + re.sub(r' style="[^"]*"', "", uses) + "</g>"
-
-    return re.sub(r"<g((?: clip-path=\"[^\"]*\")?)>((?:<use [^>]*/>)+)</g>", hoist, svg)
-
-
-def _shortened(attribute: re.Match[str]) -> str:
-    text = re.sub(r"-?\d+\.\d{3,}", lambda n: f"{float(n.group()):.2f}".rstrip("0").rstrip("."), attribute.group())
-    return re.sub(r"\s*\n([A-Za-z\"])", r"\1", text)
-
-
-def _inline(svg: str, panel: Panel) -> str:
-    """The drawing as an element of a page: its own ids, no outside names, and colours that follow the page's scheme."""
-    body = svg[svg.index("<svg") :]
-    box = re.search(r'viewBox="([^"]*)"', body).group(1)
-    body = body[body.index(">") + 1 :]
-    referred = set(re.findall(r"#([\w-]+)", " ".join(re.findall(r'(?:url\(|href=")#[\w-]+', body))))
-    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{panel.name}-{m.group(1)}"' if m.group(1) in referred else "", body)
-    body = re.sub(r'xlink:href="#', f'href="#{panel.name}-', body)
-    body = body.replace("url(#", f"url(#{panel.name}-")
-    # the page's own background shows through
-    body = re.sub(r'<path d="[^"]*" style="fill: #ffffff"/>', "", body)
-    body = re.sub(r"<text style=\"(?![^\"]*fill:)", '<text style="fill: currentColor; ', body)
-    for colour, variable in THEMED.items():
-        body = body.replace(colour, variable)
-    return f'<svg viewBox="{box}" role="img" aria-label="{escape(panel.title, quote=True)}">{body}'

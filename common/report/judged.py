@@ -43,11 +43,17 @@ def views(paper: Paper) -> list[ClaimView]:
 
 def _view(claim: Claim, judged: Mapping[str, Any] | None) -> ClaimView:
     if judged is None:
-        judged = {"verdict": "not tested", "reason": "not judged: the verdicts file does not hold this claim", "comparisons": []}
+        judged = {
+            "verdict": "not tested",
+            "reason": "not judged: the verdicts file does not hold this claim",
+            "comparisons": [],
+        }
     rows = [_row(claim, comparison, label) for comparison, label in _labelled(judged["comparisons"])]
     deciding = judged.get("deciding", 0)
     place = _shared_place(judged["comparisons"])
-    names = "; ".join(sorted({comparison["test_name"] for comparison in judged["comparisons"] if comparison["test_name"]}))
+    names = "; ".join(
+        sorted({comparison["test_name"] for comparison in judged["comparisons"] if comparison["test_name"]})
+    )
     stated = f"{claim.test}: {names}" if names else claim.test
     return ClaimView(
         id=claim.id,
@@ -57,8 +63,12 @@ def _view(claim: Claim, judged: Mapping[str, Any] | None) -> ClaimView:
         note=claim.note,
         test=" ".join(_sentence(part) for part in (stated, place, f"metric {claim.metric}") if part),
         paper_value=_paper_value(claim),
-        headline=rows[deciding] if rows else dict.fromkeys(("estimate", "interval", "n", "p_holm"), ""),
-        shown_of=f"deciding one of {len(rows)} comparisons: {rows[deciding]['label']}" if len(rows) > 1 else "",
+        headline=rows[deciding]
+        if rows
+        else dict.fromkeys(("estimate", "interval", "n", "p_holm", "p_opposite"), ""),
+        shown_of=f"deciding one of {len(rows)} comparisons: {rows[deciding]['label']}"
+        if len(rows) > 1
+        else "",
         comparisons=tuple(rows),
     )
 
@@ -97,6 +107,9 @@ def _row(claim: Claim, comparison: Mapping[str, Any], label: str) -> dict[str, A
         "p_permutation": p_value(comparison["p_permutation"]),
         "checks": ", ".join(f"{name} {p_value(p)}" for name, p in checks if p is not None),
         "p_holm": p_value(comparison["p_holm"]),
+        "p_opposite": p_value(comparison["p_opposite_holm"])
+        if comparison["verdict"] == "contradicted"
+        else "",
         "treatment": _level(claim, comparison["treatment_mean"]),
         "control": _level(claim, comparison["control_mean"]),
         "effect": "" if comparison["effect_size"] is None else f"{comparison['effect_size']:+.2f}",
@@ -106,12 +119,12 @@ def _row(claim: Claim, comparison: Mapping[str, Any], label: str) -> dict[str, A
 
 
 def _interval(claim: Claim, comparison: Mapping[str, Any], share: bool) -> str:
-    ends = (comparison["low"], comparison["high"])
-    if None in ends:
+    low, high = comparison["low"], comparison["high"]
+    if low is None or high is None:
         return ""
     if share:
-        return " to ".join(_share(end) for end in ends)
-    return " to ".join(_amount(claim, end, unit=end is ends[1]) for end in ends)
+        return f"{100 * low:.0f} to {_share(high)}"
+    return f"{_amount(claim, low, unit=False)} to {_amount(claim, high)}"
 
 
 def p_value(p: float | None) -> str:
@@ -137,7 +150,8 @@ def _amount(claim: Claim, value: float | None, signed: bool = True, unit: bool =
         return f"{_number(value)}{'×' if unit else ''}"
     text = f"{100 * value:.2f}" if claim.scale == "points" else _number(value)
     plus = "+" if signed and value > 0 and _contrast(claim) else ""
-    return f"{plus}{text}{' pp' if unit and claim.scale == 'points' else ''}".replace("-", "−", 1)
+    name = {True: " pp", False: " %"}[_contrast(claim)] if unit and claim.scale == "points" else ""
+    return f"{plus}{text}{name}".replace("-", "−", 1)
 
 
 def _level(claim: Claim, value: float | None) -> str:
@@ -162,8 +176,16 @@ def _sentence(text: str) -> str:
 
 def overview(found: Mapping[str, Sequence[ClaimView]]) -> OverviewPanel:
     """The verdicts of all papers in one picture."""
-    rows = tuple((paper, tuple((view.id, view.verdict) for view in views_)) for paper, views_ in found.items())
-    return OverviewPanel("overview", "Overview", "Verdicts on the papers' claims", "Verdict on every claim, paper by paper.", rows)
+    rows = tuple(
+        (paper, tuple((view.id, view.verdict) for view in views_)) for paper, views_ in found.items()
+    )
+    return OverviewPanel(
+        "overview",
+        "Overview",
+        "Verdicts on the papers' claims",
+        "Verdict on every claim, paper by paper.",
+        rows,
+    )
 
 
 def panels(paper: Paper, full_scale: bool) -> dict[str, list[ClaimPanel]]:
@@ -171,28 +193,37 @@ def panels(paper: Paper, full_scale: bool) -> dict[str, list[ClaimPanel]]:
     found = {}
     for claim in paper.claims:
         comparisons = paper.judged.get(claim.id, {}).get("comparisons", [])
-        effects = [_effect(claim, comparison, label) for comparison, label in _labelled(comparisons) if comparison["values"]]
+        effects = [
+            _effect(claim, comparison, label)
+            for comparison, label in _labelled(comparisons)
+            if comparison["values"]
+        ]
         parts = [effects[i : i + ROWS] for i in range(0, len(effects), ROWS)]
-        place = _shared_place(comparisons)
         found[claim.id] = [
-            _panel(paper, claim, place, part, f"{number} of {len(parts)}" if len(parts) > 1 else "", full_scale)
+            _panel(paper, claim, _shared_place(comparisons), part, (number, len(parts)), full_scale)
             for number, part in enumerate(parts, start=1)
         ]
     return found
 
 
 def _panel(
-    paper: Paper, claim: Claim, place: str, effects: Sequence[Effect], part: str, full_scale: bool
+    paper: Paper, claim: Claim, place: str, effects: Sequence[Effect], part: tuple[int, int], full_scale: bool
 ) -> ClaimPanel:
-    name = "-".join([slug(paper.name), "claim", slug(claim.id), *part.split(" ")[:1]]).rstrip("-")
+    """The figure of some of a claim's comparisons. part: its number, and that of all."""
+    name, title = f"{slug(paper.name)}-claim-{slug(claim.id)}", f"{claim.id}: what it compares"
+    title += f", {place}" if place else ""
+    if part[1] > 1:
+        name, title = f"{name}-{part[0]}", f"{title}, {part[0]} of {part[1]}"
     ratio = claim.scale == "ratio"
-    one = {"sign": "cell", "trend": "seed's slope"}.get(claim.test, "seed" if not claim.control else "pair of equal seed")
+    one = {"sign": "cell", "trend": "seed's slope"}.get(
+        claim.test, "seed" if not claim.control else "pair of equal seed"
+    )
     spread = "the range of all runs" if claim.test == "count" else "the 95 % interval"
     mark = "" if claim.test == "sign" else f" The large mark is the estimate, its bar {spread}."
     return ClaimPanel(
         name=name,
         heading=claim.id,
-        title=", ".join(text for text in (f"{claim.id}: what it compares", place, part) if text),
+        title=title,
         caption=f"Each small point is one {one}.{mark}",
         effects=tuple(effects),
         axis=_axis(claim),
@@ -210,7 +241,9 @@ def _drawn_paper_value(claim: Claim) -> float | None:
 
 
 def _axis(claim: Claim) -> str:
-    metric = claim.metric.removeprefix("metrics.").removeprefix("cost.").removeprefix("details.").replace("_", " ")
+    metric = (
+        claim.metric.removeprefix("metrics.").removeprefix("cost.").removeprefix("details.").replace("_", " ")
+    )
     sides = {"ratio": "treatment / control"}.get(claim.scale, "treatment − control") if claim.control else ""
     unit = {"points": "percentage points" if _contrast(claim) else "%", "ratio": "ratio"}.get(claim.scale, "")
     if claim.test == "trend":

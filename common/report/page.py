@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markdown_it import MarkdownIt
 
 from common.report import equal_footing
 from common.report.evidence import EQUAL_FOOTING, Evidence, Paper
 from common.report.figures import Drawn
 from common.report.judged import ClaimView
-from common.report.panels import VERDICTS, Gathered, gather, measured, percent, slug
+from common.report.panels import VERDICTS, percent, slug
+from common.report.planning import MOST_LINES, Gathered, gather, measured, reference, used_variants
 from common.statistics.inference import smallest_effect
 
 FULL_SCALE = "paper"
@@ -32,8 +35,8 @@ def render(
 ) -> str:
     """The page as HTML.
 
-    views: paper -> its claims. figures: paper (or `EQUAL_FOOTING`, or `<paper>/<claim id>`) -> drawings. paths:
-    `results`, `replications`, `verdicts` and `out`, as the commands on the page name them.
+    views: paper -> its claims. figures: paper, `<paper>/<claim id>` or `<EQUAL_FOOTING>/figures` -> drawings.
+    paths: `results`, `replications`, `verdicts` and `out`, as the commands on the page name them.
     """
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(
@@ -51,7 +54,9 @@ def render(
         failed=sum(len(paper.failed) for paper in evidence.papers),
         claims=len(verdicts),
         counts={verdict: verdicts.count(verdict) for verdict in VERDICTS},
-        papers=[_paper(paper, views[paper.name], figures, evidence.profile, paths) for paper in evidence.papers],
+        papers=[
+            _paper(paper, views[paper.name], figures, evidence.profile, paths) for paper in evidence.papers
+        ],
         footing_figures=_by_heading(figures.get(f"{EQUAL_FOOTING}/figures", ())),
         own_footing=any(paper.name == EQUAL_FOOTING for paper in evidence.papers),
         comparisons=[_footing(found) for found in equal_footing.comparisons(records, evidence.papers)],
@@ -74,7 +79,10 @@ def _paper(
         "anchor": slug(paper.name),
         "title": paper.title,
         "runs": len(paper.records) - len(paper.failed),
-        "failed": [{"name": run_name(record), "reason": record.get("reason", "no reason given")} for record in paper.failed],
+        "failed": [
+            {"name": _run_name(record), "reason": record.get("reason", "no reason given")}
+            for record in paper.failed
+        ],
         "counts": {verdict: verdicts.count(verdict) for verdict in VERDICTS},
         "claims": [
             {
@@ -89,7 +97,7 @@ def _paper(
         "claims_file": paper.claims_file,
         "claims_digest": paper.claims_digest,
         "figures": _by_heading(figures.get(paper.name, ())),
-        "tables": _tables(gathered, paper.failed),
+        "tables": _tables(gathered, paper),
         "deviations": _markdown(paper.deviations) if paper.deviations else None,
         "commands": _commands(paper, profile, paths, records_file),
         "experiment": EXPERIMENT.format(paper=paper.name),
@@ -100,25 +108,33 @@ def _paper(
 
 
 def _by_heading(figures: Sequence[Drawn]) -> list[tuple[str, list[Drawn]]]:
-    return [(heading, list(group)) for heading, group in itertools.groupby(figures, key=lambda figure: figure.heading)]
+    return [
+        (heading, list(group))
+        for heading, group in itertools.groupby(figures, key=lambda figure: figure.heading)
+    ]
 
 
-def run_name(record: Mapping[str, Any]) -> str:
+def _run_name(record: Mapping[str, Any]) -> str:
     """A run as its paper names it, for lists."""
     return "{variant}, {dataset}, {architecture}, target {target}, seed {seed}".format(**record)
 
 
 def _commands(paper: Paper, profile: str, paths: Mapping[str, Path], records_file: Path) -> str:
     def command(module: str, **options: str) -> str:
-        return " \\\n    ".join([f"python -m {module}", *(f"--{name} {value}" for name, value in options.items())])
+        return " \\\n    ".join(
+            [f"python -m {module}", *(f"--{name} {value}" for name, value in options.items())]
+        )
 
     records_path = records_file.as_posix()
     parts = [f"# trains what is missing and writes {records_path}\ndvc repro {paper.name}"]
     if paper.claims_file:
-        judge = command("common.statistics", records=records_path, claims=paper.claims_file, out="verdicts.json")
+        judge = command(
+            "common.statistics", records=records_path, claims=paper.claims_file, out="verdicts.json"
+        )
         parts.append(f"# judges this paper's claims alone: estimates, intervals, p-values, verdicts\n{judge}")
     where = {name: path.as_posix() for name, path in paths.items()}
-    parts.append(f"# draws figures, tables and this page, without training\n{command('common.report', profile=profile, **where)}")
+    draw = command("common.report", profile=profile, **where)
+    parts.append(f"# draws figures, tables and this page, without training\n{draw}")
     return "\n\n".join(parts)
 
 
@@ -132,7 +148,9 @@ def _environment(found: Mapping[str, Any] | None) -> str | None:
     parts = [f"Machine: {machine}." if machine else "", f"Versions: {versions}." if versions else ""]
     if seconds:
         total = sum(seconds.values())
-        parts.append(f"{len(seconds)} runs took {total:.0f} s together, {total / len(seconds):.2f} s each on average.")
+        parts.append(
+            f"{len(seconds)} runs took {total:.0f} s together, {total / len(seconds):.2f} s each on average."
+        )
     return " ".join(part for part in parts if part) or None
 
 
@@ -154,39 +172,46 @@ def _address(_renderer: Any, tokens: Sequence[Any], index: int, *_: Any) -> str:
 
 
 def _markdown(text: str) -> str:
-    return _renderer().render(text).replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    return (
+        _renderer()
+        .render(text)
+        .replace("<table>", '<div class="scroll"><table>')
+        .replace("</table>", "</table></div>")
+    )
 
 
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def _tables(gathered: Gathered, failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the test accuracy by variant and target, and the networks' costs, cell by cell."""
-    lost: dict[tuple, int] = {}
-    for record in failed:
-        key = (record["dataset"], record["architecture"], record["variant"], float(record["target"]))
-        lost[key] = lost.get(key, 0) + 1
+def _tables(gathered: Gathered, paper: Paper) -> list[dict[str, Any]]:
+    """By cell: test accuracy (mean, standard deviation) by variant and target, and the networks' costs."""
+    lost = Counter((r["dataset"], r["architecture"], r["variant"], float(r["target"])) for r in paper.failed)
+    named = {variant for claim in paper.claims for variant in used_variants(claim)}
     tables = []
     for (dataset, architecture), cell in gathered.items():
         targets = sorted({target for found in cell.values() for target in found})
+        rows = {
+            variant: [
+                _accuracy(found.get(target, ()), lost[dataset, architecture, variant, target])
+                for target in targets
+            ]
+            for variant, found in cell.items()
+        }
+        # of many variants, those that the claims are about come first
+        main = [variant for variant in rows if variant in named or variant == reference(cell)]
+        main = main if main and len(rows) > MOST_LINES + 1 else list(rows)
         place = f"{dataset} · {architecture}"
         tables.append(
             {
                 "place": place,
                 "caption": (
-                    f"{place}: test accuracy in %, mean ± standard deviation over n seeds, and the smallest shift of "
-                    "that mean that n seeds could have shown (power 0.8, one-sided 5 %)."
+                    f"{place}: test accuracy in %, mean ± standard deviation over n seeds, and the smallest "
+                    "shift of that mean that n seeds could have shown (power 0.8, one-sided 5 %)."
                 ),
                 "targets": [percent(target) for target in targets],
-                "rows": [
-                    {
-                        "variant": variant,
-                        "cells": [
-                            _accuracy(found.get(target, ()), lost.get((dataset, architecture, variant, target), 0))
-                            for target in targets
-                        ],
-                    }
-                    for variant, found in cell.items()
+                "rows": [{"variant": variant, "cells": rows[variant]} for variant in main],
+                "others": [
+                    {"variant": variant, "cells": rows[variant]} for variant in rows if variant not in main
                 ],
                 "costs": [
                     {"variant": variant, "target": percent(target), "values": _costs(records)}
@@ -202,22 +227,16 @@ def _accuracy(records: Sequence[Mapping[str, Any]], lost: int) -> dict[str, str]
     values = [100 * value for record in records if (value := measured(record, "test_accuracy")) is not None]
     if not values and not lost:
         return None
-    mean, sd = mean_sd(values)
-    missing = f", {lost} failed" if lost else ""
-    detectable = smallest_effect(len(values), sd) if sd is not None else None
-    return {
-        "value": "–" if mean is None else f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}"),
-        "n": f"n {len(values)}{missing}" + ("" if detectable is None else f", detects {detectable:.2g}"),
-    }
+    note = f"n {len(values)}" + (f", {lost} failed" if lost else "")
+    if len(values) > 1:
+        note += f", detects {smallest_effect(len(values), float(np.std(values, ddof=1))):.2g}"
+    return {"value": _mean_sd(values), "note": note}
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """(mean, sample standard deviation); None where there are too few values."""
-    n = len(values)
-    if not n:
-        return None, None
-    mean = sum(values) / n
-    return mean, (sum((value - mean) ** 2 for value in values) / (n - 1)) ** 0.5 if n > 1 else None
+def _mean_sd(values: Sequence[float]) -> str:
+    """`mean ± standard deviation`, as far as there are enough values."""
+    mean = f"{np.mean(values):.2f}" if values else "–"
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -249,12 +268,12 @@ def _footing(found: equal_footing.Comparison) -> dict[str, Any]:
         "targets": [percent(target) for target in found.targets],
         "costs": list(costs),
         "caption": (
-            "Test accuracy in %, mean ± standard deviation; below, n and the mean rank among all methods on the seeds "
-            "that all of them finished (1 is best)."
+            "Test accuracy in %, mean ± standard deviation; below, n and the mean rank among all methods on "
+            "the seeds that all of them finished (1 is best)."
         ),
         "improvement_caption": (
-            "Probability that a run of the row's method beats one of the column's, averaged over the operating points, "
-            "with 95 % bootstrap interval over seeds (not corrected for the number of pairs)."
+            "Probability that a run of the row's method beats one of the column's, averaged over the "
+            "operating points, with 95 % bootstrap interval over seeds, not corrected for many pairs."
             + (" Too few common seeds for intervals." if few else "")
         ),
         "rows": [
@@ -262,7 +281,9 @@ def _footing(found: equal_footing.Comparison) -> dict[str, Any]:
                 "method": row.method,
                 "cells": [_footing_cell(row, target) for target in found.targets],
                 "rank": "–" if row.rank is None else f"{row.rank:.2f}",
-                "costs": ["–" if values[number] is None else f"{values[number]:.4g}" for values in costs.values()],
+                "costs": [
+                    "–" if values[number] is None else f"{values[number]:.4g}" for values in costs.values()
+                ],
                 "improvements": [_improvement(cell) for cell in found.improvements[number]],
             }
             for number, row in enumerate(found.rows)
@@ -271,12 +292,9 @@ def _footing(found: equal_footing.Comparison) -> dict[str, Any]:
 
 
 def _footing_cell(row: equal_footing.Row, target: float) -> dict[str, str]:
-    values = row.accuracies.get(target)
-    if not values:
-        return {"value": "–", "note": ""}
-    mean, sd = mean_sd(values)
+    values = row.accuracies.get(target, [])
     rank = f", rank {row.ranks[target]:.2f}" if target in row.ranks else ""
-    return {"value": f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}"), "note": f"n {len(values)}{rank}"}
+    return {"value": _mean_sd(values), "note": f"n {len(values)}{rank}"}
 
 
 def _improvement(cell: equal_footing.Improvement | None) -> dict[str, str]:

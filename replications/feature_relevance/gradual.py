@@ -1,8 +1,8 @@
 """The events of pruning inside a training run: the network becomes narrower while it trains.
 
-The paper multiplies masks into the weights. Here the channels go for good, which makes training cheaper; the masked
-execution remains as the reference. Both take the same decisions: scores are always those of the masked network, which
-differ from those of a narrow one because filters of zeros hand relevance on.
+The paper multiplies masks into the weights. Here the channels go for good, which makes training cheaper; the
+masked execution remains as the reference. Both take the same decisions: scores are always those of the masked
+network, which differ from those of a narrow one because filters of zeros hand relevance on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Enough = Callable[[int, Mapping[str, int]], bool]
 
 @dataclass(frozen=True)
 class Ranking:
-    """How channels are ranked. branch_share: score a block's last convolution by its branch, not by the sum."""
+    """How channels are ranked. branch_share: score a block's last convolution by its branch alone."""
 
     criterion: Criterion = "relevance"
     allocation: Allocation = "global"
@@ -51,7 +51,10 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Event:
-    """What one event decided. channels, units: (layer, channel) in order of removal, layers counted from the deepest."""
+    """What one event decided.
+
+    channels, units: (layer, channel) in order of removal, layers counted from the deepest.
+    """
 
     scored: method.Scored
     channels: list[tuple[int, int]]
@@ -73,7 +76,9 @@ class Pruner:
 
     def __post_init__(self) -> None:
         self.layers, self.units = ([g.name for g in groups] for groups in method.prunable_layers(self.model))
-        self.widths = {name: self.model.get_submodule(name).weight.shape[0] for name in self.layers + self.units}
+        self.widths = {
+            name: self.model.get_submodule(name).weight.shape[0] for name in self.layers + self.units
+        }
         self.removed = {name: [] for name in self.widths}
 
     @property
@@ -87,11 +92,13 @@ class Pruner:
         return {name: len(channels) for name, channels in self.kept.items()}
 
     def event(self, masked: Network, enough: Enough, units: int = 0) -> Event:
-        """Score the masked network, remove channels until `enough`, and `units` units of every hidden layer."""
+        """Score the masked network; remove channels until `enough`, and `units` of every hidden layer."""
         scored = self.ranking.scores(masked, self.layers + self.units, self.batches, self.events)
         chosen_units = []
         for number, name in enumerate(self.units):
-            chosen = method.select([scored.scores[name]], [self.removed[name]], lambda n, _: n >= units, minimum=1)
+            chosen = method.select(
+                [scored.scores[name]], [self.removed[name]], lambda n, _: n >= units, minimum=1
+            )
             chosen_units += [(number, unit) for _, unit in chosen]
         self._take(self.units, chosen_units)
         scores = [scored.scores[name] for name in self.layers]
@@ -100,7 +107,10 @@ class Pruner:
             scores = method.in_layer_shares(scores, gone)
         other = {name: self.left[name] for name in self.units}
         chosen = method.select(
-            scores, gone, lambda n, left: enough(n, other | dict(zip(self.layers, left))), self.ranking.minimum
+            scores,
+            gone,
+            lambda n, left: enough(n, other | dict(zip(self.layers, left))),
+            self.ranking.minimum,
         )
         self._take(self.layers, chosen)
         self.events += 1
@@ -146,9 +156,9 @@ class Masks:
 class MaskedTwin:
     """The full-width network with masks that a narrowed network stands for.
 
-    Filters of removed channels are zero. Their batch norms still move in the masked network: scale and shift under weight
-    decay and momentum without any gradient, running statistics towards those of zeros. All of them do so alike, so one
-    2x2 matrix keeps account of it: (value, momentum) -> (value, momentum).
+    Filters of removed channels are zero. Their batch norms still move in the masked network: scale and shift
+    under weight decay and momentum without any gradient, running statistics towards those of zeros. All of
+    them do so alike, so one 2x2 matrix keeps account of it: (value, momentum) -> (value, momentum).
     """
 
     def __init__(self, model: Network):
@@ -174,7 +184,7 @@ class MaskedTwin:
 
     @torch.no_grad()
     def refresh(self, trainer: Trainer, kept: Mapping[str, list[int]]) -> Network:
-        """Make the twin what it is now, given the channels that the trainer's network still has; returns it."""
+        """Make the twin what it is now, given the channels that the trainer's network has; returns it."""
         self.model = trainer.compute.place(self.model)
         masks = channels.masks(self.model, kept)
         small = dict(trainer.model.named_parameters())
@@ -199,7 +209,9 @@ class MaskedTwin:
         self._begin()
         return self.model
 
-    def _refresh_norm(self, trainer: Trainer, name: str, parameter: Tensor, small: nn.Parameter, mask: Tensor) -> None:
+    def _refresh_norm(
+        self, trainer: Trainer, name: str, parameter: Tensor, small: nn.Parameter, mask: Tensor
+    ) -> None:
         (a, b), (c, d) = self._age
         old = self._momenta[name]
         old = torch.zeros_like(parameter) if old is None else old.to(parameter)
@@ -224,11 +236,13 @@ class MaskedTwin:
 class GradualPruning(Hooks):
     """Prunes at the end of given epochs.
 
-    events: what each event must reach, by epoch (from 1). units: hidden units that go at each event, by epoch. physical:
-    whether channels are removed or only masked. `log` gets one row for each event.
+    events: what each event must reach, by epoch (from 1). units: hidden units that go at each event, by
+    epoch. physical: whether channels are removed or only masked. `log` gets one row for each event.
     """
 
-    def __init__(self, pruner: Pruner, events: Mapping[int, Enough], units: Mapping[int, int], physical: bool = True):
+    def __init__(
+        self, pruner: Pruner, events: Mapping[int, Enough], units: Mapping[int, int], physical: bool = True
+    ):
         self.pruner, self.events, self.units = pruner, events, units
         self.log: list[dict[str, Any]] = []
         self._twin = MaskedTwin(pruner.model) if physical else None
@@ -255,10 +269,12 @@ class GradualPruning(Hooks):
         self._masks.zero(masked)
         event = self.pruner.event(masked, self.events[epoch], self.units.get(epoch, 0))
         self._apply(trainer, before)
-        self.log.append({"epoch": epoch, "taken": len(event.channels), "left": self.pruner.left, **event.scored.notes})
+        self.log.append(
+            {"epoch": epoch, "taken": len(event.channels), "left": self.pruner.left, **event.scored.notes}
+        )
 
     def _apply(self, trainer: Trainer, before: Mapping[str, list[int]]) -> None:
-        """Take away, in the trainer's network, what is no longer kept; `before` are the channels that it has."""
+        """Take away what is no longer kept; `before` are the channels that the trainer's network has."""
         kept = self.pruner.kept
         if self._twin:
             keep = {name: [before[name].index(channel) for channel in index] for name, index in kept.items()}

@@ -1,7 +1,8 @@
 """Gradual channel pruning while training (Aketi et al. 2020): scores, selection and the events of pruning.
 
-A layer here is a `ChannelGroup`, known by the name of the convolution (or hidden linear layer) that makes its channels.
-Lists of layers begin next to the classifier; inside a residual block the last convolution comes first.
+A layer here is a `ChannelGroup`, known by the name of the convolution (or hidden linear layer) that makes its
+channels. Lists of layers begin next to the classifier; inside a residual block the last convolution comes
+first.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KNOWN = (ConvNet, ResNet)
 PROTECTED_CONVOLUTIONS = 2
 """The first convolutions of a plain network are never pruned."""
 SCORING_PASSES = {"relevance": 5, "taylor": 3, "l1": 0, "random": 0}
-"""Cost of scoring an image, in forward passes. Relevance: the forward pass, and four convolutions for each of it."""
+"""Cost of scoring an image, in forward passes: for relevance one, and four convolutions for each in it."""
 
 
 # ------------------------------------------------------------------------------------------ what is prunable
@@ -43,8 +44,8 @@ SCORING_PASSES = {"relevance": 5, "taylor": 3, "l1": 0, "random": 0}
 def prunable_layers(model: Network) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
     """(layers whose channels compete with one another, layers of hidden units), each list the deepest first.
 
-    Residual networks: every convolution inside a block. Plain networks: all convolutions but the first two, and hidden
-    linear layers. Raises ValueError for a network that describes no channels.
+    Residual networks: every convolution inside a block. Plain networks: all convolutions but the first two,
+    and hidden linear layers. Raises ValueError for a network that describes no channels.
     """
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
     groups = sorted(channels.groups_of(model), key=lambda group: -position[group.name])
@@ -77,7 +78,9 @@ def class_scale(accuracy: Tensor) -> Tensor:
     Raises RunFailed when no class is ever right.
     """
     if not accuracy.max() > 0:
-        raise RunFailed("no class is ever predicted right, so the class scale is undefined: the network has not learnt")
+        raise RunFailed(
+            "no class is ever predicted right, so the class scale is undefined: the network has not learnt"
+        )
     return torch.sigmoid(accuracy.max() / accuracy)
 
 
@@ -93,8 +96,8 @@ def class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 def channel_scores(sums: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
     """Score of each channel of a layer from class sums [classes, channels].
 
-    The mean of each class, weighted by its scale; averaged over classes; the absolute value of that, over the layer's
-    L2 norm. Raises RunFailed when a score is not a number.
+    The mean of each class, weighted by its scale; averaged over classes; the absolute value of that, over the
+    layer's L2 norm. Raises RunFailed when a score is not a number.
     """
     return normalised((scale[:, None] * sums / counts[:, None]).mean(0).abs())
 
@@ -109,7 +112,7 @@ def normalised(values: Tensor) -> Tensor:
 
 @dataclass
 class Scored:
-    """Scores by layer name, and what is worth a note: class accuracies, largest relevance, images with a NaN."""
+    """Scores by layer name, and notes on them: class accuracies, largest relevance, images with a NaN."""
 
     scores: dict[str, Tensor]
     notes: dict[str, float | list[float]] = field(default_factory=dict)
@@ -124,12 +127,13 @@ def relevance_scores(
     use_class_scale: bool = True,
     branch_share: bool = False,
 ) -> Scored:
-    """Scores of the layers `names` by relevance for the true class, from one pass over `batches` in evaluation mode.
+    """Scores of the layers `names` by relevance for the true class.
 
-    Class accuracies come from the same images. Leaves parameters, statistics and random generators alone.
+    One pass over `batches` in evaluation mode. Class accuracies come from the same images. Leaves parameters,
+    statistics and random generators alone.
     """
     model.eval()
-    sums, right, counts = {}, 0, 0
+    sums, confusion = {}, 0
     largest, missing = [], []
     for images, labels in batches.epoch(0):
         logits, found = relevances(model, images, labels, alpha, branch_share)
@@ -138,10 +142,9 @@ def relevance_scores(
             sums[name] = sums.get(name, 0) + class_sums(found[name], labels, classes)
         largest.append(torch.stack([found[name].abs().amax() for name in names]).amax())
         missing.append(torch.stack([found[name].isnan().any(1) for name in names]).any(0).sum())
-        hits = one_hot(labels, classes).to(logits.dtype)
-        counts = counts + hits.sum(0)
-        right = right + hits[logits.argmax(1) == labels].sum(0)
-    accuracy = right / counts
+        truth, predicted = (one_hot(c, classes).to(logits.dtype) for c in (labels, logits.argmax(1)))
+        confusion = confusion + truth.T @ predicted
+    accuracy, counts = class_accuracy(confusion), confusion.sum(1)
     scale = class_scale(accuracy) if use_class_scale else torch.ones_like(accuracy)
     scores = {name: channel_scores(sums[name], counts, scale) for name in names}
     notes = {"class_accuracy": accuracy.tolist(), "largest_relevance": torch.stack(largest).max().item()}
@@ -162,10 +165,10 @@ def random_scores(model: Network, names: Sequence[str], seed: int) -> Scored:
 
 
 def taylor_scores(model: Network, names: Sequence[str], batches: BatchSource) -> Scored:
-    """First-order change of the loss when a filter is removed, over the layer's L2 norm (Molchanov et al. 2017).
+    """First-order change of the loss when a filter goes, over the layer's L2 norm (Molchanov et al. 2017).
 
-    |sum of weight * gradient| over a filter equals |sum of activation * gradient| over its output. Evaluation mode;
-    gradients of the model are left alone.
+    |sum of weight * gradient| over a filter equals |sum of activation * gradient| over its output. Evaluation
+    mode; gradients of the model are left alone.
     """
     model.eval()
     weights = [model.get_submodule(name).weight for name in names]
@@ -203,8 +206,8 @@ def select(
 ) -> list[tuple[int, int]]:
     """Channels to remove, as (layer, channel) in order of removal.
 
-    enough(taken, left): whether to stop, from the number taken and the channels left in each layer. minimum: channels
-    that every layer keeps. When nothing more can go, what was found is the answer.
+    enough(taken, left): whether to stop, from the number taken and the channels left in each layer. minimum:
+    channels that every layer keeps. When nothing more can go, what was found is the answer.
     """
     left = [len(values) - len(set(gone)) for values, gone in zip(scores, removed)]
     chosen: list[tuple[int, int]] = []
@@ -245,7 +248,7 @@ class CostTable:
         makes = {name: group.name for group in groups for name in (group.name, group.norm) if name}
         reads = {name: group.name for group in groups for name in group.consumers}
         positions = {layer.name: layer.positions for layer in layer_costs(model, image_shape)}
-        # per parameter: entries, layers that its rows and columns follow, uses of each entry (None: not a weight)
+        # per parameter: entries, layers that rows and columns follow, uses of each entry (None: not a weight)
         self._entries = []
         for name, parameter in model.named_parameters():
             module, _, entry = name.rpartition(".")
@@ -255,7 +258,9 @@ class CostTable:
 
     def _left(self, left: Mapping[str, float]) -> list[tuple[float, int | None]]:
         share = {name: left.get(name, width) / width for name, width in self.widths.items()}
-        return [(n * share.get(row, 1) * share.get(column, 1), uses) for n, row, column, uses in self._entries]
+        return [
+            (n * share.get(row, 1) * share.get(column, 1), uses) for n, row, column, uses in self._entries
+        ]
 
     def parameters(self, left: Mapping[str, float] = MappingProxyType({})) -> float:
         """Trainable parameters with `left` channels in the layers named."""
@@ -275,8 +280,10 @@ class CostTable:
 
 
 def official_zero_weights(model: Network, table: CostTable, removed: Mapping[str, Sequence[int]]) -> int:
-    """Zeros that the authors' code counts: all but the filters of the first residual block's first convolution."""
+    """Zeros that the authors' code counts: all but the filters of the first block's first convolution."""
     left = {name: table.widths[name] - len(gone) for name, gone in removed.items()}
     zeros = round(table.weights() - table.weights(left))
-    first = next((group.name for group in channels.groups_of(model) if not isinstance(model, ConvNet)), None)
-    return zeros if first is None else zeros - len(removed.get(first, ())) * model.get_submodule(first).weight[0].numel()
+    if isinstance(model, ConvNet):
+        return zeros
+    first = channels.groups_of(model)[0].name
+    return zeros - len(removed.get(first, ())) * model.get_submodule(first).weight[0].numel()

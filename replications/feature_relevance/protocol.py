@@ -1,14 +1,15 @@
 """The experiment: networks pruned while they train, against other criteria, other moments, and no pruning.
 
-For each network and seed one dense training. Every pruned run goes on from the dense network as it was before the first
-event, so runs of equal seed differ by pruning alone; its training epochs are those of the dense network in total.
+For each network and seed one dense training. Every pruned run goes on from the dense network as it was before
+the first event, so runs of equal seed differ by pruning alone; its training epochs are those of the dense
+network in total.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from common import models, schedules
 from common.arena import Contest
-from common.datasets import Batches, Dataset
+from common.datasets import Batches, Dataset, load
 from common.models import Network
 from common.models.resnet import ResNet
 from common.pruning import channels
@@ -50,6 +51,7 @@ from replications.feature_relevance.gradual import (
 PAPER = "feature_relevance"
 DENSE = "dense"
 SCORING_BATCH = 500
+_TRAINING = {"epochs", "batch_size", "learning_rate", "milestones", "momentum", "weight_decay"}
 # the paper's n / E and N1 / E, for trainings of another length
 EVENT_SHARE, LAST_SHARE = 0.105, 0.75
 
@@ -61,8 +63,8 @@ class Variant(Strict):
     allocation: method.Allocation = "global"
     """`per_layer` removes the same share of every layer, in the order of the same scores."""
     budget: method.Budget = "channels"
-    """What a target fixes: `channels` the share of prunable channels that goes; `macs` the MACs, which are those of the
-    network whose layers have all lost that share."""
+    """What a target fixes: `channels` the share of prunable channels that goes; `macs` the MACs, which are
+    those of the network whose layers have all lost that share."""
     timing: Literal["gradual", "once", "end"] = "gradual"
     """At every event; all at the epoch `last` with the rest for fine-tuning; or all after the last epoch."""
     class_scale: bool = True
@@ -84,6 +86,8 @@ class ArchitectureSettings(Strict):
     """Hidden units that every event removes from each hidden layer of a plain network."""
     min_channels_per_layer: Annotated[int, Field(ge=0)] | None = None
     """Default: 0 in residual networks, 1 in plain ones."""
+    every: Count | None = None
+    """In place of the `every` of all networks."""
 
     @field_validator("name")
     @classmethod
@@ -99,7 +103,9 @@ class ArchitectureSettings(Strict):
     def _positive(cls, runs: dict[str, Targets]) -> dict[str, Targets]:
         for variant, targets in runs.items():
             if min(targets) <= 0:
-                raise ValueError(f"{variant}: a target must lie above 0; the dense network is run in any case")
+                raise ValueError(
+                    f"{variant}: a target must lie above 0; the dense network is run in any case"
+                )
         return runs
 
 
@@ -107,11 +113,17 @@ VARIANTS = {
     "frs": Variant(),
     "frs-once": Variant(timing="once"),
     "frs-end": Variant(timing="end"),
+    "frs-unscaled": Variant(class_scale=False),
+    "random": Variant(criterion="random"),
+    "l1": Variant(criterion="l1"),
+    "per-layer": Variant(allocation="per_layer"),
     "frs-macs": Variant(budget="macs"),
     "random-macs": Variant(budget="macs", criterion="random"),
     "l1-macs": Variant(budget="macs", criterion="l1"),
+    "taylor-macs": Variant(budget="macs", criterion="taylor"),
     "per-layer-macs": Variant(budget="macs", allocation="per_layer"),
 }
+"""Variants by name, which `variants` in the settings adds to."""
 
 ARCHITECTURES = (
     ArchitectureSettings(
@@ -138,8 +150,8 @@ class Settings(PaperSettings):
     """Settings of the paper; the defaults are those of the 8x8 digits."""
 
     architectures: Annotated[tuple[ArchitectureSettings, ...], Field(min_length=1)] = ARCHITECTURES
-    variants: dict[str, Variant] = VARIANTS
-    """What the names in `runs` mean."""
+    variants: dict[str, Variant] = {}
+    """More variants that `runs` may name, or other meanings of those that there are."""
     epochs: Count = 40
     every: Count = 4
     """n: epochs between two events."""
@@ -157,7 +169,7 @@ class Settings(PaperSettings):
     scoring_share: Share = 0.25
     """Share of the training images, the same number of each class, that relevance is computed on."""
     removal: Literal["physical", "masked"] = "physical"
-    """Take channels out of the network while it trains, or multiply masks into its weights as the authors do."""
+    """Take channels out of the network while it trains, or multiply masks into its weights."""
 
     @field_validator("architectures")
     @classmethod
@@ -175,13 +187,19 @@ class Settings(PaperSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if not self.every <= self.last <= self.epochs:
-            raise ValueError(f"every {self.every} <= last {self.last} <= epochs {self.epochs} must hold")
         for architecture in self.architectures:
+            every = architecture.every or self.every
+            if not every <= self.last <= self.epochs:
+                raise ValueError(f"every {every} <= last {self.last} <= epochs {self.epochs} must hold")
             for name in architecture.runs:
-                if name not in self.variants:
-                    raise ValueError(f"runs of {architecture.name}: {hint(name, list(self.variants))}")
+                if name not in self.known:
+                    raise ValueError(f"runs of {architecture.name}: {name!r}: {hint(name, list(self.known))}")
         return self
+
+    @property
+    def known(self) -> dict[str, Variant]:
+        """All variants by name."""
+        return VARIANTS | self.variants
 
 
 # ---------------------------------------------------------------------------------------------- planning
@@ -190,83 +208,118 @@ class Settings(PaperSettings):
 def runs(profile: Profile) -> list[Run]:
     """Every run of the experiment.
 
-    Raises SettingsError for a network that the method does not know, and for targets that no event can meet.
+    Raises SettingsError for a network that the method does not know, and for targets that cannot be met.
     """
     settings: Settings = profile.paper
-    data = profile.dataset.model_copy(update={"augmentation": settings.augmentation}).model_dump(mode="json")
+    data = load(profile.dataset)
+    source = profile.dataset.model_copy(update={"augmentation": settings.augmentation})
     listed = []
     for architecture in settings.architectures:
-        least = _least_channels(architecture)
-        _check(settings, architecture, least)
+        model = _shape_of(architecture, data)
+        every = architecture.every or settings.every
+        common = {"data": source.model_dump(mode="json"), "options": architecture.options}
+        common |= settings.model_dump(mode="json", include=_TRAINING)
+        own = settings.model_dump(mode="json", include={"last", "scoring_share", "removal"}) | {
+            "every": every,
+            "units_per_event": architecture.units_per_event,
+            "min_channels_per_layer": _least_channels(architecture, model),
+        }
+        # pruned runs part from the dense one at their first event
+        parting = {"gradual": every, "once": settings.last, "end": settings.epochs}
+        starts = sorted({parting[settings.known[name].timing] for name in architecture.runs})
+        wanted = []
+        for name, targets in architecture.runs.items():
+            full = {**common, **own, "method": settings.known[name].model_dump(mode="json")}
+            for target in targets:
+                plan(model, data.image_shape, target, full)
+                wanted.append((name, target, full))
         cell = (profile.dataset.source, architecture.name)
-        common = {"data": data, "options": architecture.options}
-        common |= settings.model_dump(
-            mode="json", include={"epochs", "batch_size", "learning_rate", "milestones", "momentum", "weight_decay"}
-        )
-        own = settings.model_dump(mode="json", include={"every", "last", "scoring_share", "removal"})
-        own |= {"units_per_event": architecture.units_per_event, "min_channels_per_layer": least}
-        wanted = {name: settings.variants[name] for name in architecture.runs}
-        starts = sorted({_start(variant, settings) for variant in wanted.values()})
         for seed in settings.seeds:
             dense = Run(PAPER, DENSE, *cell, 0.0, seed, {**common, "snapshots": starts})
-            listed.append(dense)
-            for name, variant in wanted.items():
-                for target in architecture.runs[name]:
-                    method_settings = {**common, **own, "method": variant.model_dump(mode="json")}
-                    listed.append(Run(PAPER, name, *cell, target, seed, method_settings, (dense,)))
+            listed += [dense, *(Run(PAPER, name, *cell, t, seed, full, (dense,)) for name, t, full in wanted)]
     return listed
 
 
-def _start(variant: Variant, settings: Settings) -> int:
-    """The epoch after which a run parts from the dense one: that of its first event."""
-    return {"gradual": settings.every, "once": settings.last, "end": settings.epochs}[variant.timing]
-
-
-def _shape_of(architecture: ArchitectureSettings) -> Network:
-    """The network without values, for images that are large enough for any."""
-    options = architecture.options
-    return models.build(architecture.name, classes=10, image_shape=(3, 64, 64), device="meta", **options)
-
-
-def _least_channels(architecture: ArchitectureSettings) -> int:
-    residual = models.architecture(architecture.name).network is ResNet
-    wanted = architecture.min_channels_per_layer
-    if wanted is None:
-        return 0 if residual else 1
-    if wanted == 0 and not residual:
-        raise SettingsError(
-            f"{PAPER}.architectures: {architecture.name} has no path around a layer: min_channels_per_layer must be 1 or more"
-        )
-    return wanted
-
-
-def _check(settings: Settings, architecture: ArchitectureSettings, least: int) -> None:
-    where = f"{PAPER}.architectures: {architecture.name}"
+def _shape_of(architecture: ArchitectureSettings, data: Dataset) -> Network:
+    """The network without values. Raises SettingsError when it is none that the method knows."""
+    where, options = f"{PAPER}.architectures: {architecture.name}", architecture.options
+    shape = {"classes": data.classes, "image_shape": data.image_shape, "device": "meta"}
     try:
-        model = _shape_of(architecture)
-        layers, units = method.prunable_layers(model)
+        model = models.build(architecture.name, **shape, **options)
     except ValueError as error:
         raise SettingsError(f"{where}: {error}") from None
     if not isinstance(model, method.KNOWN):
         raise SettingsError(f"{where}: relevance is only defined for plain and residual networks")
-    if architecture.units_per_event and not units:
-        raise SettingsError(f"{where}.units_per_event = {architecture.units_per_event}: it has no hidden linear layer")
-    widths = [model.get_submodule(group.name).weight.shape[0] for group in layers]
-    events = len(method.pruning_schedule(settings.epochs, settings.every, settings.last))
-    for group in units:
-        if (width := model.get_submodule(group.name).weight.shape[0]) <= events * architecture.units_per_event:
+    if architecture.units_per_event and not method.prunable_layers(model)[1]:
+        raise SettingsError(
+            f"{where}.units_per_event = {architecture.units_per_event}: it has no hidden linear layer"
+        )
+    return model
+
+
+def _least_channels(architecture: ArchitectureSettings, model: Network) -> int:
+    residual, wanted = isinstance(model, ResNet), architecture.min_channels_per_layer
+    if wanted is None:
+        return 0 if residual else 1
+    if wanted == 0 and not residual:
+        raise SettingsError(
+            f"{PAPER}.architectures: {architecture.name} has no path around a layer: "
+            "min_channels_per_layer must be 1 or more"
+        )
+    return wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What each event must reach, and how many hidden units it takes from each layer, by epoch (from 1)."""
+
+    events: dict[int, Enough]
+    units: dict[int, int]
+
+
+def plan(model: Network, image_shape: tuple[int, ...], target: float, settings: Mapping[str, Any]) -> Plan:
+    """The events of a run with these settings on a full-width network.
+
+    Raises SettingsError when an event would take no channel, or more than there are.
+    """
+    variant, least = Variant.model_validate(settings["method"]), settings["min_channels_per_layer"]
+    table = method.CostTable(model, image_shape)
+    layers, units = ([group.name for group in groups] for groups in method.prunable_layers(model))
+    gradual = method.pruning_schedule(settings["epochs"], settings["every"], settings["last"])
+    # how many events' worth is gone after each event; a single one takes what all gradual ones take together
+    done = {epoch: i + 1 for i, epoch in enumerate(gradual)}
+    if variant.timing != "gradual":
+        done = {settings["last"] if variant.timing == "once" else settings["epochs"]: len(gradual)}
+    parts = {epoch: events - before for (epoch, events), before in zip(done.items(), [0, *done.values()])}
+    for name in units:
+        if table.widths[name] <= len(gradual) * settings["units_per_event"]:
             raise SettingsError(
-                f"{where}.units_per_event = {architecture.units_per_event}: {events} events would leave none of {width} units"
+                f"{PAPER}: units_per_event = {settings['units_per_event']}: {len(gradual)} events leave "
+                f"none of {table.widths[name]} units"
             )
-    most = sum(width - least for width in widths)
-    for name, targets in architecture.runs.items():
-        for target in targets:
-            each = round(target * sum(widths) / events)
-            if not 0 < each * events <= most:
-                raise SettingsError(
-                    f"{where}.runs.{name}: a target of {target:g} takes {each} channels at each of {events} events; it must "
-                    f"be at least 1, and {most} of {sum(widths)} channels can go in all"
-                )
+    taken_units = {epoch: part * settings["units_per_event"] for epoch, part in parts.items()}
+    if variant.budget == "channels":
+        widths = [table.widths[name] for name in layers]
+        each = round(target * sum(widths) / len(gradual))
+        most = sum(max(0, width - least) for width in widths)
+        if not 0 < each * len(gradual) <= most:
+            raise SettingsError(
+                f"{PAPER}: a target of {target:g} takes {each} channels at each of {len(gradual)} events; "
+                f"it must be at least 1, and {most} of {sum(widths)} channels can go in all"
+            )
+        return Plan({epoch: until_channels(part * each) for epoch, part in parts.items()}, taken_units)
+    goals = {}
+    for epoch, events in done.items():
+        hidden = {name: table.widths[name] - events * settings["units_per_event"] for name in units}
+        most = table.macs(table.even(layers, target * events / len(gradual)) | hidden)
+        narrowest = table.macs({name: min(least, table.widths[name]) for name in layers} | hidden)
+        if narrowest > most:
+            raise SettingsError(
+                f"{PAPER}: a target of {target:g} allows {most:.0f} MACs; the narrowest network with "
+                f"{least} channels a layer has {narrowest:.0f}"
+            )
+        goals[epoch] = until_at_most(table.macs, most)
+    return Plan(goals, taken_units)
 
 
 # ---------------------------------------------------------------------------------------------- executing
@@ -313,13 +366,13 @@ class _Job:
     def pruned(self) -> Outcome:
         """The network that loses channels."""
         settings, variant = self.settings, Variant.model_validate(self.settings["method"])
+        steps = plan(self.model, self.data.image_shape, self.run.target, settings)
         table = method.CostTable(self.model, self.data.image_shape)
         batches = scoring_batches(self.data, settings["scoring_share"])
         pruner = Pruner(self.model, self.ranking(variant), batches)
-        events, units = self.plan(variant, pruner, table)
-        hook = GradualPruning(pruner, events, units, physical=settings["removal"] == "physical")
+        hook = GradualPruning(pruner, steps.events, steps.units, physical=settings["removal"] == "physical")
         trainer = self.trainer(hook)
-        start = min(events)
+        start = min(steps.events)
         _go_on(trainer, self.context.needs[0].state, start)
         hook.prune(trainer, start)
         trainer.fit(self.rates(trainer)[start * len(trainer.batches) :])
@@ -337,35 +390,9 @@ class _Job:
             seed=self.run.seed,
         )
 
-    def plan(
-        self, variant: Variant, pruner: Pruner, table: method.CostTable
-    ) -> tuple[dict[int, Enough], dict[int, int]]:
-        """What each event must reach, and how many hidden units it takes, by epoch.
-
-        Raises RunFailed when even the narrowest network has more MACs than asked for.
-        """
-        settings, target = self.settings, self.run.target
-        gradual = method.pruning_schedule(settings["epochs"], settings["every"], settings["last"])
-        count = len(gradual)
-        # a single event takes what all gradual ones take together
-        done = {epoch: i + 1 for i, epoch in enumerate(gradual)}
-        if variant.timing != "gradual":
-            done = {settings["last"] if variant.timing == "once" else settings["epochs"]: count}
-        parts = {epoch: events - before for (epoch, events), before in zip(done.items(), [0, *done.values()])}
-        units = {epoch: part * settings["units_per_event"] for epoch, part in parts.items()}
-        if variant.budget == "channels":
-            each = round(target * sum(table.widths[name] for name in pruner.layers) / count)
-            return {epoch: until_channels(part * each) for epoch, part in parts.items()}, units
-        budgets = {}
-        for epoch, events in done.items():
-            hidden = {name: table.widths[name] - events * settings["units_per_event"] for name in pruner.units}
-            budgets[epoch] = table.macs(table.even(pruner.layers, target * events / count) | hidden)
-            least = table.macs(dict.fromkeys(pruner.layers, settings["min_channels_per_layer"]) | hidden)
-            if least > budgets[epoch]:
-                raise RunFailed(f"{budgets[epoch]:.0f} MACs cannot be met: the narrowest network has {least:.0f}")
-        return {epoch: until_at_most(table.macs, most) for epoch, most in budgets.items()}, units
-
-    def measured(self, trainer: Trainer, hook: GradualPruning, table: method.CostTable, variant: Variant) -> Outcome:
+    def measured(
+        self, trainer: Trainer, hook: GradualPruning, table: method.CostTable, variant: Variant
+    ) -> Outcome:
         """Scores, cost and what the events did."""
         narrow = trainer.model
         if self.settings["removal"] == "masked":
@@ -416,7 +443,7 @@ def _go_on(trainer: Trainer, dense: Mapping[str, Any], epoch: int) -> None:
 
 
 def scoring_batches(data: Dataset, share: float) -> Batches:
-    """The training images that are scored: about `share` of them, as many of each class, always the same ones.
+    """The training images that are scored: about `share` of them, as many of each class, always the same.
 
     Raises RunFailed when that is less than one image of each class.
     """
@@ -424,7 +451,7 @@ def scoring_batches(data: Dataset, share: float) -> Batches:
     sizes = torch.bincount(labels, minlength=data.classes)
     each = min(int(share * len(labels) / data.classes), int(sizes.min()))
     if not each:
-        raise RunFailed(f"scoring_share = {share:g} of {len(labels)} images is less than one of each of {data.classes} classes")
+        raise RunFailed(f"scoring_share = {share:g} of {len(labels)} images is less than one of each class")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(stream(0, "scoring images")))
     index = torch.cat([order[labels[order] == label][:each] for label in range(data.classes)]).sort().values
     index = index.to(data.labels["train"].device)
@@ -460,8 +487,8 @@ def contend(contest: Contest) -> Outcome:
     return contest.outcome(trainer, sum(forward_macs(hook.log, table, arena.epochs)), events=hook.log)
 
 
-def _even_fraction(spent, budget: float) -> float:
-    """The fraction that every layer loses so that no more than `budget` is spent, by bisection; 1 when that is too little."""
+def _even_fraction(spent: Callable[[float], float], budget: float) -> float:
+    """The fraction that every layer loses so that no more than `budget` is spent, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2

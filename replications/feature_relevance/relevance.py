@@ -1,7 +1,7 @@
-"""Relevance of every feature map for the true class (section 2.2 of the specification; the authors' compute_rscore).
+"""Relevance of every feature map for the true class, by the rules of the authors' compute_rscore.py.
 
-The rules take batches: x is a layer's input [N, ...], `relevance` that of its output [N, ...]; they return the
-relevance of the input, shaped like x. `EPS` is added to every denominator, whatever its sign.
+The rules take batches: x is a layer's input [N, ...], `relevance` that of its output [N, ...]; they return
+the relevance of the input, shaped like x. `EPS` is added to every denominator, whatever its sign.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Back = Callable[[Tensor], Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, relevance: Tensor, alpha: float = 2.0) -> Tensor:
-    """Alpha-beta rule of a linear layer, beta = alpha - 1; x [N, in], weight [out, in]. The bias plays no role."""
+    """Alpha-beta rule of a linear layer, beta = alpha - 1; x [N, in], weight [out, in]; no bias."""
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
     upper = alpha * relevance / (x @ positive.T + EPS)
     lower = (1 - alpha) * relevance / (x @ negative.T + EPS)
@@ -42,9 +42,10 @@ def conv2d(
     padding: int | tuple[int, int] = 0,
     alpha: float = 2.0,
 ) -> Tensor:
-    """Alpha-beta rule of a convolution; weights are kept at least EPS away from zero on their side, as the authors do.
+    """Alpha-beta rule of a convolution.
 
-    So a filter of zeros still hands relevance on. Both signs go through one convolution of twice the filters.
+    As in the authors' code, weights are kept at least EPS away from zero on their side, so a filter of zeros
+    still hands relevance on. Both signs go through one convolution of twice the filters.
     """
     both = torch.cat([weight.clamp(min=EPS), weight.clamp(max=-EPS)])
     upper, lower = (convolve(x, both, stride=stride, padding=padding) + EPS).chunk(2, 1)
@@ -53,14 +54,14 @@ def conv2d(
 
 
 def max_pool2d(x: Tensor, relevance: Tensor, kernel: int) -> Tensor:
-    """All of a window's relevance goes to its first maximum in row-major order; the stride equals the kernel."""
+    """All of a window's relevance goes to its first maximum in row-major order; stride = kernel."""
     largest, where = pool(x, kernel, return_indices=True)
     handed_on = relevance * largest / (largest + EPS)
     return torch.zeros_like(x).flatten(2).scatter(2, where.flatten(2), handed_on.flatten(2)).view(x.shape)
 
 
 def avg_pool2d(x: Tensor, relevance: Tensor, kernel: tuple[int, int]) -> Tensor:
-    """In proportion to x over its window's mean; the total grows by the window's size, as in the authors' code.
+    """In proportion to x over its window's mean; the total grows by the window's size, as in their code.
 
     kernel: rows and columns of a window, which is also the stride.
     """
@@ -80,12 +81,12 @@ def residual_add(branch: Tensor, skip: Tensor, relevance: Tensor) -> tuple[Tenso
 def relevances(
     model: Network, images: Tensor, labels: Tensor, alpha: float = 2.0, branch_share: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One forward pass, and the relevance of every layer's output for the true class, averaged over positions.
+    """One forward pass, and the relevance of every layer's output for the true class, mean over positions.
 
-    Returns the logits [N, classes], and per layer name a tensor [N, channels], the layer next to the classifier first.
-    The start is 1 for the true label and 0 elsewhere. The last convolution of a residual block stands for the sum of
-    branch and skip, or for the branch alone when `branch_share` is set. The model must be in evaluation mode.
-    Raises SettingsError for a network or layer that has no rule.
+    Returns the logits [N, classes], and per layer name a tensor [N, channels], the layer next to the
+    classifier first. The start is 1 for the true label and 0 elsewhere. The last convolution of a residual
+    block stands for the sum of branch and skip, or for the branch alone when `branch_share` is set. The model
+    must be in evaluation mode. Raises SettingsError for a network or layer that has no rule.
     """
     way = _Pass(model, alpha, branch_share)
     x, layers = _traced(model, images)
@@ -103,11 +104,16 @@ def _traced(model: Network, images: Tensor) -> tuple[Tensor, list[nn.Module]]:
     if isinstance(model, ConvNet):
         average = [nn.AdaptiveAvgPool2d(1)] if model.head == "gap" else []
         return images, [model.features, *average, nn.Flatten(), model.classifier]
-    raise SettingsError(f"relevance has no rule for {type(model).__name__}: use a plain or residual CIFAR network")
+    raise SettingsError(
+        f"relevance has no rule for {type(model).__name__}: use a plain or residual CIFAR network"
+    )
 
 
 class _Pass:
-    """A forward pass that remembers how relevance comes back. found: mean relevance [N, channels] by layer name."""
+    """A forward pass that remembers how relevance comes back.
+
+    found: mean relevance [N, channels] by layer name.
+    """
 
     def __init__(self, model: nn.Module, alpha: float, branch_share: bool):
         self.alpha, self.branch_share = alpha, branch_share
@@ -171,5 +177,7 @@ class _Pass:
         return relu(branch + stream), back
 
     def _note(self, layer: nn.Module, relevance: Tensor) -> None:
-        """Keep the first relevance that is noted for a layer: a block notes its sum before its last convolution."""
-        self.found.setdefault(self.names[layer], relevance.flatten(2).mean(2) if relevance.ndim > 2 else relevance)
+        """Keep what is noted first for a layer: a block notes its sum before its last convolution."""
+        self.found.setdefault(
+            self.names[layer], relevance.flatten(2).mean(2) if relevance.ndim > 2 else relevance
+        )

@@ -15,6 +15,7 @@ from common.pruning.masks import Infeasible, layer_counts, prunable
 from common.runs import Run
 from common.settings import Profile, SettingsError
 from replications.imp_slr import method
+from replications.imp_slr.contender import CONTENDERS
 from replications.imp_slr.execution import execute
 from replications.imp_slr.settings import (
     RETRAINED,
@@ -26,7 +27,7 @@ from replications.imp_slr.settings import (
     percent,
 )
 
-__all__ = ["Settings", "execute", "runs"]
+__all__ = ["CONTENDERS", "Settings", "execute", "runs"]
 
 PAPER = "imp_slr"
 # criteria, lengths and cycles are all compared under this schedule

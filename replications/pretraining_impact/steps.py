@@ -184,7 +184,7 @@ class _Job:
             hooks=hooks,
             seed=order,
             compute=self.context.compute,
-            checkpoints=self.context.checkpoints,
+            checkpoints=self.context.checkpoints and self.context.checkpoints.of_next_trainer(),
             **options,
         )
         trainer.fit(rates, phase)

@@ -1,0 +1,284 @@
+"""Which panels a paper's records make: gathered by cell, variant and target, in readable portions.
+
+A cell is one (dataset, architecture). A paper with many variants is split by the claims that use them: no
+panel holds more lines than a reader can tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.report.evidence import Paper, finite
+from common.report.panels import (
+    CostPanel,
+    Curve,
+    CurvesPanel,
+    Line,
+    Panel,
+    Point,
+    TargetPanel,
+    mean_interval,
+    percent,
+    slug,
+)
+from common.statistics.claims import Claim
+
+MOST_LINES = 7
+MOST_EPOCHS = 100
+
+Targets = dict[float, list[dict]]
+"""Target -> finished runs of one variant, by seed."""
+Gathered = dict[tuple[str, str], dict[str, Targets]]
+"""(dataset, architecture) -> variant -> its targets."""
+Looks = Mapping[str, int | None]
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+MEASURES = ("validation_accuracy", "train_loss")
+SPREAD = "Each small point is one seed; bars are 95 % t-intervals of the mean."
+COSTS = {
+    "parameters": ("nonzero_parameters", "non-zero parameters", ""),
+    "speed-up": ("theoretical_speedup", "theoretical speed-up (dense MACs / MACs left)", "×"),
+    "macs": ("macs_left", "MACs per image", ""),
+}
+"""Name of a figure -> (field, axis title, unit of its ticks)."""
+
+
+def measured(record: Mapping[str, Any], name: str) -> float | None:
+    """A finite value from a record's metrics or cost, else None.
+
+    `macs_left` is `sparse_macs` where the record counts them, else `macs`.
+    """
+    if name == "macs_left":
+        left = measured(record, "sparse_macs")
+        return measured(record, "macs") if left is None else left
+    for part in ("metrics", "cost"):
+        value = finite((record.get(part) or {}).get(name))
+        if value is not None:
+            return value
+    return None
+
+
+def gather(records: Iterable[Mapping[str, Any]]) -> Gathered:
+    """Finished runs by cell, variant and target; variants in the order of the records, targets ascending."""
+    gathered: Gathered = {}
+    for record in records:
+        if record["status"] == "ok":
+            cell = gathered.setdefault((str(record["dataset"]), str(record["architecture"])), {})
+            cell.setdefault(str(record["variant"]), {}).setdefault(float(record["target"]), []).append(record)
+    for cell in gathered.values():
+        for variant, targets in cell.items():
+            cell[variant] = {
+                t: sorted(targets[t], key=lambda record: record["seed"]) for t in sorted(targets)
+            }
+    return gathered
+
+
+def reference(cell: Mapping[str, Targets]) -> str | None:
+    """The variant of a cell that was run for all seeds but never compressed: a level to compare with.
+
+    None where there is no such variant, or more than one.
+    """
+    seeds = {
+        variant: len({r["seed"] for runs in targets.values() for r in runs})
+        for variant, targets in cell.items()
+    }
+    dense = [v for v, targets in cell.items() if set(targets) == {0.0} and seeds[v] == max(seeds.values())]
+    return dense[0] if len(dense) == 1 < len(cell) else None
+
+
+def used_variants(claim: Claim) -> list[str]:
+    """All variants that a claim names, in its order."""
+    selections = [*claim.treatment, *(claim.control or ()), *(claim.steps or ())]
+    selections += [selection.minus for selection in selections if selection.minus]
+    return list(dict.fromkeys(selection.variant for selection in selections if selection.variant))
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Variants that share the panels, and the claims that need to see them together."""
+
+    variants: tuple[str, ...]
+    claims: tuple[str, ...]
+
+
+def portions(variants: Sequence[str], claims: Sequence[Claim]) -> list[Portion]:
+    """Split a cell's variants, without its reference, into portions of at most MOST_LINES, by the claims.
+
+    Of more variants than that, those that no claim names (runs that tune something, for instance) are left
+    out, unless no claim names any.
+    """
+    if len(variants) <= MOST_LINES:
+        return [Portion(tuple(variants), ())] if variants else []
+    chosen: list[tuple[list[str], list[str]]] = []
+    for claim in claims:
+        for part in _chunks([variant for variant in used_variants(claim) if variant in variants]):
+            for members, ids in chosen:
+                if len({*members, *part}) <= MOST_LINES:
+                    members += [variant for variant in part if variant not in members]
+                    ids.append(claim.id)
+                    break
+            else:
+                chosen.append((list(part), [claim.id]))
+    if not chosen:
+        return [Portion(tuple(part), ()) for part in _chunks(variants)]
+    ordered = [(sorted(members, key=variants.index), ids) for members, ids in chosen]
+    return [Portion(tuple(members), tuple(dict.fromkeys(ids))) for members, ids in ordered]
+
+
+def _chunks(items: Sequence[str]) -> list[Sequence[str]]:
+    return [items[i : i + MOST_LINES] for i in range(0, len(items), MOST_LINES)]
+
+
+def looks(variants: Sequence[str], groups: Sequence[Portion]) -> dict[str, int]:
+    """A look for each variant, distinct within a portion as far as MOST_LINES looks allow."""
+    given: dict[str, int] = {}
+    for variant in variants:
+        near = {
+            given[v] for group in groups if variant in group.variants for v in group.variants if v in given
+        }
+        counts = [list(given.values()).count(look) for look in range(MOST_LINES)]
+        free = [look for look in range(MOST_LINES) if look not in near]
+        given[variant] = min(free or range(MOST_LINES), key=lambda look: (counts[look], look))
+    return given
+
+
+def distinct(variants: Sequence[str], wanted: Mapping[str, int]) -> dict[str, int]:
+    """The wanted looks, changed only where two variants of one panel would look the same."""
+    taken: dict[str, int] = {}
+    for variant in variants:
+        used = set(taken.values())
+        look = wanted[variant]
+        taken[variant] = look if look not in used else next(i for i in range(len(variants)) if i not in used)
+    return taken
+
+
+def paper_panels(paper: Paper, curves: Curves) -> list[Panel]:
+    """All panels that a paper's records allow, cell by cell, without those of its claims."""
+    panels: list[Panel] = []
+    for (dataset, architecture), cell in gather(paper.records).items():
+        level = reference(cell)
+        compared = [variant for variant in cell if variant != level]
+        groups = portions(compared, paper.claims)
+        wanted = looks(compared, groups)
+        for number, group in enumerate(groups, start=1):
+            look: dict[str, int | None] = dict(distinct(group.variants, wanted))
+            look |= {level: None} if level else {}
+            stem = "-".join(slug(part) for part in (paper.name, dataset, architecture))
+            stem += f"-{number}" if len(groups) > 1 else ""
+            place = f"{dataset} · {architecture}"
+            heading = place
+            if len(groups) > 1:
+                heading += (
+                    f", variants of claims {', '.join(group.claims)}" if group.claims else f", part {number}"
+                )
+            panels += _cell_panels(stem, place, heading, cell, look, curves)
+    return panels
+
+
+def _cell_panels(
+    stem: str, place: str, heading: str, cell: Mapping[str, Targets], look: Looks, curves: Curves
+) -> list[Panel]:
+    lines = lines_of(cell, look)
+    if not lines:
+        return []
+    title = f"Accuracy against target, {place}"
+    compressed = any(point.target != 0 for line in lines for point in line.points)
+    panels: list[Panel] = [TargetPanel(f"{stem}-target", heading, title, SPREAD, lines)] if compressed else []
+    for cost in ("parameters", "speed-up"):
+        if panel := cost_panel(f"{stem}-{cost}", heading, place, cost, cell, look):
+            panels.append(panel)
+    return panels + _curve_panels(stem, place, heading, cell, look, curves)
+
+
+def lines_of(cell: Mapping[str, Targets], look: Looks, cost: str | None = None) -> tuple[Line, ...]:
+    """One line a variant: test accuracy in % against a cost field, or the target where `cost` is None."""
+    lines = []
+    for variant, style in look.items():
+        points = []
+        for target, records in cell.get(variant, {}).items():
+            found = [
+                (target if cost is None else measured(r, cost), measured(r, "test_accuracy")) for r in records
+            ]
+            kept = [(x, 100 * y) for x, y in found if x is not None and y is not None]
+            if kept:
+                points.append(Point(target, *map(tuple, zip(*kept))))
+        if points:
+            lines.append(Line(variant, style, tuple(points)))
+    return tuple(lines)
+
+
+def cost_panel(
+    name: str, heading: str, place: str, cost: str, cell: Mapping[str, Targets], look: Looks
+) -> CostPanel | None:
+    """Accuracy against one of COSTS, or None where it takes fewer than two values."""
+    field, axis, unit = COSTS[cost]
+    lines = lines_of(cell, look, field)
+    values = {x for line in lines for point in line.points for x in point.xs}
+    if len(values) < 2 or min(values) <= 0:
+        return None
+    short = {"parameters": "parameters", "speed-up": "speed-up", "macs": "MACs"}[cost]
+    return CostPanel(name, heading, f"Accuracy against {short}, {place}", SPREAD, lines, axis, unit)
+
+
+def _curve_panels(
+    stem: str, place: str, heading: str, cell: Mapping[str, Targets], look: Looks, curves: Curves
+) -> list[Panel]:
+    chosen: dict[str, tuple[float, list[Sequence[Mapping[str, Any]]]]] = {}
+    for variant in look:
+        for target, records in reversed(cell.get(variant, {}).items()):
+            runs = [
+                curves[r["settings_hash"]] for r in records if len(curves.get(r.get("settings_hash"), ())) > 1
+            ]
+            if runs:
+                chosen[variant] = (target, runs)
+                break
+    if not chosen:
+        return []
+    targets = {target for variant, (target, _) in chosen.items() if look[variant] is not None}
+    same = len(targets) == 1
+    drawn = [
+        _curve(
+            variant if same or look[variant] is None else f"{variant}, {percent(target)}", look[variant], runs
+        )
+        for variant, (target, runs) in chosen.items()
+    ]
+    title = f"Training{f' for {percent(targets.pop())}' if same else ''}, {place}"
+    caption = (
+        "Mean over seeds with 95 % t-interval, at the highest target that each variant trains for by itself. "
+        f"A tick on a line starts a new phase{_phases(drawn)}. Epochs that runs share, such as those of a "
+        "dense network, are drawn at the run that trained them."
+    )
+    return [CurvesPanel(f"{stem}-training", heading, title, caption, tuple(drawn))]
+
+
+def _phases(curves: Sequence[Curve]) -> str:
+    """The names of the phases in brackets, as far as few enough orders of phases occur."""
+    orders = dict.fromkeys(", ".join(dict.fromkeys(name for _, name in curve.phases)) for curve in curves)
+    named = [order for order in orders if ", " in order]
+    return f" ({'; or '.join(named)})" if 0 < len(named) <= 3 else ""
+
+
+def _curve(label: str, look: int | None, runs: Sequence[Sequence[Mapping[str, Any]]]) -> Curve:
+    longest = max(runs, key=len)
+    epochs = list(range(0, len(longest), math.ceil(len(longest) / MOST_EPOCHS)))
+    if epochs[-1] != len(longest) - 1:
+        epochs.append(len(longest) - 1)
+    statistics = np.full((3, len(MEASURES), len(epochs)), np.nan)
+    for row, measure in enumerate(MEASURES):
+        scale = 100.0 if measure.endswith("accuracy") else 1.0
+        for column, epoch in enumerate(epochs):
+            values = [finite(run[epoch].get(measure)) for run in runs if epoch < len(run)]
+            known = [scale * value for value in values if value is not None]
+            if known:
+                statistics[:, row, column] = mean_interval(known)
+    phases: list[tuple[int, str]] = []
+    for epoch, row in enumerate(longest):
+        name = str(row.get("phase", ""))
+        if not phases or phases[-1][1] != name:
+            phases.append((epoch + 1, name))
+    means, lows, highs = statistics
+    return Curve(label, look, tuple(epoch + 1 for epoch in epochs), means, lows, highs, tuple(phases))
