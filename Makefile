@@ -9,6 +9,8 @@ PORT ?= 5000
 BIN := .venv/bin
 READY := .venv/.ready
 
+# the pipeline's commands say `python`
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS = true
 export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = true

@@ -177,21 +177,19 @@ def _dataset(settings: DatasetSettings, device: torch.device) -> datasets.Datase
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash. Raises OSError."""
+    """Write a file so that it is there whole or not at all, also when the process is killed. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_checked(path: Path, content: bytes) -> None:
-    """Write `content` behind a line with its SHA-256."""
+    """Write `content` behind a line with its SHA-256, which also shows what a power cut may leave half written."""
     write_atomically(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
@@ -433,7 +431,8 @@ def execute(
     if todo:
         workers, devices = _workers(execution, len(todo))
         done = len(ordered) - len(todo)
-        with tqdm(total=len(ordered), initial=done, desc=title, unit="run", mininterval=1.0) as bar:
+        quiet = 1.0 if sys.stderr.isatty() else 15.0
+        with tqdm(total=len(ordered), initial=done, desc=title, unit="run", mininterval=quiet) as bar:
 
             def done_with(entry: dict[str, Any]) -> None:
                 entries[entry["record"]["settings_hash"]] = entry

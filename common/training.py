@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.dropout import _DropoutNd
 
 from common.settings import SettingsError, stream
 
@@ -150,6 +151,7 @@ class Trainer:
         self.iteration = 0
         self._checkpoints = checkpoints
         self._fits = 0
+        self._draws = any(isinstance(module, _DropoutNd) and module.p for module in model.modules())
 
     def _sgd(self, momentum: float, nesterov: bool, weight_decay: float, decays) -> torch.optim.SGD:
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -192,8 +194,9 @@ class Trainer:
                 self._checkpoints.offer(fit, lambda: self._snapshot(epoch + 1), epoch + 1 == epochs)
 
     def _epoch(self, learning_rates: Sequence[float]) -> dict[str, float]:
-        # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself
-        torch.manual_seed(stream(self.seed, "dropout", self.epochs_done))
+        if self._draws:
+            # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself
+            torch.manual_seed(stream(self.seed, "dropout", self.epochs_done))
         self.model.train()
         device = self.compute.device
         loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0

@@ -100,10 +100,17 @@ def sign_flip(values: ArrayLike, null: float, alternative: str) -> float:
 
 
 def wilcoxon(values: ArrayLike, null: float, alternative: str) -> float:
-    """p of Wilcoxon's signed-rank test (exact for few values); 1 when every value equals `null`."""
+    """p of Wilcoxon's signed-rank test; 1 when every value equals `null`.
+
+    Values equal to `null` are left out. Up to ENUMERATED values it is the exact sign-flip test of the signed ranks, with
+    mid-ranks for ties: what SciPy finds for ties too, but only by its general and slow permutation test.
+    """
     shifted = _shifted(values, null)
-    if not shifted.any():
+    shifted = shifted[shifted != 0]
+    if not len(shifted):
         return 1.0
+    if len(shifted) <= ENUMERATED:
+        return sign_flip(np.sign(shifted) * stats.rankdata(np.abs(shifted)), 0.0, alternative)
     return float(stats.wilcoxon(shifted, alternative=alternative).pvalue)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from common.training import BatchSource, Hooks, Trainer
@@ -19,7 +19,7 @@ NEAR_ZERO = (1e-5, 1e-4, 1e-3, 1e-2)
 
 @torch.no_grad()
 def near_zero(parameters: Sequence[Tensor], taus: Sequence[float] = NEAR_ZERO) -> list[int]:
-    """How many scalars are at most tau in size, for each tau; the paper counts all parameters, not only prunable ones."""
+    """How many scalars are at most tau in size, for each tau; the paper counts those of all parameters."""
     sizes = torch.cat([p.abs().flatten() for p in parameters])
     return [int((sizes <= tau).sum()) for tau in taus]
 
@@ -32,7 +32,7 @@ class NearZero(Hooks):
 
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
         counts = near_zero(list(trainer.model.parameters()))
-        self.rows.append({f"near_zero_{tau:g}": count for tau, count in zip(NEAR_ZERO, counts)})
+        self.rows.append({f"near_zero_{tau:g}": count for tau, count in zip(NEAR_ZERO, counts, strict=True)})
 
     def state(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -42,10 +42,18 @@ class NearZero(Hooks):
 
 
 @torch.no_grad()
-def rank_correlation(weights: Sequence[Tensor], lambdas: Sequence[Tensor]) -> float:
-    """Spearman correlation of |w| with |lambda| over all penalised scalars."""
-    sizes, shrinkage = (torch.cat([t.abs().flatten() for t in part]).cpu().numpy() for part in (weights, lambdas))
-    return float(spearmanr(sizes, shrinkage).statistic)
+def rank_correlation(weights: Sequence[Tensor], lambdas: Sequence[Tensor]) -> float | None:
+    """Spearman's correlation of |w| with |lambda| over all given scalars; None where one is constant."""
+    ranks = torch.stack([_ranks(torch.cat([t.abs().flatten() for t in part])) for part in (weights, lambdas)])
+    found = torch.corrcoef(ranks)[0, 1].item() if ranks.shape[1] > 1 else math.nan
+    return found if math.isfinite(found) else None
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks of a flat tensor; equal values share the mean of theirs."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[which]
 
 
 def densities(kept: Mapping[str, Tensor]) -> dict[str, float]:
@@ -59,13 +67,13 @@ def densities(kept: Mapping[str, Tensor]) -> dict[str, float]:
 def features(outputs: Tensor, kind: Features) -> Tensor:
     """One number per channel from convolution outputs [N, C, H, W] -> [N, C].
 
-    `corner` is the top-left pixel, which is what the authors' script looks at; `mean` is the average over the map.
+    `corner` is the top-left pixel, which the authors' script looks at; `mean` is the average over the map.
     """
     return outputs[:, :, 0, 0] if kind == "corner" else outputs.mean((2, 3))
 
 
 def energy(values: Tensor) -> Tensor:
-    """Shares of the covariance's eigenvalues of `values` [N, C], largest first; all zero where nothing varies."""
+    """Shares of the eigenvalues of the covariance of `values` [N, C], largest first; 0 if nothing varies."""
     covariance = values.double().T.cov(correction=1).reshape(values.shape[1], -1)
     sizes = torch.linalg.eigvalsh(covariance).abs().sort(descending=True).values
     total = sizes.sum()
@@ -82,7 +90,7 @@ def directions(shares: Tensor, wanted: float) -> int:
 def convolution_features(
     model: nn.Module, batches: BatchSource, kinds: Sequence[Features]
 ) -> dict[Features, dict[str, Tensor]]:
-    """Features of every convolution over one pass of `batches` in evaluation mode: kind -> layer -> [N, C]."""
+    """Features of every convolution over one pass in evaluation mode: kind -> layer -> [N, C]."""
     found: dict[Features, dict[str, list[Tensor]]] = {kind: {} for kind in kinds}
 
     def keep(name: str):
@@ -100,4 +108,6 @@ def convolution_features(
     finally:
         for handle in handles:
             handle.remove()
-    return {kind: {name: torch.cat(parts) for name, parts in layers.items()} for kind, layers in found.items()}
+    return {
+        kind: {name: torch.cat(parts) for name, parts in layers.items()} for kind, layers in found.items()
+    }

@@ -1,15 +1,16 @@
 """HALO: one trainable shrinkage coefficient per weight, and the penalties that it is compared with.
 
-Seto, Wells, Zhang 2021 (arXiv 2008.10183). All penalties are sums, not means, over the penalised scalars w_j, added to
-the mean cross-entropy of a batch:
+Seto, Wells, Zhang 2021 (arXiv 2008.10183). All penalties are sums, not means, over the penalised scalars w_j,
+added to the mean cross-entropy of a batch:
 
     HALO   xi * sum |w_j| / lambda_j^2 + psi * sum |lambda_j|       one trainable lambda_j for each w_j
     SWS    xi * sum |w_j| / lambda^2 + psi * lambda^2               one trainable lambda for the network
     L1     xi / lambda_init^2 * sum |w_j|
     MCP    sum of xi |w_j| - w_j^2 / (2 psi) up to the knot |w_j| = xi psi, and psi xi^2 / 2 beyond it
 
-Gradients are in closed form with sign(0) = 0, and are added to those of the cross-entropy before the optimiser's
-step. Lambdas take their own step of SGD at the same moment, so both updates see the old weights and the old lambdas.
+Gradients are in closed form with sign(0) = 0, and are added to those of the cross-entropy before the
+optimiser's step. Lambdas take their own step of SGD at the same moment: both updates see the old
+weights and the old lambdas.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LARGE_LAMBDA = 2.0
 
 
 def penalised(model: nn.Module, layers: Layers) -> list[nn.Parameter]:
-    """All parameters of the prunable layers in module order: each layer's weight, then its bias where it has one."""
+    """All parameters of the prunable layers in module order: each layer's weight, then its bias if any."""
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in prunable(model, layers)]
     return [p for owner in owners for p in (owner.weight, owner.bias) if p is not None]
 
@@ -64,7 +65,7 @@ class Penalty(Hooks):
         """Numbers for the log. Raises Diverged when the penalty is not finite."""
         value = self.value().item()
         if not math.isfinite(value):
-            raise Diverged(f"the {type(self).__name__} penalty is {value}: a lambda is zero, or too small to be squared")
+            raise Diverged(f"the {type(self).__name__} penalty is {value}: a lambda is zero or out of range")
         return {"penalty": value}
 
     @torch.no_grad()
@@ -92,7 +93,7 @@ class Penalty(Hooks):
 class L1(Penalty):
     """The lasso: HALO with all lambdas frozen at `lambda_init`.
 
-    psi is in the logged value alone (psi * lambda_init a weight), as in the authors' code; it acts on nothing.
+    psi is in the logged value alone (psi * lambda_init a weight), as in the authors' code; it has no effect.
     """
 
     def __init__(self, tensors: Iterable[Tensor], xi: float, psi: float = 0.0, lambda_init: float = 1.0):
@@ -114,8 +115,8 @@ class MCP(Penalty):
 
     def values(self) -> list[Tensor]:
         """The penalty of every single weight, in the shapes of the weights."""
-        knot = self.xi * self.psi
-        return [self.xi * c - c.square() / (2 * self.psi) for c in (w.abs().clamp(max=knot) for w in self.tensors)]
+        clipped = [w.abs().clamp(max=self.xi * self.psi) for w in self.tensors]
+        return [self.xi * size - size.square() / (2 * self.psi) for size in clipped]
 
     def value(self) -> Tensor:
         return torch.stack([part.sum() for part in self.values()]).sum()
@@ -133,7 +134,7 @@ class MCP(Penalty):
 class LambdaTraining:
     """How lambdas are trained: SGD with momentum and weight decay, no Nesterov.
 
-    rates: one learning rate an iteration. psi_by_epoch: replaces the penalty's psi epoch by epoch where given.
+    rates: one learning rate an iteration. psi_by_epoch: replaces the penalty's psi epoch by epoch, if given.
     """
 
     rates: Sequence[float]
@@ -197,8 +198,8 @@ class _Shrinkage(Penalty):
 class HALO(_Shrinkage):
     """The hierarchical adaptive lasso.
 
-    target, mode: a target S above 0 changes the lambda term to psi * |sum |lambda| - S| (L1) or psi * (sum |lambda| -
-    S)^2 (L2).
+    target, mode: a target S above 0 changes the lambda term to psi * |sum |lambda| - S| (L1) or
+    psi * (sum |lambda| - S)^2 (L2).
     """
 
     def __init__(
@@ -219,12 +220,18 @@ class HALO(_Shrinkage):
             for w in self.tensors
         ]
 
+    def lambdas_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The lambdas of some of the penalised tensors, under the names that `weights` gives them."""
+        number = {id(tensor): i for i, tensor in enumerate(self.tensors)}
+        return {name: self.lambdas[number[id(weight)]] for name, weight in weights.items()}
+
     def _excess(self) -> Tensor:
         return torch.stack(torch._foreach_norm(self.lambdas, 1)).sum() - self.target
 
     def terms(self) -> tuple[Tensor, Tensor]:
         """The term of the weights and the term of the lambdas (scalars)."""
-        pulls = torch._foreach_div(torch._foreach_abs(self.tensors), torch._foreach_mul(self.lambdas, self.lambdas))
+        pulls = torch._foreach_abs(self.tensors)
+        torch._foreach_div_(pulls, torch._foreach_mul(self.lambdas, self.lambdas))
         excess = self._excess()
         size = excess.square() if self.mode == "L2" and self.target else excess.abs()
         return self.xi * torch.stack([pull.sum() for pull in pulls]).sum(), self.psi * size
@@ -281,7 +288,7 @@ def milestone_drops(epochs: int, per_epoch: int, milestones: Sequence[int]) -> l
 
 
 def step_drops(iterations: int, size: int) -> list[int]:
-    """The same for a drop every `size` iterations; the scheduler steps first, so update number `size` is lowered."""
+    """The same for a drop every `size` iterations: update number `size` is the first lower one."""
     return [(i + 1) // size for i in range(iterations)]
 
 
@@ -295,9 +302,10 @@ def learning_rates(
 ) -> tuple[list[float], list[float] | None]:
     """Learning rates of the weights and of the lambdas (None where there are none), one each iteration.
 
-    drops: from `milestone_drops`, or from `step_drops` with by_step=True. `intended` lowers each by gamma at each drop.
-    `official` is what the released scripts do when lambdas are trained: at milestones one running rate is lowered
-    twice, first for the weights and then for the lambdas; by steps the weights drop twice and the lambdas never.
+    drops: from `milestone_drops`, or from `step_drops` with by_step=True. `intended` lowers both by gamma at
+    each drop. `official` is what the released scripts do when lambdas are trained: at milestones one running
+    rate is lowered twice, first for the weights and then for the lambdas; by steps the weights drop twice and
+    the lambdas never.
     """
     if not trains_lambdas:
         return [rate * gamma**k for k in drops], None
@@ -311,7 +319,7 @@ def learning_rates(
 
 
 def psi_schedule(psi: float, gamma: float, every: int | None, epochs: int) -> list[float]:
-    """psi of each epoch: multiplied by 10 / gamma at every epoch divisible by `every`, epoch 0 included (None: never)."""
+    """psi of each epoch: times 10 / gamma at epochs divisible by `every`, epoch 0 included (None: never)."""
     return [psi * (10 / gamma) ** (epoch // every + 1 if every else 0) for epoch in range(epochs)]
 
 
@@ -320,11 +328,16 @@ def psi_schedule(psi: float, gamma: float, every: int | None, epochs: int) -> li
 
 @dataclass(frozen=True)
 class Cut:
-    """A global magnitude mask. kept: True = kept, by name; index: position of the threshold among the sorted |w|."""
+    """A global magnitude mask.
+
+    kept: True = kept, by name. index: place of the threshold among all sorted |w|; float32_index: where the
+    released code would have put it.
+    """
 
     kept: dict[str, Tensor]
     threshold: float
     index: int
+    float32_index: int
 
     @property
     def pruned(self) -> int:
@@ -338,13 +351,15 @@ class Cut:
 
 
 def cut_index(total: int, nonzero: int, share: float, single_precision: bool = False) -> int:
-    """Position (from 0) of the threshold among all sorted |w|, for pruning `share` of those that are not zero.
+    """Position (from 0) of the threshold among all sorted |w|, to prune `share` of those that are not zero.
 
-    single_precision: with the float32 arithmetic of the released code, which is off by one for large networks.
+    single_precision: with the float32 arithmetic of the released code, off by one for large networks.
     Raises ValueError when share is not in [0, 1) or nothing is left to prune.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"a share of {share} of the weights cannot be pruned: it must be at least 0 and below 1")
+        raise ValueError(
+            f"a share of {share} of the weights cannot be pruned: at least 0 and below 1 is needed"
+        )
     if nonzero == 0:
         raise ValueError("all weights are zero already: nothing is left to prune")
     if single_precision:
@@ -357,13 +372,15 @@ def cut_index(total: int, nonzero: int, share: float, single_precision: bool = F
 def cut(weights: Mapping[str, Tensor], share: float) -> Cut:
     """The paper's one-shot mask: keep |w| strictly above the threshold, all tensors ranked together.
 
-    Without ties this removes int(share * non-zeros) + 1 weights; ties with the threshold all go. Raises ValueError as
-    `cut_index` does.
+    Without ties this removes int(share * non-zeros) + 1 weights; ties with the threshold all go. Raises
+    ValueError as `cut_index` does.
     """
     sizes = torch.cat([w.abs().flatten() for w in weights.values()])
-    index = cut_index(sizes.numel(), int((sizes > 0).sum()), share)
+    total, nonzero = sizes.numel(), int((sizes > 0).sum())
+    index = cut_index(total, nonzero, share)
     threshold = sizes.kthvalue(index + 1).values
-    return Cut({name: w.abs() > threshold for name, w in weights.items()}, threshold.item(), index)
+    kept = {name: w.abs() > threshold for name, w in weights.items()}
+    return Cut(kept, threshold.item(), index, cut_index(total, nonzero, share, single_precision=True))
 
 
 def fixed_threshold(weights: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
@@ -371,19 +388,19 @@ def fixed_threshold(weights: Mapping[str, Tensor], tau: float) -> dict[str, Tens
     return {name: w.detach().abs() >= tau for name, w in weights.items()}
 
 
-# ------------------------------------------------------------------------------------------ the stationary point
+# ------------------------------------------------------------------------------------- the stationary point
 
 
 def stationary_lambda(sizes: Tensor, xi: float, psi: float, weight_decay: float) -> tuple[Tensor, Tensor]:
-    """lambda* that minimises the penalty for fixed |w| = sizes, and the penalty there (weight decay included).
+    """lambda* that minimises the penalty for fixed |w| = sizes, and the penalty there, weight decay included.
 
-    lambda* solves psi + weight_decay * lambda = 2 xi |w| / lambda^3. With one of the two alone the penalty is a bridge
-    penalty in |w|, of power 1/3 (psi) or 1/2 (weight decay). Raises ValueError when both are zero.
+    lambda* solves psi + weight_decay * lambda = 2 xi |w| / lambda^3. With one of the two alone the penalty is
+    a bridge penalty in |w|, of power 1/3 (psi) or 1/2 (weight decay). Raises ValueError when both are zero.
     """
     if psi <= 0 and weight_decay <= 0:
         raise ValueError("without psi and without weight decay no finite lambda is best")
     pull = 2 * xi * sizes.double()
-    # each term alone gives an upper bound; from above, Newton's method descends to the root of this convex function
+    # each term alone gives an upper bound; from there Newton's method descends, as the function is convex
     bounds = [(pull / psi) ** (1 / 3)] if psi > 0 else []
     bounds += [(pull / weight_decay) ** (1 / 4)] if weight_decay > 0 else []
     root = torch.stack(bounds).amin(0)

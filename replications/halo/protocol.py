@@ -1,27 +1,43 @@
 """Which runs test the claims of the HALO paper, and how one run is executed.
 
-A penalty is trained once per seed; the masks of all targets start from that network. Fine-tuned magnitude pruning
-starts from the network that was trained without a penalty. Each variant's setting is the one of its trials with the
-best mean validation accuracy over the tuning seeds, at the tuning target.
+A penalty is trained once per seed; the masks of all targets start from that network. Fine-tuned magnitude
+pruning starts from the network that was trained without a penalty. Each variant's setting is the one of its
+trials with the best mean validation accuracy over the tuning seeds, at the tuning target.
 """
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from common.datasets import Batches, Dataset
 from common.models import Network, architecture, build
+from common.models.chain import MLP
 from common.pruning.counting import cost
 from common.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.runs import EVALUATION_BATCH, Context, Outcome, Run
-from common.settings import Count, PaperSettings, Profile, Rate, Seeds, SettingsError, Sparsity, Strict, Targets, stream
+from common.settings import (
+    Count,
+    PaperSettings,
+    Profile,
+    Rate,
+    Seeds,
+    SettingsError,
+    Sparsity,
+    Strict,
+    Targets,
+    stream,
+)
 from common.training import Diverged, RunFailed, Trainer
 from replications.halo import measures, method
+from replications.halo.contender import CONTENDERS
+
+__all__ = ["CONTENDERS", "Settings", "execute", "runs"]
 
 PAPER = "halo"
 
@@ -38,8 +54,9 @@ PENALISED: dict[str, tuple[Kind, method.Coupling]] = {
 }
 ONE_SHOT, ITERATIVE = "magnitude-one-shot", "magnitude-iterative"
 Variant = Literal[
-    "none", "l1", "sws", "sws-official", "mcp", "halo", "halo-official", "magnitude-one-shot", "magnitude-iterative"
-]
+    "none", "l1", "sws", "sws-official", "mcp", "halo", "halo-official",
+    "magnitude-one-shot", "magnitude-iterative",
+]  # fmt: skip
 TRAINS_LAMBDAS = ("sws", "halo")
 # how the paper's own networks differ from the architectures of the same name
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,7 +71,7 @@ Several = Annotated[tuple[Sparsity, ...], Field(min_length=1)]
 
 
 class Strength(Strict):
-    """One setting of a penalty; psi and the weight decay of the lambdas act where lambdas are trained, psi in MCP too."""
+    """One setting of a penalty. psi acts in SWS, MCP and HALO, the lambdas' weight decay in SWS and HALO."""
 
     xi: Rate
     psi: NotNegative = 0.0
@@ -70,7 +87,7 @@ def _grid(xis: Sequence[float], psis: Sequence[float] = (0.0,)) -> tuple[Strengt
 
 
 class TrialSettings(Strict):
-    """The settings that are tried for each penalty and for fine-tuning: equally many, so that tuning is fair."""
+    """The settings that are tried for each penalty and for fine-tuning: equally many, to be fair."""
 
     l1: Trials = _grid((3e-3, 5e-3, 1e-2, 2e-2))
     sws: Trials = _grid((1e-3, 3e-3), (1.0, 3.0))
@@ -97,7 +114,7 @@ class TrialSettings(Strict):
 class FineTuning(Strict):
     """Magnitude pruning of the network that was trained without a penalty."""
 
-    epochs: Count = 8
+    epochs: Count = 6
     """After the mask, or after each round."""
     one_shot: Several = (0.95, 0.98)
     """Targets of one mask and one fine-tuning."""
@@ -115,7 +132,7 @@ class FineTuning(Strict):
 class Settings(PaperSettings):
     architecture: str = "digits_cnn"
     layers: Layers = "conv"
-    """Layers that are penalised (weights and biases) and pruned (weights): `conv` as in the CIFAR scripts, or all."""
+    """Whose weights and biases are penalised, and weights pruned: `conv` as in the CIFAR scripts, or all."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = (
         "none", "l1", "sws", "mcp", "halo", "halo-official", "magnitude-one-shot", "magnitude-iterative",
     )  # fmt: skip
@@ -125,14 +142,14 @@ class Settings(PaperSettings):
     tuning_seeds: Seeds = (1000,)
     tuning_target: Sparsity = 0.98
     fine_tuning: FineTuning = FineTuning()
-    epochs: Count = 30
-    batch_size: Count = 64
+    epochs: Count = 24
+    batch_size: Count = 32
     learning_rate: Rate = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NotNegative = 1e-4
     schedule: Literal["milestones", "steps"] = "milestones"
     """Drop before the epochs `milestones` (CIFAR scripts), or every `step_iterations` (MNIST script)."""
-    milestones: tuple[Count, ...] = (15, 22)
+    milestones: tuple[Count, ...] = (12, 18)
     step_iterations: Count = 25000
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor of a drop."""
@@ -162,7 +179,10 @@ class Settings(PaperSettings):
             raise ValueError("seeds and tuning_seeds must have no seed in common")
         if 0 in (*self.targets, *self.fine_tuning.one_shot, self.tuning_target):
             raise ValueError("targets must be above 0; the unpruned network is always measured")
-        if list(self.milestones) != sorted(set(self.milestones)) or max(self.milestones, default=0) >= self.epochs:
+        if self.layers == "conv" and issubclass(architecture(self.architecture).network, MLP):
+            raise ValueError(f"{self.architecture} has no convolutions: layers must be conv+linear")
+        last = max(self.milestones, default=0)
+        if list(self.milestones) != sorted(set(self.milestones)) or last >= self.epochs:
             raise ValueError(f"milestones must rise and lie before the end of the {self.epochs} epochs")
         if ITERATIVE in self.variants and self.tuning_target not in self.fine_tuning.rounds:
             raise ValueError(f"tuning_target = {self.tuning_target} must be one of fine_tuning.rounds")
@@ -204,14 +224,15 @@ class _Plan:
         if variant == ITERATIVE:
             return self._rounds(variant, seed, self._training("none", "none", seed), trials, needs)
         trained = self._training(variant, variant, seed, trials, needs)
-        masked = [self._run(variant, "mask", target, seed, {}, (trained,)) for target in self.settings.targets]
-        return [trained, *masked]
+        targets = self.settings.targets
+        return [trained, *(self._run(variant, "mask", target, seed, {}, (trained,)) for target in targets)]
 
     def _trials(self, variant: Variant) -> list[Any]:
         if variant in (ONE_SHOT, ITERATIVE):
             return list(self.settings.trials.fine_tuning)
         kind = PENALISED[variant][0]
-        return [] if kind == "none" else [t.model_dump(mode="json") for t in getattr(self.settings.trials, kind)]
+        strengths = () if kind == "none" else getattr(self.settings.trials, kind)
+        return [strength.model_dump(mode="json") for strength in strengths]
 
     def _tuning(self, variant: Variant) -> list[Run]:
         """Every trial with every tuning seed, at the tuning target; none where there is no choice."""
@@ -244,7 +265,8 @@ class _Plan:
         target: float = 0.0,
     ) -> Run:
         kind, coupling = PENALISED[variant]
-        names = {"epochs", "learning_rate", "schedule", "milestones", "step_iterations", "gamma", "fixed_threshold"}
+        names = {"epochs", "learning_rate", "gamma", "schedule", "fixed_threshold"}
+        names |= {"milestones"} if self.settings.schedule == "milestones" else {"step_iterations"}
         if kind in TRAINS_LAMBDAS:
             names |= {"lambda_learning_rate", "psi_every"}
         if kind == "halo":
@@ -275,7 +297,9 @@ class _Plan:
             found.append(self._fine_tuning(name, target, seed, found[-1] if found else start, trials, needs))
         return found
 
-    def _run(self, name: str, role: str, target: float, seed: int, held: Mapping, needs: Sequence[Run]) -> Run:
+    def _run(
+        self, name: str, role: str, target: float, seed: int, held: Mapping, needs: Sequence[Run]
+    ) -> Run:
         shared = {"layers", "batch_size", "momentum", "weight_decay"}
         settings = {"role": role, "data": self.profile.dataset.model_dump(mode="json")}
         settings |= self.settings.model_dump(mode="json", include=shared) | held
@@ -298,20 +322,22 @@ def _train(run: Run, context: Context, data: Dataset) -> Outcome:
     trainer, penalty, counters = _training(run, context, data, trial)
     trainer.fit(_rates(run, len(trainer.batches))[0])
     logs = [counters.rows] if penalty is None else [counters.rows, penalty.log]
-    curves = [{key: value for row in rows for key, value in row.items()} for rows in zip(trainer.history, *logs)]
+    curves = [dict(ChainMap(*rows)) for rows in zip(trainer.history, *logs, strict=True)]
     metrics, details = _measured(context, trainer, data)
     metrics |= {key: value for log in logs for key, value in log[-1].items()}
     metrics |= _lambda_metrics(run, penalty, trial)
     energies, details["directions"] = _energy(trainer.model, data)
     state = {"model": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}}
+    if isinstance(penalty, method.HALO):
+        state["lambdas"] = penalty.lambdas_of(prunable(trainer.model, run.settings["layers"]))
     costs = cost(trainer.model, data.image_shape)
     # last, because it changes the network
-    metrics |= energies | _at_fixed_threshold(run, context, trainer, data)
+    metrics |= energies | _at_fixed_threshold(run, trainer, data)
     return Outcome(metrics, costs, curves, state, details | {"chosen": trial})
 
 
 def _try(run: Run, context: Context, data: Dataset) -> Outcome:
-    """Train with one setting and mask; what diverges is scored as it is, so that it loses and stops nothing."""
+    """Train with one setting and mask; what diverges is scored as it is: it loses, and stops nothing."""
     (trial,) = run.settings["trials"]
     trainer, _, _ = _training(run, context, data, trial)
     details: dict[str, Any] = {"trial": trial}
@@ -321,15 +347,22 @@ def _try(run: Run, context: Context, data: Dataset) -> Outcome:
         details["diverged"] = str(reason)
     else:
         _cut(run, trainer.model, run.target)
-    return Outcome(context.scores(trainer, data), cost(trainer.model, data.image_shape), trainer.history, None, details)
+    costs = cost(trainer.model, data.image_shape)
+    return Outcome(context.scores(trainer, data), costs, trainer.history, None, details)
 
 
 def _mask(run: Run, context: Context, data: Dataset) -> Outcome:
     """Mask a trained network once; no fine-tuning, and no new batch-norm statistics."""
+    (start,) = context.needs
     trainer = _restored(run, context, data)
     found = _cut(run, trainer.model, run.target)
     metrics, details = _measured(context, trainer, data, found)
-    metrics["training_epochs"] = context.needs[0].record["metrics"]["training_epochs"]
+    metrics["training_epochs"] = start.record["metrics"]["training_epochs"]
+    if "lambdas" in start.state:
+        weights = prunable(trainer.model, run.settings["layers"])
+        survivors = [weights[name].detach()[mask] for name, mask in found.kept.items()]
+        theirs = [start.state["lambdas"][name].to(mask.device)[mask] for name, mask in found.kept.items()]
+        metrics["lambda_correlation_kept"] = measures.rank_correlation(survivors, theirs)
     return Outcome(metrics, cost(trainer.model, data.image_shape), [], None, details)
 
 
@@ -338,8 +371,9 @@ def _fine_tune(run: Run, context: Context, data: Dataset) -> Outcome:
     start, *trials = context.needs
     rate = _chosen(run, trials)
     trainer = _restored(run, context, data)
-    # of the weights that earlier rounds have left
-    found = _cut(run, trainer.model, 1 - (1 - run.target) / (1 - run.settings["from"]))
+    # of the weights that earlier rounds have left; rounded, because 0.4999... of an even number is one less
+    share = round(1 - (1 - run.target) / (1 - run.settings["from"]), 12)
+    found = _cut(run, trainer.model, share)
     trainer.hooks = (KeepMasked(Masks(found.kept)),)
     trainer.fit([rate] * (run.settings["epochs"] * len(trainer.batches)), "fine-tuning")
     metrics, details = _measured(context, trainer, data, found)
@@ -368,7 +402,9 @@ def _network(run: Run, context: Context, data: Dataset) -> nn.Module:
     return context.compute.place(network(run.architecture, data.classes, data.image_shape, seed=seed))
 
 
-def _trainer(run: Run, context: Context, data: Dataset, model: nn.Module, hooks: Sequence[Any] = ()) -> Trainer:
+def _trainer(
+    run: Run, context: Context, data: Dataset, model: nn.Module, hooks: Sequence[Any] = ()
+) -> Trainer:
     held = run.settings
     options = {"momentum": held["momentum"], "weight_decay": held["weight_decay"]}
     return context.trainer(model, data, held["batch_size"], hooks, **options)
@@ -393,7 +429,8 @@ def _rates(run: Run, per_epoch: int) -> tuple[list[float], list[float] | None]:
     else:
         drops = method.milestone_drops(held["epochs"], per_epoch, held["milestones"])
     trains_lambdas = held["penalty"] in TRAINS_LAMBDAS
-    return method.learning_rates(drops, held["learning_rate"], held["gamma"], trains_lambdas, held["coupling"], by_step)
+    rate, gamma = held["learning_rate"], held["gamma"]
+    return method.learning_rates(drops, rate, gamma, trains_lambdas, held["coupling"], by_step)
 
 
 def _penalty(
@@ -455,7 +492,7 @@ def _measured(
     kept = torch.cat([weights[name].detach().abs()[mask] for name, mask in found.kept.items()])
     total = sum(w.numel() for w in weights.values())
     by_layer = measures.densities(found.kept)
-    first, last = list(by_layer.values())[0], list(by_layer.values())[-1]
+    first, *_, last = by_layer.values()
     density = kept.numel() / total
     metrics |= {
         "prunable_sparsity": 1 - density,
@@ -469,19 +506,23 @@ def _measured(
         "emptied": found.emptied,
         "threshold": found.threshold,
         "index": found.index,
+        "float32_index": found.float32_index,
         "pruned": total - kept.numel(),
     }
     return metrics, details
 
 
-def _lambda_metrics(run: Run, penalty: method.Penalty | None, trial: Mapping[str, Any] | None) -> dict[str, float]:
-    """HALO: how lambdas follow the weights, and how far they are from where they would settle for these weights."""
+def _lambda_metrics(
+    run: Run, penalty: method.Penalty | None, trial: Mapping[str, Any] | None
+) -> dict[str, float]:
+    """HALO: how lambdas follow the weights, and how far they are from where they would settle."""
     if not isinstance(penalty, method.HALO):
         return {}
     metrics = {"lambda_correlation": measures.rank_correlation(penalty.tensors, penalty.lambdas)}
     decay = _lambda_weight_decay(run, trial)
     if penalty.psi > 0 or decay > 0:
-        sizes, lambdas = (torch.cat([t.detach().abs().flatten() for t in p]) for p in (penalty.tensors, penalty.lambdas))
+        sizes = torch.cat([weight.detach().abs().flatten() for weight in penalty.tensors])
+        lambdas = torch.cat([part.abs().flatten() for part in penalty.lambdas])
         settled, _ = method.stationary_lambda(sizes, penalty.xi, penalty.psi, decay)
         metrics["lambda_excess"] = (lambdas.double() / settled.clamp(min=1e-12)).log10().median().item()
     return metrics
@@ -495,12 +536,14 @@ def _energy(model: nn.Module, data: Dataset) -> tuple[dict[str, float], dict[str
         kind: {name: measures.directions(measures.energy(values), ENERGY) for name, values in layers.items()}
         for kind, layers in found.items()
     }
-    return {f"directions_{kind}": float(sum(layers.values())) for kind, layers in details.items() if layers}, details
+    totals = {f"directions_{kind}": float(sum(layers.values())) for kind, layers in details.items() if layers}
+    return totals, details
 
 
-def _at_fixed_threshold(run: Run, context: Context, trainer: Trainer, data: Dataset) -> dict[str, float]:
+def _at_fixed_threshold(run: Run, trainer: Trainer, data: Dataset) -> dict[str, float]:
     """Sparsity and test accuracy when all weights below the fixed threshold go."""
-    masks = Masks(method.fixed_threshold(prunable(trainer.model, run.settings["layers"]), run.settings["fixed_threshold"]))
+    weights = prunable(trainer.model, run.settings["layers"])
+    masks = Masks(method.fixed_threshold(weights, run.settings["fixed_threshold"]))
     masks.apply(trainer.model)
-    scores = context.scores(trainer, data)
-    return {"threshold_sparsity": masks.sparsity, "threshold_test_accuracy": scores["test_accuracy"]}
+    scores = trainer.evaluate(Batches(data, "test", EVALUATION_BATCH))
+    return {"threshold_sparsity": masks.sparsity, "threshold_test_accuracy": scores["accuracy"]}

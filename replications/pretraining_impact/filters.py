@@ -26,7 +26,7 @@ class Selection(Strict):
     """Rank inside each layer, or over all layers at once. Sums across layers collapse; use a mean there."""
     rule: Literal[tuple(method.COUNT_RULES)] = "floor"
     inputs: Literal["surviving", "all"] = "surviving"
-    """Which input channels count: those that the layers before keep at the same event, or all that are there."""
+    """Input channels that count: those that the layers before keep at the same event, or all there are."""
     score: Literal["producer", "group"] = "producer"
     """The producing filter's score, or mean |w| of all that belongs to the channel."""
 
@@ -54,12 +54,15 @@ def pruned_widths(widths: Sequence[int], fraction: float, rule: str = "floor") -
 
 
 def fractions_for_reductions(
-    parameters: Callable[[list[int]], int], widths: Sequence[int], targets: Sequence[float], rule: str = "floor"
+    parameters: Callable[[list[int]], int],
+    widths: Sequence[int],
+    targets: Sequence[float],
+    rule: str = "floor",
 ) -> list[float]:
     """For each target the smallest filter fraction, in hundredths, whose parameter reduction reaches it.
 
-    parameters: of the network with given widths. targets: ascending. Raises SettingsError naming a target that no
-    fraction reaches and the largest reduction that one does.
+    parameters: of the network with given widths. targets: ascending. Raises SettingsError naming a target
+    that no fraction reaches and the largest reduction that one does.
     """
     whole, found, reduction = parameters(list(widths)), [], 0.0
     for step in range(GRID):
@@ -68,11 +71,13 @@ def fractions_for_reductions(
             found.append(step / GRID)
         if len(found) == len(targets):
             return found
-    raise SettingsError(f"target {targets[len(found)]:g}: no filter fraction removes more than {reduction:.4f} of the parameters")
+    raise SettingsError(
+        f"target {targets[len(found)]:g}: no fraction removes more than {reduction:.4f} of the parameters"
+    )
 
 
 def group_scores(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """mean|producer filter| + mean|depthwise slice| + mean|consumer slice| of each channel of `group`, [n]."""
+    """mean|producer filter| + mean|depthwise slice| + mean|consumer slice| of each channel, [n]."""
     weight = model.get_submodule(group.name).weight.detach()
     total = method.filter_scores("l1_mean", weight)
     for name in group.followers:
@@ -97,9 +102,9 @@ def choose(
 ) -> dict[str, Tensor]:
     """Indices, by group, of the filters that stay when `fraction` of the `original` widths is to be gone.
 
-    initial: the network at the start of training, as narrow as `model`, for criteria that look back; gradients are those
-    that the parameters hold. generator: of the random criterion. removed: boolean [n] by group, filters that are masked
-    and go first.
+    initial: the network at the start of training, as narrow as `model`, for criteria that look back;
+    gradients are those that the parameters hold. generator: of the random criterion. removed: boolean [n] by
+    group, filters that are masked and go first.
     """
     groups = filter_groups(model)
     removed = removed or {}
@@ -146,7 +151,9 @@ def _scores(
 
 @torch.no_grad()
 def apply_masks(
-    masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
+    masks: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Set masked weights to zero, and the optimiser's moments of them when it is given."""
     for name, mask in masks.items():
@@ -160,11 +167,14 @@ def apply_masks(
 class Masks(Hooks):
     """Holds weights at zero.
 
-    after_step: weights and moments, after every step. before_forward: weights only, before every training batch, as in
-    the first author's code of 2019; an evaluation between two batches then sees them slightly off zero.
+    after_step: weights and moments, after every step. before_forward: weights only, before every training
+    batch, as in the first author's code of 2019; an evaluation between two batches then sees them slightly
+    off zero.
     """
 
-    def __init__(self, policy: Literal["after_step", "before_forward"], masks: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self, policy: Literal["after_step", "before_forward"], masks: Mapping[str, Tensor] | None = None
+    ):
         self.policy, self.masks = policy, dict(masks or {})
 
     def weights(self, trainer: Trainer) -> None:
@@ -186,8 +196,9 @@ class Masks(Hooks):
 class Gradual(Hooks):
     """Prunes while training, at given steps to given filter fractions.
 
-    events: fraction by number of steps done. masks: None removes the filters for good at each event, so that training
-    becomes cheaper; a Masks hook keeps the network whole and holds them at zero, and `finish` removes them.
+    events: fraction by number of steps done. masks: None removes the filters for good at each event, so that
+    training becomes cheaper; a Masks hook keeps the network whole and holds them at zero, and `finish`
+    removes them.
     """
 
     def __init__(
@@ -225,7 +236,9 @@ class Gradual(Hooks):
         else:
             self.masks.masks = channels.masks(model, keep)
             apply_masks(self.masks.masks, dict(model.named_parameters()), trainer.optimizer)
-            self._removed = {name: _complement(index, model.get_submodule(name)) for name, index in keep.items()}
+            self._removed = {
+                name: _complement(index, model.get_submodule(name)) for name, index in keep.items()
+            }
         self.log.append((done, [len(index) for index in keep.values()]))
 
     def finish(self, model: nn.Module) -> None:
@@ -239,7 +252,10 @@ class Gradual(Hooks):
         return {"log": self.log, "removed": self._removed, "initial": initial, "generator": generator}
 
     def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        self.log, self._removed = [(done, list(widths)) for done, widths in state["log"]], dict(state["removed"])
+        self.log, self._removed = (
+            [(done, list(widths)) for done, widths in state["log"]],
+            dict(state["removed"]),
+        )
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         for model in (trainer.model, self.initial) if self.masks is None else ():
@@ -257,7 +273,9 @@ def _complement(index: Tensor, layer: nn.Module) -> Tensor:
 
 def narrow(model: nn.Module, widths: Sequence[int]) -> None:
     """Bring `model` to the shapes of filter `widths`; its values are then to be loaded."""
-    channels.remove(model, {g.name: torch.arange(n) for g, n in zip(filter_groups(model), widths, strict=True)})
+    channels.remove(
+        model, {g.name: torch.arange(n) for g, n in zip(filter_groups(model), widths, strict=True)}
+    )
 
 
 def schedule_events(
@@ -269,9 +287,9 @@ def schedule_events(
     """
     begin, end = (round(share * total) for share in window)
     steps = method.event_steps(begin, end, span)
-    return {s: method.windowed(schedule, s / total, begin / total, end / total) * fraction for s in steps[:-1]} | {
-        steps[-1]: fraction
-    }
+    return {
+        s: method.windowed(schedule, s / total, begin / total, end / total) * fraction for s in steps[:-1]
+    } | {steps[-1]: fraction}
 
 
 class OneCycleMomentum(Hooks):
@@ -284,4 +302,3 @@ class OneCycleMomentum(Hooks):
         momentum = method.one_cycle_policy(trainer.iteration / self.total, 1.0)[1]
         for group in trainer.optimizer.param_groups:
             group["betas"] = (momentum, group["betas"][1])
-

@@ -1,9 +1,10 @@
 """The corpus of the embedded profile: glyphs drawn from the fonts that matplotlib ships, at 8x8.
 
-`python -m replications.pretraining_impact.glyphs --out FILE.npz` writes it. Each character of each font is drawn once;
-samples are random affine views of these drawings. The file has uint8 images of 0..16 in the layout of the data source
-`npz` (x_train, y_train, x_test, y_test), the characters as `classes`, `scale` 16, and `digest`, the SHA-256 of images and labels.
-The same seed and the same version of matplotlib give the same file; FreeType versions draw differently.
+`python -m replications.pretraining_impact.glyphs --out FILE.npz` writes it. Each character of each font is
+drawn once; samples are random affine views of these drawings. The file has uint8 images of 0..16 in the
+layout of the data source `npz` (x_train, y_train, x_test, y_test), the characters as `classes`, `scale` 16,
+and `digest`, the SHA-256 of images and labels. The same seed and the same version of matplotlib give the same
+file; FreeType versions draw differently.
 """
 
 from __future__ import annotations
@@ -78,28 +79,32 @@ def drawing(font: FT2Font, character: str) -> Tensor:
 def drawings(characters: str, fonts: Sequence[Path]) -> tuple[Tensor, Tensor]:
     """All drawings [D, 96, 96] and the class of each [D] (index into `characters`).
 
-    A font that lacks a character, or holds another symbol in its place (TeX fonts, outside letters and digits), is
-    left out for it. Raises SettingsError for a character that no font has.
+    A font that lacks a character, or holds another symbol in its place (TeX fonts, outside letters and
+    digits), is left out for it. Raises SettingsError for a character that no font has.
     """
     images, classes = [], []
     for file in fonts:
         font = FT2Font(str(file))
         font.set_size(CANVAS, 72)
         for index, character in enumerate(characters):
-            if font.get_char_index(ord(character)) and (character.isalnum() or not file.stem.startswith("cm")):
+            if font.get_char_index(ord(character)) and (
+                character.isalnum() or not file.stem.startswith("cm")
+            ):
                 images.append(drawing(font, character))
                 classes.append(index)
     for index, character in enumerate(characters):
         if index not in classes:
-            raise SettingsError(f"no font has the character {character!r}; fonts: {', '.join(f.stem for f in fonts)}")
+            raise SettingsError(
+                f"no font has the character {character!r}; fonts: {', '.join(f.stem for f in fonts)}"
+            )
     return torch.stack(images), torch.tensor(classes)
 
 
 def distortions(count: int, generator: torch.Generator) -> Tensor:
     """Random affine maps [count, 2, 3] from output to input, in the coordinates of torch's `affine_grid`.
 
-    The view is the drawing scaled by U(.85, 1.2) in x and in y, sheared by U(-.25, .25), rotated by U(-15, 15) degrees
-    and shifted by U(-6, 6) pixels, about the centre.
+    The view is the drawing scaled by U(.85, 1.2) in x and in y, sheared by U(-.25, .25), rotated by U(-15,
+    15) degrees and shifted by U(-6, 6) pixels, about the centre.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -116,7 +121,7 @@ def distortions(count: int, generator: torch.Generator) -> Tensor:
 
 
 def reduce(images: Tensor, gain: Tensor | float) -> Tensor:
-    """Images [..., H, W] in [0, 1] as [..., 8, 8]: mean over equal blocks, times `gain`, clipped, in sixteenths.
+    """Images [..., H, W] in [0, 1] as [..., 8, 8]: block means times `gain`, clipped, in sixteenths.
 
     Halves go to the even sixteenth. H and W must be multiples of 8 (ValueError).
     """
@@ -127,15 +132,17 @@ def reduce(images: Tensor, gain: Tensor | float) -> Tensor:
     return (blocks.mean((-3, -1)) * gain).clamp(0, 1).mul(LEVELS).round() / LEVELS
 
 
-def render(count: int, characters: str, seed: int, fonts: Sequence[Path], batch: int = 250) -> tuple[Tensor, Tensor]:
-    """`count` samples: images uint8 [count, 8, 8] of 0..16 and labels int64 [count], each class equally often.
+def render(
+    count: int, characters: str, seed: int, fonts: Sequence[Path], batch: int = 250
+) -> tuple[Tensor, Tensor]:
+    """Samples: images uint8 [count, 8, 8] of 0..16 and labels int64 [count], each class equally often.
 
     `batch` bounds the memory and changes nothing else.
     """
     originals, classes = drawings(characters, fonts)
     generator = torch.Generator().manual_seed(stream(seed, "glyphs"))
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(characters)
-    # the drawings of a class lie scattered over the fonts: one of them uniformly by the rank of a random number
+    # the drawings of a class lie scattered over the fonts: take one of them uniformly
     by_class = [torch.nonzero(classes == index)[:, 0] for index in range(len(characters))]
     chosen = torch.rand(count, generator=generator).tolist()
     source = torch.stack([by_class[k][int(u * len(by_class[k]))] for k, u in zip(labels.tolist(), chosen)])
@@ -170,13 +177,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Render the glyph corpus.")
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     parser.add_argument("--count", type=int, default=32000, help="number of images (default 32000)")
-    parser.add_argument("--test", type=int, default=1000, help="how many of them make the test part (default 1000)")
+    parser.add_argument(
+        "--test", type=int, default=1000, help="how many of them make the test part (default 1000)"
+    )
     parser.add_argument("--classes", choices=CLASSES, default="letters")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     characters = CLASSES[options.classes]
     if not len(characters) <= options.test <= options.count - len(characters):
-        parser.error(f"--count {options.count} --test {options.test}: each part needs one image for each class")
+        parser.error(
+            f"--count {options.count} --test {options.test}: each part needs one image for each class"
+        )
     torch.set_num_threads(1)
     try:
         images, labels = render(options.count, characters, options.seed, font_files(FONTS))

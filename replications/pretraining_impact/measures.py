@@ -1,7 +1,7 @@
 """What is measured on an accuracy curve: how much can be removed, what it costs, how few parameters suffice.
 
-A curve is a sequence of parameter reductions R (ascending, from 0), the accuracies there, and for `iso_parameters` the
-parameters. Plain numbers in, plain numbers out.
+A curve is a sequence of parameter reductions R (ascending, from 0), the accuracies there, and for
+`iso_parameters` the parameters. Plain numbers in, plain numbers out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ def largest_reduction(
     mode: str = "interp",
     reference: float | None = None,
 ) -> float:
-    """R*: the largest reduction whose accuracy is at most `tau` below the reference (default: the unpruned network's).
+    """R*: the largest reduction whose accuracy is at most `tau` below the reference.
 
-    strict: the last level before the first one that loses more. any: the largest level that does not. interp: as
-    strict, and on from there in a straight line to the crossing. 0 when the first level already falls short.
-    Raises ValueError for another mode.
+    reference: an accuracy (default: that of the unpruned network).
+    strict: the last level before the first one that loses more. any: the largest level that does not. interp:
+    as strict, and on from there in a straight line to the crossing. 0 when the first level already falls
+    short. Raises ValueError for another mode.
     """
     floor = (accuracy[0] if reference is None else reference) - tau
     holds = [a >= floor - ROUNDING for a in accuracy]
@@ -45,7 +46,7 @@ def largest_reduction(
 
 
 def stopping_level(accuracy: Sequence[float], tau: float, patience: int = 1) -> int:
-    """Index of the last level run when pruning stops after `patience` consecutive levels that lose more than `tau`."""
+    """The last level that is run if `patience` consecutive ones losing more than `tau` stop the pruning."""
     failures = 0
     for index, value in enumerate(accuracy):
         failures = failures + 1 if accuracy[0] - value > tau + ROUNDING else 0
@@ -69,8 +70,8 @@ def mean_accuracy(reduction: Sequence[float], accuracy: Sequence[float], up_to: 
 def iso_parameters(parameters: Sequence[float], accuracy: Sequence[float], wanted: float) -> float | None:
     """Fewest parameters before the curve first falls below accuracy `wanted`.
 
-    Linear in accuracy and logarithmic in parameters between levels; None when the unpruned network is below, the last
-    level's parameters when none is.
+    Linear in accuracy and logarithmic in parameters between levels; None when the unpruned network is below,
+    the last level's parameters when none is.
     """
     first = next((i for i, a in enumerate(accuracy) if a < wanted - ROUNDING), None)
     if first == 0:

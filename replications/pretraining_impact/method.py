@@ -1,7 +1,7 @@
 """Filter pruning: how filters are scored, how many go and which, and the schedules of pruning while training.
 
-The full text of the paper could not be obtained; README.md says what is known, what the first author's later code does
-and what was chosen here.
+The full text of the paper could not be obtained; README.md says what is known, what the first author's later
+code does and what was chosen here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------- scores
+# ---------------------------------------------------------------------------------------- scores
 
 GRANULARITIES: dict[str, tuple[int, ...]] = {
     "weight": (),
@@ -29,7 +29,7 @@ GRANULARITIES: dict[str, tuple[int, ...]] = {
 
 
 def granular_scores(values: Tensor, granularity: str) -> Tensor:
-    """Mean |value| over the axes of `granularity`, kept broadcastable to `values` [out, in, height, width]."""
+    """Mean |value| over the axes of `granularity`, broadcastable to `values` [out, in, height, width]."""
     axes = GRANULARITIES[granularity]
     return values.abs().mean(axes, keepdim=True) if axes else values.abs()
 
@@ -47,26 +47,32 @@ NEEDS_GRADIENT = ("taylor_sq_mean", "taylor_abs_sum")
 NEEDS_INITIAL = ("movement_mean", "magnitude_increase_mean")
 
 
-def filter_scores(criterion: str, weight: Tensor, gradient: Tensor | None = None, initial: Tensor | None = None) -> Tensor:
+def filter_scores(
+    criterion: str, weight: Tensor, gradient: Tensor | None = None, initial: Tensor | None = None
+) -> Tensor:
     """Score [out] of each filter (first axis) of `weight` [out, ...]; the lowest go first.
 
-    gradient, initial: of the same shape, for the criteria that need them (ValueError without). Sums compare filters of
-    one layer, means also filters of different layers.
+    gradient, initial: of the same shape, for the criteria that need them (ValueError without). Sums compare
+    filters of one layer, means also filters of different layers.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}")
-    if (criterion in NEEDS_GRADIENT and gradient is None) or (criterion in NEEDS_INITIAL and initial is None):
-        raise ValueError(f"criterion {criterion!r} needs the {'gradient' if initial is None else 'initial weight'}")
+    for names, values, what in (
+        (NEEDS_GRADIENT, gradient, "gradient"),
+        (NEEDS_INITIAL, initial, "initial weight"),
+    ):
+        if criterion in names and values is None:
+            raise ValueError(f"criterion {criterion!r} needs the {what}")
     flat = [None if t is None else t.detach().flatten(1) for t in (weight, gradient, initial)]
     return CRITERIA[criterion](*flat)
 
 
-# ---------------------------------------------------------------------------------------------- counts and selection
+# ---------------------------------------------------------------------------------------- selection
 
 COUNT_RULES: dict[str, Callable[[int, float], int]] = {
     "floor": lambda n, f: math.floor(f * n + 1e-9),
     "round": lambda n, f: math.floor(f * n + 0.5 + 1e-9),
-    # threshold rules of the first author's published code, as the number of filters with distinct scores they remove
+    # threshold rules of the first author's code, as the number of filters with distinct scores they remove
     "gt_sorted_2019": lambda n, f: int(n * f) + 1,
     "ge_sorted_2020": lambda n, f: int(n * f),
     "quantile_2021": lambda n, f: math.ceil(f * (n - 1)),
@@ -85,14 +91,15 @@ def removal_count(width: int, fraction: float, rule: str = "floor") -> int:
 
 
 def kept(scores: Tensor, count: int) -> Tensor:
-    """Indices, ascending, that stay when the `count` lowest of `scores` [n] go; of equals the lower index goes first."""
+    """Indices, ascending, that stay when the `count` lowest of `scores` [n] go; of equals the first goes."""
     return scores.argsort(stable=True)[count:].sort().values
 
 
 def kept_globally(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """As `kept`, with one ranking over all layers and at least one filter left in each.
 
-    Of equals the earlier layer and the lower index go first. Fewer than `count` go where that floor does not allow more.
+    Of equals the earlier layer and the lower index go first. Fewer than `count` go where that floor does not
+    allow more.
     """
     layer = torch.cat([torch.full((len(s),), i, device=s.device) for i, s in enumerate(scores)])
     order = torch.cat(list(scores)).argsort(stable=True)
@@ -113,7 +120,7 @@ def per_class_counts(class_sizes: Sequence[int], amount: int | float) -> list[in
     return [math.floor(amount * n + 1e-9) for n in class_sizes]
 
 
-# ---------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 ONE_CYCLE_ALPHA, ONE_CYCLE_BETA = 14.0, 5.0
 
@@ -130,8 +137,8 @@ def level(
 ) -> float:
     """The level between `start` and `end` that a schedule asks for at `position` in [0, 1].
 
-    steps: of `iterative`. alpha, beta: slope and offset of `one_cycle`, which does not begin at exactly `start`.
-    Raises ValueError for an unknown schedule.
+    steps: of `iterative`. alpha, beta: slope and offset of `one_cycle`, which does not begin at exactly
+    `start`. Raises ValueError for an unknown schedule.
     """
     p = position
     if schedule == "one_shot":
@@ -154,8 +161,10 @@ def level(
     return start + (end - start) * share
 
 
-def windowed(schedule: str, progress: float, begin: float = 0.0, finish: float = 1.0, **options: float) -> float:
-    """The level at `progress` in [0, 1] of training when the schedule acts between `begin` and `finish`: 0 before."""
+def windowed(
+    schedule: str, progress: float, begin: float = 0.0, finish: float = 1.0, **options: float
+) -> float:
+    """The level at `progress` in [0, 1] of training for a schedule from `begin` to `finish`; 0 before it."""
     if progress < begin:
         return 0.0
     return level(schedule, min((progress - begin) / (finish - begin), 1.0), **options)
@@ -164,7 +173,8 @@ def windowed(schedule: str, progress: float, begin: float = 0.0, finish: float =
 def event_steps(begin: int, finish: int, span: int, final: bool = True) -> list[int]:
     """The steps of gradual pruning's events: every `span` steps strictly between `begin` and `finish`.
 
-    final: one more at `finish`, so that the last level is really reached. The first author's code of 2019 has none.
+    final: one more at `finish`, so that the last level is really reached. The first author's code of 2019 has
+    none.
     """
     return list(range(begin + span, finish, span)) + ([finish] if final else [])
 
@@ -172,8 +182,8 @@ def event_steps(begin: int, finish: int, span: int, final: bool = True) -> list[
 def one_cycle_policy(progress: float, peak: float) -> tuple[float, float]:
     """Learning rate and first momentum at `progress` in [0, 1] of one-cycle training.
 
-    Cosine pieces: the rate goes from peak/25 to `peak` in the first quarter and then to peak/1e5; the momentum
-    .95, .85, .95. Source: defaults of the library of the first author's later code.
+    Cosine pieces: the rate goes from peak/25 to `peak` in the first quarter and then to peak/1e5; the
+    momentum .95, .85, .95. Source: defaults of the library of the first author's later code.
     """
     if progress < 0.25:
         share, rates, momenta = progress / 0.25, (peak / 25, peak), (0.95, 0.85)

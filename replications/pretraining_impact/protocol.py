@@ -1,12 +1,11 @@
 """The runs: networks that were pre-trained or not, pruned in the same way to the same parameter reductions.
 
-Each level of an iterative loop is a run that starts from the level before. README.md describes the variants; what a run
-does is in steps.py.
+Each level of an iterative loop is a run that starts from the level before. README.md describes the variants;
+what a run does is in steps.py.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +30,29 @@ from common.settings import (
     hint,
 )
 from replications.pretraining_impact import method, steps, transfer
+from replications.pretraining_impact.contender import CONTENDERS
 from replications.pretraining_impact.filters import Selection, filter_widths, fractions_for_reductions
+
+__all__ = ["CONTENDERS", "Settings", "execute", "runs"]
 
 PAPER = "pretraining_impact"
 ARMS = ("fine-tuned", "scratch", "scratch-long", "fine-tuned-shuffled")
-LOOPS = {"": "iterative", "-random": "iterative", "-one-shot": "one-shot", "-gradual": "gradual", "-one-cycle": "one-cycle"}
+LOOPS = {
+    "": "iterative",
+    "-random": "iterative",
+    "-one-shot": "one-shot",
+    "-gradual": "gradual",
+    "-one-cycle": "one-cycle",
+}
 SMALL = "small-scratch"
-VARIANTS = {arm + suffix: (arm, loop) for arm in ARMS for suffix, loop in LOOPS.items()} | {SMALL: ("scratch", "small")}
+VARIANTS = {arm + suffix: (arm, loop) for arm in ARMS for suffix, loop in LOOPS.items()} | {
+    SMALL: ("scratch", "small")
+}
 """Variant -> (how its network starts, how it is pruned)."""
 
 
 class Training(Strict):
-    """How one phase is trained. `sgd`: Nesterov momentum .9, cosine rate. `adam`: AdamW with the one-cycle policy."""
+    """How a phase is trained. `sgd`: Nesterov momentum .9, cosine rate. `adam`: AdamW, one-cycle policy."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     batch_size: Count
@@ -124,7 +134,7 @@ class Checkpoint(Strict):
 
 
 class StopRule(Strict):
-    """Pruning would stop after `patience` consecutive levels that lose more than `tau` of validation accuracy."""
+    """Pruning would stop after `patience` levels in a row that lose more than `tau` on validation."""
 
     tau: Annotated[float, Field(ge=0, lt=1)] = 0.01
     patience: Count = 1
@@ -147,7 +157,12 @@ class Settings(PaperSettings):
     architectures: Annotated[tuple[str, ...], Field(min_length=1)] = ("vgg_t8", "mobilenet_t8")
     options: dict[str, dict[str, Any]] = {}
     """Options of networks by architecture, see common.models."""
-    corpus: DatasetSettings = DatasetSettings(source="npz", path="data/glyphs/letters.npz", validation=1000)
+    data: DatasetSettings | None = None
+    """What the networks are trained on and pruned for, in place of the profile's data set."""
+    corpus: DatasetSettings | None = DatasetSettings(
+        source="npz", path="data/glyphs/letters.npz", validation=1000
+    )
+    """What the fine-tuned are pre-trained on; not needed where every architecture has a checkpoint."""
     checkpoints: dict[str, Checkpoint] = {}
     """By architecture, in place of pre-training on the corpus."""
     pretraining: Pretraining = Pretraining(epochs=1, batch_size=64, learning_rates=(0.05,))
@@ -162,9 +177,9 @@ class Settings(PaperSettings):
         Budget(labels=600, epochs=8, level_epochs=3, variants=ARMS[:2]),
     )
     targets: Annotated[Targets, AfterValidator(_ascending)] = (0.5, 0.7, 0.8, 0.9)
-    """Parameter reductions of the iterative loop; each is met by the smallest filter fraction that reaches it."""
+    """Parameter reductions of the iterative loop, each met by the smallest sufficient filter fraction."""
     control_target: float = 0.8
-    """One of the targets: where the controls and other loops are compared; only fine-tuned and scratch go beyond."""
+    """The target of the controls and other loops; only fine-tuned and scratch go beyond."""
     control_architectures: tuple[str, ...] = ("mobilenet_t8",)
     """Architectures on which a budget's variants other than fine-tuned, scratch and scratch-long are run."""
     long_factor: Count = 3
@@ -185,34 +200,46 @@ class Settings(PaperSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
+        missing = [name for name in self.architectures if name not in self.checkpoints]
+        if self.corpus is None and missing:
+            raise ValueError(f"corpus: needed for {', '.join(missing)}, which have no checkpoint")
         if self.control_target not in self.targets:
-            raise ValueError(f"control_target {self.control_target:g} must be one of the targets {list(self.targets)}")
+            raise ValueError(
+                f"control_target {self.control_target:g} must be one of the targets {list(self.targets)}"
+            )
         if len(self.pretraining.learning_rates) > 1 or len(self.level.learning_rates) > 1:
-            raise ValueError("pretraining and level take one learning rate; fine_tuning and scratch may choose")
-        for training, budget in ((t, b) for t in (self.fine_tuning, self.scratch) for b in self.budgets):
-            if training.warmup_epochs >= budget.epochs:
-                raise ValueError(f"a warm-up of {training.warmup_epochs} epochs does not fit into {budget.epochs}")
+            raise ValueError(
+                "pretraining and level take one learning rate; fine_tuning and scratch may choose"
+            )
+        phases = [(self.pretraining, self.pretraining.epochs)]
+        phases += [(t, b.epochs) for t in (self.fine_tuning, self.scratch) for b in self.budgets]
+        phases += [(self.level, budget.level_epochs) for budget in self.budgets]
+        for training, epochs in phases:
+            if training.warmup_epochs >= epochs:
+                raise ValueError(f"a warm-up of {training.warmup_epochs} epochs does not fit into {epochs}")
         for kind in ("options", "checkpoints", "control_architectures"):
             for name in getattr(self, kind):
                 if name not in self.architectures:
-                    raise ValueError(f"{kind}: {name!r} is not among the architectures {list(self.architectures)}")
+                    raise ValueError(
+                        f"{kind}: {name!r} is not among the architectures {list(self.architectures)}"
+                    )
         amounts = [budget.amount for budget in self.budgets]
         if len(set(amounts)) < len(amounts):
             raise ValueError(f"two budgets have the same amount of labels: {', '.join(amounts)}")
         return self
 
 
-# ---------------------------------------------------------------------------------------------- the runs
+# ---------------------------------------------------------------------------------------- the runs
 
 
 def runs(profile: Profile) -> list[Run]:
     """Every run of the experiment.
 
-    Raises SettingsError for what cannot work: a target that no structure meets, more labels than there are, a checkpoint
-    of another network.
+    Raises SettingsError for what cannot work: a target that no structure meets, more labels than there are, a
+    checkpoint of another network.
     """
     settings: Settings = profile.paper
-    data = load(profile.dataset)
+    data = load(settings.data or profile.dataset)
     planned: list[Run] = []
     for budget in settings.budgets:
         steps.labelled(data, budget.labels, budget.per_class, seed=0)
@@ -241,7 +268,9 @@ class _Fixed:
             original = filter_widths(shape.network())
         except ValueError as error:
             raise SettingsError(f"architecture {architecture}: {error}") from None
-        fractions = fractions_for_reductions(shape.parameters, original, settings.targets, settings.selection.rule)
+        fractions = fractions_for_reductions(
+            shape.parameters, original, settings.targets, settings.selection.rule
+        )
         checkpoint = settings.checkpoints.get(architecture)
         found = None
         if checkpoint:
@@ -283,7 +312,7 @@ class _Plan:
                 yield {"one-shot": self.one_shot, "small": self.small}.get(loop, self.while_training)(variant)
 
     def run(self, variant: str, target: float, step: str, needs: Sequence[Run], **settings: Any) -> Run:
-        source = self.profile.dataset
+        source = self.settings.data or self.profile.dataset
         shared = {
             "step": step,
             "data": source.model_dump(mode="json"),
@@ -292,7 +321,9 @@ class _Plan:
             "options": self.fixed.options,
         }
         name = f"{_place(source)}-{self.budget.amount}"
-        return Run(PAPER, variant, name, self.architecture, target, self.seed, shared | settings, tuple(needs))
+        return Run(
+            PAPER, variant, name, self.architecture, target, self.seed, shared | settings, tuple(needs)
+        )
 
     def pretrained(self) -> Run:
         corpus = self.settings.corpus
@@ -334,7 +365,14 @@ class _Plan:
         if len(rates) == 1:
             return self.run(arm, 0.0, "dense", needs, training=training, **settings)
         tried = [
-            self.run(f"{arm}-rate-{r:g}", 0.0, "dense", needs, training=training | {"learning_rates": (r,)}, **settings)
+            self.run(
+                f"{arm}-rate-{r:g}",
+                0.0,
+                "dense",
+                needs,
+                training=training | {"learning_rates": (r,)},
+                **settings,
+            )
             for r in rates
         ]
         return self.run(arm, 0.0, "choose", tried)
@@ -344,7 +382,13 @@ class _Plan:
         if variant.endswith("-random"):
             selection["criterion"] = "random"
         return self.run(
-            variant, target, step, needs, fraction=self.fixed.fractions[target], selection=selection, **settings
+            variant,
+            target,
+            step,
+            needs,
+            fraction=self.fixed.fractions[target],
+            selection=selection,
+            **settings,
         )
 
     def level(self, variant: str, target: float) -> Run:
@@ -368,7 +412,7 @@ class _Plan:
         return self.pruned(variant, target, "level", needs, training=training, number=0)
 
     def while_training(self, variant: str) -> Run:
-        """Pruning during one training as long as the loop up to here; the arm's dense network is its reference."""
+        """Pruning during one training as long as the loop; the arm's dense network is its reference."""
         arm, loop = VARIANTS[variant]
         target = self.settings.control_target
         settings, needs = self.start(arm)

@@ -75,7 +75,7 @@ class Shape:
 
     @functools.lru_cache(maxsize=4096)
     def cost(self, filters: tuple[int, ...] | None = None) -> dict[str, Any]:
-        """Cost of a network whose weights are all there, beside the unpruned one; see common.pruning.counting."""
+        """Cost of a network without zeros, beside the unpruned one; see common.pruning.counting."""
         dense = self.cost() if filters is not None else None
         return counting.cost(self.network(filters), self.image_shape, dense)
 
@@ -83,15 +83,17 @@ class Shape:
 def labelled(data: Dataset, labels: int | None, per_class: int | float | None, seed: int) -> Dataset:
     """The data with fewer training images, chosen by `seed`.
 
-    labels: how many, stratified. per_class: how many, or which share, of each class. Raises DataError when there are
-    not as many.
+    labels: how many, stratified. per_class: how many, or which share, of each class. Raises DataError when
+    there are not as many.
     """
     if labels is not None:
         return data.with_train_size(labels, seed)
     if per_class is None:
         return data
     found = data.labels["train"]
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(stream(seed, "per-class", data.name)))
+    order = torch.randperm(
+        len(found), generator=torch.Generator().manual_seed(stream(seed, "per-class", data.name))
+    )
     order = order.to(found.device)
     by_class = [order[found[order] == c] for c in range(data.classes)]
     counts = method.per_class_counts([len(index) for index in by_class], per_class)
@@ -131,7 +133,7 @@ class _Job:
         return self.shape.build(seed=stream(self.run.seed, "initial"))
 
     def started(self, pretrained: int) -> Network:
-        """The network as it enters training; pretrained: number of the pre-trained run among the needed ones."""
+        """The network as it enters training; pretrained: number of that run among the needed ones."""
         model = self.network()
         if self.settings["start"] == "fresh":
             return model
@@ -139,11 +141,15 @@ class _Job:
             state, digest = transfer.read_checkpoint(checkpoint["source"])
             if digest != checkpoint["digest"]:
                 raise RunFailed(f"checkpoint {checkpoint['source']} has changed since the run was planned")
-            tensors = transfer.trunk_from_checkpoint(model, state, checkpoint["classes"], checkpoint["source"])
+            tensors = transfer.trunk_from_checkpoint(
+                model, state, checkpoint["classes"], checkpoint["source"]
+            )
         else:
             tensors = self.needed(pretrained).state["trunk"]
         if self.settings["start"] == "shuffled":
-            tensors = transfer.shuffled(tensors, torch.Generator().manual_seed(stream(self.run.seed, "shuffle")))
+            tensors = transfer.shuffled(
+                tensors, torch.Generator().manual_seed(stream(self.run.seed, "shuffle"))
+            )
         model.load_state_dict(tensors, strict=False)
         return model
 
@@ -176,7 +182,9 @@ class _Job:
             hooks = [*hooks, OneCycleMomentum(total)]
             options = {"optimizer": _adam(self.context.compute.place(model), recipe["weight_decay"])}
         else:
-            rates = schedules.cosine(rate, recipe["epochs"], len(batches), warmup_epochs=recipe["warmup_epochs"])
+            rates = schedules.cosine(
+                rate, recipe["epochs"], len(batches), warmup_epochs=recipe["warmup_epochs"]
+            )
             options = {"nesterov": True, "weight_decay": recipe["weight_decay"], "decays": _decays}
         trainer = Trainer(
             model,
@@ -194,11 +202,13 @@ class _Job:
         """Forward MACs of the run's training."""
         return round(self.settings["training"]["epochs"] * len(self.data.labels["train"]) * per_image)
 
-    def measured(self, trainer: Trainer, macs: int, curve: Mapping[str, list] | None = None, **details: Any) -> Outcome:
+    def measured(
+        self, trainer: Trainer, macs: int, curve: Mapping[str, list] | None = None, **details: Any
+    ) -> Outcome:
         """The trainer's network on validation and test.
 
-        macs: forward MACs of all training so far. curve: of the unpruned network and the levels before, None at the
-        unpruned network itself.
+        macs: forward MACs of all training so far. curve: of the unpruned network and the levels before, None
+        at the unpruned network itself.
         """
         model = trainer.model
         scores = self.context.scores(trainer, self.data)
@@ -217,7 +227,9 @@ class _Job:
         curve = {key: [*(curve[key] if curve else ()), value] for key, value in point.items()}
         metrics = scores | {"reduction": point["reduction"], "trunk_reduction": 1 - trunks[0] / trunks[1]}
         if self.run.target:
-            metrics["accuracy_drop"] = measures.accuracy_drop(curve["reduction"], curve["accuracy"], self.run.target)
+            metrics["accuracy_drop"] = measures.accuracy_drop(
+                curve["reduction"], curve["accuracy"], self.run.target
+            )
         details |= {"filters": filter_widths(model), "curve": curve, "training_macs": macs}
         return Outcome(metrics, cost, trainer.history, None, details)
 
@@ -278,7 +290,9 @@ def _level(job: _Job) -> Outcome:
     if selection.criterion in method.NEEDS_GRADIENT:
         _leave_gradient(model, Batches(job.data, "train", EVALUATION_BATCH))
     original = filter_widths(job.shape.network())
-    keep = choose(model, job.settings["fraction"], original, selection, initial=initial, generator=job.generator())
+    keep = choose(
+        model, job.settings["fraction"], original, selection, initial=initial, generator=job.generator()
+    )
     for network in (model, initial):
         if network is not None:
             channels.remove(network, keep)
@@ -312,7 +326,9 @@ def _along(curve: Mapping[str, list], tau: float, patience: int) -> dict[str, fl
     mean = measures.mean_accuracy(reduction, accuracy, AREA)
     stopped = measures.stopping_level(curve["validation_accuracy"], tau, patience)
     found = {"mean_accuracy": mean, "mean_drop": accuracy[0] - mean, "stopping_reduction": reduction[stopped]}
-    return found | {f"r_star_{n}": measures.largest_reduction(reduction, accuracy, t) for n, t in TAUS.items()}
+    return found | {
+        f"r_star_{n}": measures.largest_reduction(reduction, accuracy, t) for n, t in TAUS.items()
+    }
 
 
 def _against_scratch(curve: Mapping[str, list], scratch: Mapping[str, list]) -> dict[str, float | None]:
@@ -327,7 +343,8 @@ def _against_scratch(curve: Mapping[str, list], scratch: Mapping[str, list]) -> 
     # a network that is worse than the scratch one before any pruning needs all it has
     found["iso_share"] = 1.0 if enough is None else enough / parameters[0]
     ours, theirs = (
-        measures.iso_parameters(c["parameters"], c["accuracy"], reference - TAUS["1"]) for c in (curve, scratch)
+        measures.iso_parameters(c["parameters"], c["accuracy"], reference - TAUS["1"])
+        for c in (curve, scratch)
     )
     return found | {"iso_ratio": None if ours is None else ours / theirs}
 
@@ -344,7 +361,9 @@ def _gradual(job: _Job) -> Outcome:
     window = (gradual["begin"], gradual["finish"])
     events = schedule_events(gradual["schedule"], total, job.settings["fraction"], window, gradual["span"])
     masks = [Masks(gradual["masks"])] if gradual["removal"] == "at_end" else []
-    pruning = Gradual(model, events, selection, initial=initial, generator=job.generator(), masks=(masks or [None])[0])
+    pruning = Gradual(
+        model, events, selection, initial=initial, generator=job.generator(), masks=(masks or [None])[0]
+    )
     trainer = job.train(model, "target", [pruning, *masks], reference["learning_rate"])
     pruning.finish(model)
     macs = sum(need.record["details"]["training_macs"] for need in job.context.needs[1:])

@@ -22,7 +22,7 @@ def head_prefix(model: nn.Module) -> str:
 
 
 def trunk_keys(keys: Sequence[str], head: str) -> tuple[list[str], list[str]]:
-    """The state's keys that a fine-tuned network copies, and those (of its head, by prefix) that start afresh.
+    """The keys of a state that a fine-tuned network copies, and those of its head, which start afresh.
 
     Everything else is trunk, batch-norm running statistics included.
     """
@@ -50,8 +50,8 @@ def read_checkpoint(source: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a checkpoint by name, and a digest of what was read.
 
     source: a file that torch.save wrote (a state dict, or a table with one under `state_dict` or `model`), or
-    `torchvision:<weights>`, e.g. torchvision:VGG16_BN_Weights.IMAGENET1K_V1, which torchvision downloads once.
-    Raises SettingsError naming the source.
+    `torchvision:<weights>`, e.g. torchvision:VGG16_BN_Weights.IMAGENET1K_V1, which torchvision downloads
+    once. Raises SettingsError naming the source.
     """
     if source.startswith(TORCHVISION):
         return _torchvision_state(source), source
@@ -62,12 +62,16 @@ def read_checkpoint(source: str) -> tuple[dict[str, Tensor], str]:
         raise SettingsError(f"checkpoint {source}: cannot be read: {error.strerror}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingsError(f"checkpoint {source}: not a file of tensors that torch.save wrote: {reason}") from None
+        raise SettingsError(
+            f"checkpoint {source}: not a file of tensors that torch.save wrote: {reason}"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise SettingsError(f"checkpoint {source}: a table of tensors by name is needed, found {type(found).__name__}")
+        raise SettingsError(
+            f"checkpoint {source}: a table of tensors by name is needed, found {type(found).__name__}"
+        )
     return dict(found), hashlib.sha256(content).hexdigest()
 
 
@@ -82,14 +86,18 @@ def _torchvision_state(source: str) -> dict[str, Tensor]:
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
-        raise SettingsError(f"checkpoint {source}: the download failed ({error}); give a local file instead") from None
+        raise SettingsError(
+            f"checkpoint {source}: the download failed ({error}); give a local file instead"
+        ) from None
 
 
-def trunk_from_checkpoint(model: nn.Module, state: Mapping[str, Tensor], classes: int, source: str) -> dict[str, Tensor]:
+def trunk_from_checkpoint(
+    model: nn.Module, state: Mapping[str, Tensor], classes: int, source: str
+) -> dict[str, Tensor]:
     """The checkpoint's trunk under the names of `model`, matched in order, so that names may differ.
 
-    classes: of the checkpoint's head, its last matrix. Raises SettingsError naming the first tensor that does not fit,
-    or the number of classes.
+    classes: of the checkpoint's head, its last matrix. Raises SettingsError naming the first tensor that does
+    not fit, or the number of classes.
     """
     counters = "num_batches_tracked"
     offered = [(k, v) for k, v in state.items() if not k.endswith(counters)]
@@ -97,16 +105,18 @@ def trunk_from_checkpoint(model: nn.Module, state: Mapping[str, Tensor], classes
     for (own, tensor), (theirs, other) in zip(wanted, offered):
         if tensor.shape != other.shape:
             raise SettingsError(
-                f"checkpoint {source} is of another architecture: its {theirs} is {list(other.shape)} where {own} "
-                f"is {list(tensor.shape)}"
+                f"checkpoint {source} is of another architecture: its {theirs} is {list(other.shape)} where "
+                f"{own} is {list(tensor.shape)}"
             )
     matrices = [(k, v) for k, v in offered[len(wanted) :] if v.ndim == 2]
     if not matrices:
         raise SettingsError(
-            f"checkpoint {source} is of another architecture: {len(offered)} tensors, of which {len(wanted)} would be "
-            "the trunk's, leave no head"
+            f"checkpoint {source} is of another architecture: {len(offered)} tensors, of which {len(wanted)} "
+            "would be the trunk's, leave no head"
         )
     name, head = matrices[-1]
     if len(head) != classes:
-        raise SettingsError(f"checkpoint {source}: its head {name} has {len(head)} classes, expected {classes}")
+        raise SettingsError(
+            f"checkpoint {source}: its head {name} has {len(head)} classes, expected {classes}"
+        )
     return {own: other for (own, _), (_, other) in zip(wanted, offered)}

@@ -122,7 +122,9 @@ def halo_penalty_mnist(case, document):
     inputs = case["inputs"]
     halo = _halo(_mnist_weights(inputs), inputs, inputs["lambdas_flat"])
     names = ("grad_fc1_weight", "grad_fc1_bias", "grad_fc2_weight")
-    by_tensor = {name: _flat([gradient]) for name, gradient in zip(names, halo.weight_gradients(), strict=True)}
+    by_tensor = {
+        name: _flat([gradient]) for name, gradient in zip(names, halo.weight_gradients(), strict=True)
+    }
     return _measured(halo) | by_tensor
 
 
@@ -187,7 +189,10 @@ def _training(inputs, rates, **more):
 
 
 def _after_steps(rows):
-    return {"weights_after_step": [weights for weights, _ in rows], "lambdas_after_step": [row[1] for row in rows]}
+    return {
+        "weights_after_step": [weights for weights, _ in rows],
+        "lambdas_after_step": [row[1] for row in rows],
+    }
 
 
 def _trajectory_halo(inputs, rates, lambda_rates, gradients):
@@ -257,7 +262,10 @@ class TinyNetwork(nn.Module):
         self.conv1, self.bn = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
         self.conv2, self.fc = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), nn.Linear(3, 5)
         self.double()
-        _fill([self.get_parameter(_dotted(name)).data for name in init], _flat([_tensor(v) for v in init.values()]))
+        _fill(
+            [self.get_parameter(_dotted(name)).data for name in init],
+            _flat([_tensor(v) for v in init.values()]),
+        )
 
     def forward(self, images):
         hidden = self.conv2(self.bn(self.conv1(images)).relu()).relu()
@@ -306,7 +314,9 @@ def tiny_network(case, document):
     mode, model = MODES.get(inputs["mode"], inputs["mode"]), TinyNetwork(inputs["init"])
     drops = method.milestone_drops(len(steps), 1, inputs["schedule"])
     trains_lambdas = mode in ("halo", "sws")
-    rates, lambda_rates = method.learning_rates(drops, inputs["lr0"], inputs["gamma"], trains_lambdas, "official")
+    rates, lambda_rates = method.learning_rates(
+        drops, inputs["lr0"], inputs["gamma"], trains_lambdas, "official"
+    )
     training = _training(inputs, lambda_rates, init=inputs["lambda_init"]) if trains_lambdas else None
     common = method.penalised(model, CIFAR), inputs["xi"], inputs["psi"]
     penalty = {
@@ -356,10 +366,12 @@ def lr_schedule_mnist(case, document):
 def psi_schedule(case, document):
     inputs = case["inputs"]
     every = inputs["reg_scheduler"] if inputs["reg_scheduler"] > 0 else None
-    return {"psi_used_per_epoch": method.psi_schedule(inputs["psi0"], inputs["gamma"], every, inputs["epochs"])}
+    return {
+        "psi_used_per_epoch": method.psi_schedule(inputs["psi0"], inputs["gamma"], every, inputs["epochs"])
+    }
 
 
-# ---------------------------------------------------------------------------------------------- masks and counts
+# ---------------------------------------------------------------------------------------- masks and counts
 
 
 def _layers(inputs):
@@ -450,7 +462,11 @@ def energy(case, document):
     features = measures.features(_tensor(case["inputs"]["conv_output_nchw"]), "corner")
     shares = measures.energy(features)
     ranks = {f"rank_{q}": measures.directions(shares, q / 100) for q in (90, 99)}
-    return {"features": features.tolist(), "energy": shares.tolist(), "cumulative": shares.cumsum(0).tolist()} | ranks
+    return {
+        "features": features.tolist(),
+        "energy": shares.tolist(),
+        "cumulative": shares.cumsum(0).tolist(),
+    } | ranks
 
 
 KINDS = {

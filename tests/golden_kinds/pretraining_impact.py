@@ -52,7 +52,9 @@ def granularities(case, document):
 
 def exact_counts(case, document):
     rows = [row[:2] for row in case["expected"]["rows"]]
-    return {"rows": [[n, f, *(method.removal_count(n, f, rule) for rule in ("floor", "round"))] for n, f in rows]}
+    return {
+        "rows": [[n, f, *(method.removal_count(n, f, rule) for rule in ("floor", "round"))] for n, f in rows]
+    }
 
 
 def legacy_threshold_counts(case, document):
@@ -71,7 +73,9 @@ def global_selection(case, document):
     scores = [_tensor(s) for s in case["inputs"]["scores_per_layer"]]
     total = sum(map(len, scores))
     counts = {str(f): method.removal_count(total, f) for f in case["inputs"]["fractions"]}
-    return {"keep": {f: [k.tolist() for k in method.kept_globally(scores, count)] for f, count in counts.items()}}
+    return {
+        "keep": {f: [k.tolist() for k in method.kept_globally(scores, count)] for f, count in counts.items()}
+    }
 
 
 def _schedule(key):
@@ -97,7 +101,9 @@ def schedule_windows(case, document):
     for key in case["expected"]:
         name, numbers = _schedule(key)
         begin, finish = numbers.pop("from"), numbers.pop("to")
-        found[key] = [method.windowed(name, t, begin, finish, **numbers) for t in case["inputs"]["train_fraction"]]
+        found[key] = [
+            method.windowed(name, t, begin, finish, **numbers) for t in case["inputs"]["train_fraction"]
+        ]
     return found
 
 
@@ -120,7 +126,10 @@ def r_star(case, document):
     inputs = case["inputs"]
 
     def along(accuracy, mode, reference=None):
-        return [measures.largest_reduction(inputs["reduction"], accuracy, t, mode, reference) for t in inputs["taus"]]
+        return [
+            measures.largest_reduction(inputs["reduction"], accuracy, t, mode, reference)
+            for t in inputs["taus"]
+        ]
 
     return {
         name: {mode: along(accuracy, mode) for mode in ("strict", "any", "interp")}
@@ -178,7 +187,13 @@ def counts(case, document):
         cost = shape.cost(tuple(keep))
         reduction = 1 - cost["parameters"] / cost["dense_parameters"]
         rows.append(
-            {"f": fraction, "keep": keep, "params": cost["parameters"], "macs": cost["macs"], "reduction": reduction}
+            {
+                "f": fraction,
+                "keep": keep,
+                "params": cost["parameters"],
+                "macs": cost["macs"],
+                "reduction": reduction,
+            }
         )
     return {"rows": rows}
 
@@ -371,7 +386,9 @@ def masked_sgd(case, document):
 def difference_in_differences(case, document):
     inputs = case["inputs"]
     drops = {
-        arm: np.array([[measures.accuracy_drop(inputs[f"reduction_{arm}"], a, r) for r in inputs["r"]] for a in curves])
+        arm: np.array(
+            [[measures.accuracy_drop(inputs[f"reduction_{arm}"], a, r) for r in inputs["r"]] for a in curves]
+        )
         for arm, curves in (("ft", inputs["acc_ft"]), ("scratch", inputs["acc_scratch"]))
     }
     per_seed = inference.differences(drops["scratch"], drops["ft"])

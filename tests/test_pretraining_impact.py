@@ -1,0 +1,530 @@
+"""The impact of pre-training beyond its golden vectors: glyphs, filters, transfer, plans, runs."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import datasets, models
+from common.pruning import channels
+from common.runs import Store, in_order, perform
+from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.training import Trainer
+from replications.pretraining_impact import filters, glyphs, measures, method, protocol, steps, transfer
+
+DATA = DatasetSettings(train=120, validation=60, test=200)
+CPU = ExecutionSettings(device="cpu", precision="float32", workers=1)
+FAST = {"batch_size": 60, "learning_rates": [0.05]}
+ONE = {"labels": 60, "epochs": 1, "level_epochs": 1}
+
+
+def settings(variants=("fine-tuned", "scratch"), **changes):
+    """Settings for runs of well under a second. The corpus is other digits."""
+    given = {
+        "seeds": [0],
+        "architectures": ["vgg_t8"],
+        "control_architectures": ["vgg_t8"],
+        "corpus": {"source": "digits", "train": 120, "validation": 60, "test": 300, "split_seed": 1},
+        "pretraining": FAST | {"epochs": 1},
+        "fine_tuning": FAST,
+        "scratch": FAST,
+        "level": FAST,
+        "budgets": [ONE | {"variants": variants}],
+        "targets": [0.5, 0.8],
+    }
+    return validated(protocol.Settings, given | changes, "here")
+
+
+def profile(*arguments, **changes):
+    return Profile(name="test", dataset=DATA, execution=CPU, paper=settings(*arguments, **changes))
+
+
+def records(folder, *arguments, **changes):
+    """The records of all runs, by (variant, target)."""
+    planned = in_order(protocol.runs(profile(*arguments, **changes)))
+    store = Store(folder, ["pretraining_impact"])
+    found = {}
+    for run in planned:
+        found[run.variant, run.target] = perform(run, store, CPU, True)["record"]
+    assert {record["status"] for record in found.values()} == {"ok"}, found
+    return found
+
+
+def network(seed=0, name="vgg_t8"):
+    return models.build(name, classes=10, image_shape=(1, 8, 8), seed=seed)
+
+
+# ---------------------------------------------------------------------------------------- glyphs
+
+FONTS = glyphs.font_files(["DejaVuSans", "cmr10"])
+
+
+def test_glyphs_have_the_form_of_the_digits():
+    images, labels = glyphs.render(105, "abcdefghij", 0, FONTS)
+    assert images.shape == (105, 8, 8) and images.dtype == torch.uint8
+    assert images.max() == 16 and images.min() == 0
+    assert labels.bincount().tolist() == [11] * 5 + [10] * 5
+    assert (images.flatten(1).float().std(1) > 0).all()
+
+
+def test_glyphs_are_a_function_of_the_seed_alone():
+    first, labels = glyphs.render(60, "abc", 3, FONTS)
+    again, same = glyphs.render(60, "abc", 3, FONTS, batch=7)
+    other, _ = glyphs.render(60, "abc", 4, FONTS)
+    assert torch.equal(first, again) and torch.equal(labels, same)
+    assert not torch.equal(first, other)
+
+
+def test_an_undistorted_view_is_the_drawing_itself():
+    generator = torch.Generator().manual_seed(0)
+    maps = glyphs.distortions(200, generator)
+    inverse = torch.linalg.inv(maps[:, :, :2])
+    assert inverse.det().min() > 0.85**2 - 1e-5 and inverse.det().max() < 1.2**2 + 1e-5
+    shift = (-inverse @ maps[:, :, 2:])[:, :, 0] * glyphs.CANVAS / 2
+    assert 5.5 < shift.abs().max() <= 6
+    (images, classes) = glyphs.drawings("l", FONTS[:1])
+    rows = torch.nonzero(images[0].amax(1))
+    assert rows.max() - rows.min() + 1 == glyphs.LONGER_SIDE
+
+
+def test_tex_fonts_draw_letters_and_digits_only():
+    _, classes = glyphs.drawings("a<", FONTS)
+    assert classes.bincount().tolist() == [2, 1]
+    with pytest.raises(SettingsError, match="no font has the character '<'; fonts: cmr10"):
+        glyphs.drawings("<", FONTS[1:])
+
+
+def test_a_missing_font_is_named_with_those_found():
+    with pytest.raises(SettingsError, match="font 'Arial' is missing.*found:.*DejaVuSans,"):
+        glyphs.font_files(["DejaVuSans", "Arial"])
+
+
+def test_the_classes_are_disjoint_from_the_targets_digits():
+    assert len(glyphs.CLASSES["letters"]) == 52 and not set(glyphs.CLASSES["letters"]) & set(
+        glyphs.CLASSES["digits"]
+    )
+    assert len(set(glyphs.CLASSES["printable"])) == 94
+
+
+def test_the_written_corpus_can_be_loaded(tmp_path):
+    file = str(tmp_path / "glyphs.npz")
+    assert glyphs.main(["--out", file, "--count", "400", "--test", "100", "--seed", "5"]) == 0
+    data = datasets.load(DatasetSettings(source="npz", path=file, validation=104))
+    assert data.classes == 52 and data.scale == 16
+    assert {split: len(labels) for split, labels in data.labels.items()} == {
+        "train": 196,
+        "validation": 104,
+        "test": 100,
+    }
+    with np.load(file) as arrays:
+        assert len(str(arrays["digest"])) == 64 and arrays["classes"].tolist() == list(
+            glyphs.CLASSES["letters"]
+        )
+
+
+def test_a_corpus_without_room_for_all_classes_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        glyphs.main(["--out", str(tmp_path / "g.npz"), "--count", "80", "--test", "20"])
+    assert stop.value.code == 2 and "--count 80 --test 20" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- filters
+
+
+def test_counts_are_of_the_original_width():
+    model, original = network(), [16, 16, 32, 32, 64, 64]
+    for fraction in (0.1, 0.5, 0.5, 0.57):
+        channels.remove(model, filters.choose(model, fraction, original, filters.Selection()))
+        assert filters.filter_widths(model) == filters.pruned_widths(original, fraction)
+
+
+def test_a_global_ranking_leaves_one_filter_in_each_layer():
+    model, original = network(), [16, 16, 32, 32, 64, 64]
+    with torch.no_grad():
+        model.get_submodule("features.0").weight.mul_(1e-3)
+    keep = filters.choose(model, 0.9, original, filters.Selection(criterion="l1_mean", context="global"))
+    widths = [len(index) for index in keep.values()]
+    assert widths[0] == 1 and min(widths) >= 1
+    assert sum(widths) == sum(original) - method.removal_count(sum(original), 0.9)
+
+
+def test_random_filters_depend_on_their_generator_alone():
+    model, original = network(), [16, 16, 32, 32, 64, 64]
+
+    def chosen(seed):
+        how = filters.Selection(criterion="random")
+        generator = torch.Generator().manual_seed(seed)
+        return [i.tolist() for i in filters.choose(model, 0.5, original, how, generator=generator).values()]
+
+    assert chosen(1) == chosen(1) != chosen(2)
+
+
+def test_a_criterion_says_what_it_lacks():
+    with pytest.raises(ValueError, match="taylor_sq_mean.*gradient"):
+        method.filter_scores("taylor_sq_mean", torch.ones(2, 3))
+    with pytest.raises(ValueError, match="movement_mean.*initial"):
+        method.filter_scores("movement_mean", torch.ones(2, 3))
+    with pytest.raises(ValueError, match="unknown criterion"):
+        method.filter_scores("l3", torch.ones(2, 3))
+
+
+def test_a_target_beyond_every_structure_is_named():
+    shape = steps.Shape("vgg_t8", (), 10, (1, 8, 8))
+    with pytest.raises(SettingsError, match=r"target 0.9999.*more than 0.99"):
+        filters.fractions_for_reductions(shape.parameters, [16, 16, 32, 32, 64, 64], [0.5, 0.9999])
+
+
+def test_a_legacy_rule_that_empties_a_layer_is_refused():
+    with pytest.raises(SettingsError, match="gt_sorted_2019.*all 10 filters"):
+        filters.pruned_widths([64, 10], 0.95, "gt_sorted_2019")
+
+
+def gradual_fit(removal="at_events", checkpoints=None, **options):
+    """A network pruned to 60 % of its filters while it trains, in double precision."""
+    data = datasets.load(DATA)
+    batches = datasets.Batches(data, "train", 40, seed=0, shuffle=True, dtype=torch.float64)
+    model = network().double()
+    masks = [filters.Masks("after_step")] if removal == "at_end" else []
+    events = filters.schedule_events("agp", 12, 0.6, (0.2, 0.8), 2)
+    hook = filters.Gradual(model, events, filters.Selection(**options), masks=(masks or [None])[0])
+    trainer = Trainer(
+        model, batches, nesterov=True, weight_decay=5e-4, hooks=[hook, *masks], checkpoints=checkpoints
+    )
+    trainer.fit([0.05] * 12)
+    hook.finish(model)
+    return model, hook
+
+
+def test_masking_while_training_equals_removing():
+    x = torch.randn(8, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (removed, log), (masked, _) = gradual_fit(), gradual_fit("at_end")
+    assert (
+        filters.filter_widths(masked)
+        == filters.filter_widths(removed)
+        == filters.pruned_widths([16, 16, 32, 32, 64, 64], 0.6)
+    )
+    assert log.log[0] == (0, [16, 16, 32, 32, 64, 64]) and len(log.log) > 3
+    torch.testing.assert_close(masked.eval()(x), removed.eval()(x), rtol=1e-8, atol=1e-8)
+
+
+class Interrupted:
+    """Keeps the state after `epochs` epochs; with `resume` hands it back."""
+
+    def __init__(self, epochs):
+        self.epochs, self.saved, self.resume = epochs, None, False
+
+    def load(self, fit):
+        return self.saved if self.resume else None
+
+    def offer(self, fit, state, finished):
+        if not self.resume and not finished and (found := state())["epochs_of_fit"] == self.epochs:
+            self.saved = copy.deepcopy(found)
+
+
+@pytest.mark.parametrize("removal", ["at_events", "at_end"])
+def test_gradual_pruning_resumes_where_it_was(removal):
+    kept = Interrupted(2)
+    whole, _ = gradual_fit(removal, kept)
+    kept.resume = True
+    resumed, hook = gradual_fit(removal, kept)
+    assert hook.log[-1][1] == filters.filter_widths(whole)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_last_event_is_at_the_end_of_the_window_and_exact():
+    events = filters.schedule_events("one_cycle", 100, 0.57, (0.0, 1.0), 30)
+    assert list(events) == [30, 60, 90, 100] and events[100] == 0.57
+    assert list(events.values()) == sorted(events.values())
+    assert method.event_steps(0, 100, 30, final=False) == [30, 60, 90]
+
+
+# ---------------------------------------------------------------------------------------- transfer
+
+
+def test_a_checkpoint_may_have_other_names(tmp_path):
+    donor = network(seed=7)
+    state = {f"module.{number}": value for number, value in enumerate(donor.state_dict().values())}
+    torch.save({"state_dict": state}, tmp_path / "net.pt")
+    read, digest = transfer.read_checkpoint(str(tmp_path / "net.pt"))
+    model = network(seed=8)
+    # names end differently here, so the batch counters are not recognised and must not be there
+    counters = [
+        number for number, key in enumerate(donor.state_dict()) if key.endswith("num_batches_tracked")
+    ]
+    read = {key: value for number, (key, value) in enumerate(read.items()) if number not in counters}
+    tensors = transfer.trunk_from_checkpoint(model, read, 10, "net.pt")
+    model.load_state_dict(tensors, strict=False)
+    assert torch.equal(model.features[0].weight, donor.features[0].weight)
+    assert not torch.equal(model.classifier.weight, donor.classifier.weight)
+    assert len(digest) == 64
+
+
+def test_torchvisions_names_and_order_fit():
+    from torchvision.models import mobilenet_v2
+
+    donor = mobilenet_v2().state_dict()
+    model = models.build("mobilenet_v2", classes=10, image_shape=(3, 224, 224), device="meta")
+    tensors = transfer.trunk_from_checkpoint(model, donor, 1000, "torchvision")
+    assert all(torch.equal(donor[name], value) for name, value in tensors.items()) and len(tensors) == 260
+
+
+def test_wrong_checkpoints_are_named(tmp_path):
+    file = tmp_path / "net.pt"
+    with pytest.raises(SettingsError, match="net.pt: cannot be read"):
+        transfer.read_checkpoint(str(file))
+    file.write_bytes(b"no tensors")
+    with pytest.raises(SettingsError, match="net.pt: not a file of tensors"):
+        transfer.read_checkpoint(str(file))
+    torch.save([1, 2], file)
+    with pytest.raises(SettingsError, match="net.pt: a table of tensors by name is needed, found list"):
+        transfer.read_checkpoint(str(file))
+    with pytest.raises(SettingsError, match="no weights called 'Nonsense'"):
+        transfer.read_checkpoint("torchvision:Nonsense")
+    state = network().state_dict()
+    with pytest.raises(
+        SettingsError, match=r"another architecture: its features.3.weight is \[16, 16, 3, 3\] where"
+    ):
+        transfer.trunk_from_checkpoint(network(name="mobilenet_t8"), state, 10, "x")
+    with pytest.raises(SettingsError, match="its head classifier.weight has 10 classes, expected 1000"):
+        transfer.trunk_from_checkpoint(network(), state, 1000, "x")
+    with pytest.raises(SettingsError, match="leave no head"):
+        transfer.trunk_from_checkpoint(network(), transfer.trunk(network()), 10, "x")
+
+
+def test_shuffling_keeps_values_and_loses_places():
+    trunk = transfer.trunk(network(3))
+    mixed = transfer.shuffled(trunk, torch.Generator().manual_seed(0))
+    for name, value in trunk.items():
+        assert mixed[name].shape == value.shape
+        torch.testing.assert_close(mixed[name].flatten().sort().values, value.flatten().sort().values)
+    assert not torch.equal(mixed["features.0.weight"], trunk["features.0.weight"])
+
+
+# ---------------------------------------------------------------------------------------- settings and plans
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["vgg_t9"]}, r"here.architectures.*'vgg_t9'.*did you mean 'vgg_t8'"),
+        ({"targets": [0.8, 0.5]}, "must ascend"),
+        ({"targets": [0.5, 1.2]}, "less than 1"),
+        ({"control_target": 0.7}, r"control_target 0.7 must be one of the targets \[0.5, 0.8\]"),
+        (
+            {"budgets": [ONE | {"variants": ["finetuned"]}]},
+            "unknown variant 'finetuned'.*did you mean 'fine-tuned'",
+        ),
+        (
+            {"budgets": [ONE | {"variants": ["scratch"], "per_class": 3}]},
+            "labels and per_class exclude each other",
+        ),
+        (
+            {"budgets": [ONE | {"variants": ["scratch"]}] * 2},
+            "two budgets have the same amount of labels: 60, 60",
+        ),
+        ({"options": {"mobilenet_t8": {}}}, "'mobilenet_t8' is not among the architectures"),
+        ({"selection": {"criterion": "l1"}}, "here.selection.criterion"),
+        ({"gradual": {"begin": 0.5, "finish": 0.4}}, "begin 0.5 must lie before finish 0.4"),
+        ({"level": FAST | {"learning_rates": [0.1, 0.2]}}, "take one learning rate"),
+        ({"corpus": None}, "corpus: needed for vgg_t8, which have no checkpoint"),
+        ({"scratch": FAST | {"warmup_epochs": 1}}, "a warm-up of 1 epochs does not fit into 1"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(changes, message):
+    with pytest.raises(SettingsError, match=message) as error:
+        settings(**changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": [ONE | {"labels": 500, "variants": ["scratch"]}]}, "500 images are asked for"),
+        (
+            {"budgets": [ONE | {"labels": None, "per_class": 90, "variants": ["scratch"]}]},
+            "per_class = 90: class 0 has 12",
+        ),
+        ({"targets": [0.8, 0.9999]}, "target 0.9999"),
+        ({"options": {"vgg_t8": {"depth": 3}}}, "option 'depth' of .*'vgg_t8': unknown"),
+        ({"options": {"vgg_t8": {"head": "max"}}}, "architecture vgg_t8: head = 'max'"),
+        ({"checkpoints": {"vgg_t8": {"source": "nowhere.pt"}}}, "nowhere.pt: cannot be read"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(changes, message):
+    with pytest.raises(SettingsError, match=message):
+        protocol.runs(profile(**changes))
+
+
+def test_the_planned_runs_share_work():
+    variants = (
+        "fine-tuned",
+        "scratch",
+        "scratch-long",
+        "fine-tuned-shuffled",
+        "small-scratch",
+        "fine-tuned-random",
+    )
+    planned = in_order(protocol.runs(profile(variants)))
+    names = [(run.variant, run.target) for run in planned]
+    assert len(set(names)) == len(names) == len({run.settings_hash for run in planned})
+    assert names.count(("pre-trained", 0.0)) == 1
+    assert ("fine-tuned-random", 0.0) not in names and ("fine-tuned-random", 0.8) in names
+    by_name = dict(zip(names, planned))
+    assert [need.target for need in by_name["fine-tuned", 0.8].needs] == [0.5, 0.8]
+    assert by_name["fine-tuned-random", 0.5].needs[0] is not None
+    assert (
+        by_name["fine-tuned-random", 0.5].needs[0].settings_hash == by_name["fine-tuned", 0.0].settings_hash
+    )
+    long = by_name["scratch-long", 0.0].settings["training"]
+    assert long["epochs"] == 3 * by_name["scratch", 0.0].settings["training"]["epochs"]
+
+
+def test_other_data_may_take_the_place_of_the_profiles():
+    (run, *_) = protocol.runs(profile(["scratch"], data={"source": "digits", "train": 70, "split_seed": 9}))
+    assert run.settings["data"]["train"] == 70 and run.dataset == "digits-60"
+
+
+def test_the_defaults_have_eight_seeds_and_every_claimed_variant():
+    defaults = protocol.Settings()
+    assert len(defaults.seeds) == 8
+    assert {"fine-tuned", "scratch", "scratch-long", "fine-tuned-shuffled", "small-scratch"} <= set(
+        defaults.budgets[0].variants
+    )
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+def test_arms_differ_in_their_trunk_alone(tmp_path):
+    planned = in_order(protocol.runs(profile(("fine-tuned", "scratch", "fine-tuned-shuffled"))))
+    store = Store(tmp_path, ["pretraining_impact"])
+    starts = {}
+
+    class Stop(Exception):
+        pass
+
+    def caught(job, model, phase, *rest, **options):
+        starts[job.run.variant] = copy.deepcopy(model.state_dict())
+        raise Stop
+
+    for run in planned:
+        if run.variant == "pre-trained":
+            perform(run, store, CPU, True)
+            trunk = store.state(run)["trunk"]
+        elif run.target == 0:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+                patch.setattr(steps._Job, "train", caught)
+                perform(run, store, CPU, True)
+    for name, value in trunk.items():
+        assert torch.equal(starts["fine-tuned"][name], value)
+    for head in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(starts["fine-tuned"][head], starts["scratch"][head])
+        assert torch.equal(starts["fine-tuned"][head], starts["fine-tuned-shuffled"][head])
+    conv = "features.3.weight"
+    assert not torch.equal(starts["scratch"][conv], starts["fine-tuned"][conv])
+    assert not torch.equal(starts["fine-tuned-shuffled"][conv], starts["fine-tuned"][conv])
+
+
+def test_every_variant_leaves_its_record(tmp_path):
+    suffixes = ("-random", "-one-shot", "-gradual", "-one-cycle")
+    variants = ["fine-tuned", "scratch", "small-scratch", *(f"fine-tuned{suffix}" for suffix in suffixes)]
+    found = records(tmp_path, variants, gradual={"span": 1})
+    dense, last, scratch = found["fine-tuned", 0.0], found["fine-tuned", 0.8], found["scratch", 0.8]
+    parameters = dense["cost"]["parameters"]
+    for (_, target), record in found.items():
+        assert 0 <= record["metrics"]["test_accuracy"] <= 1
+        if target:
+            cost = record["cost"]
+            assert cost["dense_parameters"] == parameters
+            assert cost["parameters"] <= (1 - target) * parameters
+            assert record["metrics"]["reduction"] == pytest.approx(1 - cost["parameters"] / parameters)
+            assert record["metrics"]["trunk_reduction"] > record["metrics"]["reduction"]
+            assert cost["compression"] >= 1 / (1 - target)
+    assert found["small-scratch", 0.8]["details"]["filters"] == last["details"]["filters"]
+    curve = last["details"]["curve"]
+    assert curve["accuracy"] == [found["fine-tuned", t]["metrics"]["test_accuracy"] for t in (0.0, 0.5, 0.8)]
+    drop = measures.accuracy_drop(curve["reduction"], curve["accuracy"], 0.8)
+    assert last["metrics"]["accuracy_drop"] == pytest.approx(drop)
+    assert 0 <= last["metrics"]["r_star_1"] <= last["metrics"]["r_star_2"] <= curve["reduction"][-1]
+    assert 0 < last["metrics"]["iso_share"] <= 1 and "iso_share" not in scratch["metrics"]
+    assert "r_star_1" in scratch["metrics"] and "r_star_1" not in found["fine-tuned", 0.5]["metrics"]
+    # training costs: pre-training counts for the fine-tuned network, pruning while training makes it cheaper
+    macs = {key: record["details"]["training_macs"] for key, record in found.items()}
+    assert macs["fine-tuned", 0.0] == macs["pre-trained", 0.0] + macs["scratch", 0.0]
+    longer = macs["pre-trained", 0.0] + 3 * macs["scratch", 0.0]
+    assert macs["fine-tuned", 0.5] < macs["fine-tuned-gradual", 0.8] < longer
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"criterion": "movement_mean"},
+        {"criterion": "taylor_sq_mean", "inputs": "all"},
+        {"criterion": "l1_mean", "context": "global"},
+        {"criterion": "l1_mean", "score": "group", "rule": "quantile_2021"},
+    ],
+)
+def test_filters_can_be_chosen_otherwise(tmp_path, selection):
+    found = records(tmp_path, ["scratch", "scratch-gradual"], selection=selection, gradual={"span": 1})
+    plain = records(tmp_path / "plain", ["scratch"])
+    assert found["scratch", 0.0]["metrics"] == plain["scratch", 0.0]["metrics"]
+    assert found["scratch", 0.8]["metrics"] != plain["scratch", 0.8]["metrics"]
+
+
+def test_gradual_pruning_may_mask_until_the_end(tmp_path):
+    ways = [{"removal": "at_events"}, {"removal": "at_end"}, {"removal": "at_end", "masks": "before_forward"}]
+    found = [
+        records(tmp_path / str(number), ["scratch-gradual"], gradual={"span": 1, "schedule": "lin", **way})
+        for number, way in enumerate(ways)
+    ]
+    kept = [record["scratch-gradual", 0.8]["details"]["filters"] for record in found]
+    assert kept[0] == kept[1] == kept[2]
+    losses = [record["scratch-gradual", 0.8]["metrics"]["test_loss"] for record in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_learning_rate_is_chosen_on_validation(tmp_path):
+    rates = {"scratch": FAST | {"learning_rates": [1e-6, 0.05]}}
+    found = records(tmp_path, ["scratch", "scratch-gradual"], gradual={"span": 1}, **rates)
+    tried = {rate: found[f"scratch-rate-{rate:g}", 0.0] for rate in (1e-6, 0.05)}
+    best = max(tried, key=lambda rate: tried[rate]["metrics"]["validation_accuracy"])
+    assert found["scratch", 0.0]["metrics"] == tried[best]["metrics"]
+    assert found["scratch", 0.0]["details"]["learning_rate"] == best
+
+
+def test_a_checkpoint_takes_the_place_of_the_pretraining(tmp_path):
+    donor = models.build("vgg_t8", classes=26, image_shape=(1, 8, 8), seed=5)
+    torch.save(donor.state_dict(), tmp_path / "net.pt")
+    checkpoint = {"source": str(tmp_path / "net.pt"), "classes": 26}
+    found = records(tmp_path / "runs", ["fine-tuned"], checkpoints={"vgg_t8": checkpoint}, corpus=None)
+    assert ("pre-trained", 0.0) not in found and ("fine-tuned", 0.8) in found
+    with pytest.raises(SettingsError, match="has 26 classes, expected 1000"):
+        protocol.runs(profile(["fine-tuned"], checkpoints={"vgg_t8": checkpoint | {"classes": 1000}}))
+
+
+def test_the_adam_recipe_follows_the_one_cycle_policy(tmp_path):
+    adam = FAST | {"optimizer": "adam", "learning_rates": [1e-3], "weight_decay": 0.01}
+    found = records(tmp_path, ["scratch"], scratch=adam, level=adam)
+    assert math.isfinite(found["scratch", 0.8]["metrics"]["test_loss"])
+    model = nn.Linear(2, 2)
+    trainer = Trainer(model, [0] * 4, optimizer=steps._adam(model, 0.01))
+    hook = filters.OneCycleMomentum(4)
+    seen = []
+    for trainer.iteration in range(4):
+        hook.gradients_ready(trainer)
+        seen.append(trainer.optimizer.param_groups[0]["betas"][0])
+    assert seen == pytest.approx([method.one_cycle_policy(t / 4, 1.0)[1] for t in range(4)])
+
+
+def test_labels_per_class_are_balanced_and_seeded():
+    data = datasets.load(DATA)
+    few = steps.labelled(data, None, 3, seed=1)
+    assert few.labels["train"].bincount().tolist() == [3] * 10
+    again, other = (steps.labelled(data, None, 3, seed=seed).images["train"] for seed in (1, 2))
+    assert torch.equal(few.images["train"], again) and not torch.equal(few.images["train"], other)
+    half = steps.labelled(data, None, 0.5, seed=1).labels["train"].bincount()
+    assert half.tolist() == [n // 2 for n in data.labels["train"].bincount().tolist()]
