@@ -74,7 +74,9 @@ class Contest:
 
     def _build(self, widths: Sequence[int] | None, **options: Any) -> Network:
         shape = self.data.image_shape
-        return build(self.arena.architecture, classes=self.data.classes, image_shape=shape, widths=widths, **options)
+        return build(
+            self.arena.architecture, classes=self.data.classes, image_shape=shape, widths=widths, **options
+        )
 
     @cached_property
     def parameters(self) -> int:
@@ -90,7 +92,9 @@ class Contest:
         share = self.run.target * self.parameters / candidates
         if share >= 1:
             most = candidates / self.parameters
-            raise RunFailed(f"only a share of {most:.3f} of the parameters are prunable weights; {self.run.target} must go")
+            raise RunFailed(
+                f"only a share of {most:.3f} of the parameters are prunable weights; {self.run.target} must go"
+            )
         return share
 
     def trainer(self, model: nn.Module, hooks: Hooks | Sequence[Hooks] = ()) -> Trainer:

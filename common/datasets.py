@@ -92,7 +92,9 @@ def stratified(labels: np.ndarray, counts: Sequence[int], seed: int) -> list[np.
     Raises DataError when the counts add up to more than there is.
     """
     if sum(counts) > len(labels):
-        raise DataError(f"{sum(counts)} images are asked for (splits of {list(counts)}) but there are {len(labels)}")
+        raise DataError(
+            f"{sum(counts)} images are asked for (splits of {list(counts)}) but there are {len(labels)}"
+        )
     rng = np.random.default_rng(seed)
     left = {int(c): list(rng.permutation(np.flatnonzero(labels == c))) for c in np.unique(labels)}
     parts = []
@@ -233,7 +235,9 @@ def _digits(settings: DatasetSettings) -> Dataset:
     labels = bunch.target.astype(np.int64)
     found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     if found != DIGITS_SHA256:
-        raise DataError(f"the digits of scikit-learn have SHA-256 {found}, expected {DIGITS_SHA256}: damaged or changed")
+        raise DataError(
+            f"the digits of scikit-learn have SHA-256 {found}, expected {DIGITS_SHA256}: damaged or changed"
+        )
     test = settings.test or DIGITS_TEST
     train = settings.train or len(labels) - test - settings.validation
     parts = stratified(labels, [train, settings.validation, test], stream(settings.split_seed, "digits"))
@@ -290,13 +294,19 @@ def checked(arrays: Arrays, origin: str) -> Arrays:
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         x = x[..., None] if x.ndim == 3 else x
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or len(x) == 0:
-            raise DataError(f"{origin}: x_{split} is {x.dtype} {x.shape}; uint8 [N, height, width, 1 or 3] is needed")
+            raise DataError(
+                f"{origin}: x_{split} is {x.dtype} {x.shape}; uint8 [N, height, width, 1 or 3] is needed"
+            )
         if y.shape != (len(x),) or y.dtype.kind not in "iu":
-            raise DataError(f"{origin}: y_{split} is {y.dtype} {y.shape} for {len(x)} images; a whole number each is needed")
+            raise DataError(
+                f"{origin}: y_{split} is {y.dtype} {y.shape} for {len(x)} images; a whole number each is needed"
+            )
         wrong = np.flatnonzero((y < 0) | (y >= len(classes)))
         if len(wrong):
             example = f"y_{split}[{wrong[0]}] = {y[wrong[0]]}"
-            raise DataError(f"{origin}: {example}, but there are {len(classes)} classes (0 to {len(classes) - 1})")
+            raise DataError(
+                f"{origin}: {example}, but there are {len(classes)} classes (0 to {len(classes) - 1})"
+            )
         found |= {f"x_{split}": x, f"y_{split}": y.astype(np.int64)}
     absent = set(range(len(classes))) - set(np.unique(found["y_train"]).tolist())
     if absent:
@@ -324,7 +334,9 @@ def _prepared(settings: DatasetSettings) -> Arrays:
     """What `common.prepare` wrote, checked against the digest in it."""
     arrays = _opened(settings.prepared, settings)
     if content_digest({k: v for k, v in arrays.items() if k != "sha256"}) != str(arrays.get("sha256")):
-        raise DataError(f"{settings.prepared}: damaged (its digest does not match); delete it and prepare it again")
+        raise DataError(
+            f"{settings.prepared}: damaged (its digest does not match); delete it and prepare it again"
+        )
     return arrays
 
 
@@ -334,8 +346,12 @@ def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
     count = len(arrays["y_train"])
     train = settings.train or count - settings.validation
     if train < 1:
-        raise DataError(f"{settings.origin}: {settings.validation} validation images leave none of {count} for training")
-    kept = stratified(arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source))
+        raise DataError(
+            f"{settings.origin}: {settings.validation} validation images leave none of {count} for training"
+        )
+    kept = stratified(
+        arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source)
+    )
     parts = dict(zip(SPLITS, [*kept, np.arange(count, len(labels))]))
     classes, scale = len(arrays["classes"]), float(arrays.get("scale", 255.0))
     return make_dataset(settings.source, parts, images, labels, classes, scale, settings.augmentation)

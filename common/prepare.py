@@ -42,7 +42,9 @@ def _cifar(settings: DatasetSettings) -> Arrays:
 
     kind = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[settings.source]
     root = settings.path or DOWNLOADS
-    train, test = (_downloaded(lambda t=t: kind(root, train=t, download=True), settings.source) for t in (True, False))
+    train, test = (
+        _downloaded(lambda t=t: kind(root, train=t, download=True), settings.source) for t in (True, False)
+    )
     arrays = {"x_train": train.data, "y_train": np.array(train.targets), "classes": np.array(train.classes)}
     return arrays | {"x_test": test.data, "y_test": np.array(test.targets)}
 
@@ -52,7 +54,9 @@ def _svhn(settings: DatasetSettings) -> Arrays:
 
     arrays = {}
     for split in ("train", "test"):
-        data = _downloaded(lambda s=split: tv.SVHN(settings.path or DOWNLOADS, split=s, download=True), "svhn")
+        data = _downloaded(
+            lambda s=split: tv.SVHN(settings.path or DOWNLOADS, split=s, download=True), "svhn"
+        )
         arrays |= {f"x_{split}": data.data.transpose(0, 2, 3, 1), f"y_{split}": np.asarray(data.labels)}
     return arrays
 
@@ -86,7 +90,9 @@ def _folder(settings: DatasetSettings) -> Arrays:
     (x, y, classes), (x_test, y_test, test_classes) = read(root / "train"), read(root / "test")
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
-        raise DataError(f"{root}: train and test have different classes; only in one of them: {', '.join(odd[:5])}")
+        raise DataError(
+            f"{root}: train and test have different classes; only in one of them: {', '.join(odd[:5])}"
+        )
     return {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test, "classes": np.array(classes)}
 
 
@@ -113,7 +119,10 @@ def _without_test(images: np.ndarray, labels: np.ndarray, settings: DatasetSetti
     seed = stream(settings.split_seed, "test", settings.source)
     if settings.train_per_class:
         rng = np.random.default_rng(seed)
-        chosen = [rng.permutation(np.flatnonzero(labels == c))[: settings.train_per_class] for c in np.unique(labels)]
+        chosen = [
+            rng.permutation(np.flatnonzero(labels == c))[: settings.train_per_class]
+            for c in np.unique(labels)
+        ]
         train = np.sort(np.concatenate(chosen))
         test = np.setdiff1d(np.arange(len(labels)), train)
     elif settings.test:
@@ -121,7 +130,12 @@ def _without_test(images: np.ndarray, labels: np.ndarray, settings: DatasetSetti
         train = np.setdiff1d(np.arange(len(labels)), test)
     else:
         raise DataError(f"{settings.origin} has no test split: give dataset.test or dataset.train_per_class")
-    return {"x_train": images[train], "y_train": labels[train], "x_test": images[test], "y_test": labels[test]}
+    return {
+        "x_train": images[train],
+        "y_train": labels[train],
+        "x_test": images[test],
+        "y_test": labels[test],
+    }
 
 
 _SOURCES: dict[str, Callable[[DatasetSettings], Arrays]] = {

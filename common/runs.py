@@ -302,13 +302,17 @@ def code_digest(papers: tuple[str, ...]) -> str:
     """Digest of the source files that determine the results of these papers."""
     files = [file for pattern in _CODE for file in (ROOT / "common").glob(pattern)]
     files += [file for paper in papers for file in (ROOT / "replications" / paper).rglob("*.py")]
-    return digest({str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)})
+    return digest(
+        {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
+    )
 
 
 # ---------------------------------------------------------------------------------------------- executing
 
 
-def _record(run: Run, status: str, outcome: Outcome | None = None, reason: str | None = None) -> dict[str, Any]:
+def _record(
+    run: Run, status: str, outcome: Outcome | None = None, reason: str | None = None
+) -> dict[str, Any]:
     record = {**run.identity, "status": status, "settings": run.settings, "settings_hash": run.settings_hash}
     record |= {"data": data_prints(run), "metrics": {}, "cost": {}, "details": {}}
     if outcome is not None:
@@ -365,6 +369,8 @@ def _start_worker(devices: Any) -> None:
     # weights that a penalty drives to zero pass through denormal numbers, which are slow
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # nothing here reads memory before writing it, and filling it costs up to a tenth of a small network's step
+    torch.utils.deterministic.fill_uninitialized_memory = False
     global _worker_device
     _worker_device = devices.get() if devices is not None else None
 
@@ -446,7 +452,11 @@ def execute(
 def _workers(execution: ExecutionSettings, most: int) -> tuple[int, list[str] | None]:
     device = Compute.choose(execution.device, execution.precision).device
     if device.type == "cuda":
-        devices = [str(device)] if device.index is not None else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices = (
+            [str(device)]
+            if device.index is not None
+            else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        )
         count = len(devices) if execution.workers == "auto" else execution.workers
         return min(count, most), [devices[i % len(devices)] for i in range(count)]
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -547,7 +557,9 @@ def environment(papers: Sequence[str], compute: Compute) -> dict[str, Any]:
     return {
         "code": code_digest(tuple(papers)),
         "machine": {
-            "device": torch.cuda.get_device_name(compute.device) if cuda else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name(compute.device)
+            if cuda
+            else platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "system": platform.system(),
         },
@@ -560,7 +572,9 @@ def write_results(profile: Profile, paper: str, entries: Sequence[Mapping[str, A
     """Write `<paper>.jsonl` (records) and `<paper>.curves.jsonl` into `folder`/<profile>; returns the records' path."""
     target = folder / profile.name / f"{paper}.jsonl"
     records = [canonical(entry["record"]) for entry in entries]
-    curves = [canonical({"settings_hash": e["record"]["settings_hash"], "curves": e["curves"]}) for e in entries]
+    curves = [
+        canonical({"settings_hash": e["record"]["settings_hash"], "curves": e["curves"]}) for e in entries
+    ]
     write_atomically(target, "".join(line + "\n" for line in records).encode())
     write_atomically(target.with_suffix(".curves.jsonl"), "".join(line + "\n" for line in curves).encode())
     return target

@@ -158,7 +158,11 @@ def validated(model: type[BaseModel], values: Any, where: str) -> Any:
     except ValidationError as error:
         problems = error.errors()
         # a list with a wrong item is also reported as too short, since the item does not count
-        real = [p for p in problems if not any(q is not p and q["loc"][: len(p["loc"])] == p["loc"] for q in problems)]
+        real = [
+            p
+            for p in problems
+            if not any(q is not p and q["loc"][: len(p["loc"])] == p["loc"] for q in problems)
+        ]
         raise SettingsError("; ".join(_explain(problem, model, where) for problem in real)) from None
 
 
@@ -179,7 +183,12 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel], where: str) -> 
 
 def _is_tag(part: str) -> bool:
     # pydantic adds the names of a union's members to the location of an error
-    return part.startswith(("literal[", "constrained-", "function-")) or part in ("int", "float", "str", "bool")
+    return part.startswith(("literal[", "constrained-", "function-")) or part in (
+        "int",
+        "float",
+        "str",
+        "bool",
+    )
 
 
 def _fields_at(model: type[BaseModel], loc: tuple) -> list[str]:
@@ -256,7 +265,9 @@ def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None 
     )
 
 
-def profile_datasets(file: str | os.PathLike = PARAMS_FILE, profile: str | None = None) -> list[DatasetSettings]:
+def profile_datasets(
+    file: str | os.PathLike = PARAMS_FILE, profile: str | None = None
+) -> list[DatasetSettings]:
     """Every data set that a profile's papers read, each once. Raises SettingsError."""
     found: dict[str, DatasetSettings] = {}
 

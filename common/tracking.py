@@ -24,7 +24,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as MlflowDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
-
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -90,10 +89,17 @@ class StageLog:
         experiment = _experiment(client, self.paper)
         known = {
             run.data.tags["run_key"]
-            for run in _search(client, experiment, f"tags.profile = '{self.profile}' and attributes.status != 'RUNNING'")
+            for run in _search(
+                client, experiment, f"tags.profile = '{self.profile}' and attributes.status != 'RUNNING'"
+            )
             if "run_key" in run.data.tags
         }
-        shared = {"profile": self.profile, "stage": self.paper, "origin": _origin(), "code": self.environment["code"]}
+        shared = {
+            "profile": self.profile,
+            "stage": self.paper,
+            "origin": _origin(),
+            "code": self.environment["code"],
+        }
         shared |= _revision()
         for group in ("machine", "versions"):
             shared |= {f"{group}.{key}": str(value) for key, value in self.environment[group].items()}
@@ -137,7 +143,9 @@ def _experiment(client: MlflowClient, paper: str) -> str:
     if found is not None:
         return found.experiment_id
     local = store_uri().startswith("sqlite:")
-    return client.create_experiment(name, artifact_location=Path("mlartifacts").resolve().as_uri() if local else None)
+    return client.create_experiment(
+        name, artifact_location=Path("mlartifacts").resolve().as_uri() if local else None
+    )
 
 
 def _run_key(record: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
@@ -160,7 +168,9 @@ def _search(client: MlflowClient, experiment: str, text: str) -> Iterator[Run]:
             return
 
 
-def _log_run(client, experiment: str, parent: str, entry: Mapping, shared: Mapping[str, str], run_key: str) -> None:
+def _log_run(
+    client, experiment: str, parent: str, entry: Mapping, shared: Mapping[str, str], run_key: str
+) -> None:
     record = entry["record"]
     identity = {k: record[k] for k in ("paper", "variant", "dataset", "architecture", "target", "seed")}
     tags = {**shared, **{k: str(v) for k, v in identity.items()}, "mlflow.parentRunId": parent}
@@ -170,7 +180,11 @@ def _log_run(client, experiment: str, parent: str, entry: Mapping, shared: Mappi
     name = f"{record['variant']} {record['architecture']} t={record['target']:g} s={record['seed']}"
     run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     params = {**identity, **dict(_flat("", record["settings"]))}
-    numbers = {**_numbers("", record["metrics"]), **_numbers("cost.", record["cost"]), "seconds": entry["seconds"]}
+    numbers = {
+        **_numbers("", record["metrics"]),
+        **_numbers("cost.", record["cost"]),
+        "seconds": entry["seconds"],
+    }
     # the key by which the run is found again comes last: half a run is never taken for a whole one
     _send(client, run_id, params=params, metrics=numbers, curves=entry["curves"], tags={"run_key": run_key})
     source = json.dumps(record["settings"].get("data"))
@@ -207,7 +221,11 @@ def _send(client, run_id: str, *, params=(), metrics=(), curves: Sequence[Mappin
     now = int(time.time() * 1000)
     rows = [Metric(key, value, now, 0) for key, value in dict(metrics).items()]
     for step, row in enumerate(curves):
-        rows += [Metric(f"curve/{key}", value, now, step) for key, value in _numbers("", row).items() if key != "epoch"]
+        rows += [
+            Metric(f"curve/{key}", value, now, step)
+            for key, value in _numbers("", row).items()
+            if key != "epoch"
+        ]
     texts = [Param(key, str(value)[:_VALUE_LENGTH]) for key, value in dict(params).items()]
     while len(rows) > _METRICS_PER_CALL or len(texts) > _PARAMS_PER_CALL:
         client.log_batch(run_id, rows[:_METRICS_PER_CALL], texts[:_PARAMS_PER_CALL])

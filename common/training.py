@@ -98,21 +98,29 @@ class Compute:
         """
         cuda = torch.cuda.is_available()
         if device.startswith("cuda") and not cuda:
-            raise SettingsError(f"execution.device = {device!r}: no CUDA device is available; use 'cpu' or 'auto'")
+            raise SettingsError(
+                f"execution.device = {device!r}: no CUDA device is available; use 'cpu' or 'auto'"
+            )
         chosen = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
         on_gpu = chosen.type == "cuda"
         if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
-            raise SettingsError("execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'")
+            raise SettingsError(
+                "execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'"
+            )
         half = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
         return cls(chosen, torch.bfloat16 if half else None, channels_last=True)
 
     def place(self, model: nn.Module) -> nn.Module:
         """`model` on the device, in the memory format of this choice."""
-        return model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+        return model.to(
+            self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format
+        )
 
     def precision(self) -> torch.autocast:
         """The context in which forward passes run."""
-        return torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        return torch.autocast(
+            self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
 
 
 class Trainer:
@@ -162,7 +170,7 @@ class Trainer:
         groups = [group for group in groups if group["params"]]
         groups += [group for hook in self.hooks for group in hook.parameter_groups()]
         return torch.optim.SGD(
-            groups, lr=0.0, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, foreach=True
+            groups, lr=0.0, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
         )
 
     def fit(self, learning_rates: Sequence[float], phase: str = "train") -> None:
@@ -174,7 +182,9 @@ class Trainer:
         per_epoch = len(self.batches)
         epochs, rest = divmod(len(learning_rates), per_epoch)
         if rest:
-            raise ValueError(f"{len(learning_rates)} learning rates are not whole epochs of {per_epoch} iterations")
+            raise ValueError(
+                f"{len(learning_rates)} learning rates are not whole epochs of {per_epoch} iterations"
+            )
         fit, self._fits, first = self._fits, self._fits + 1, 0
         if self._checkpoints and (saved := self._checkpoints.load(fit)):
             first = self._restore(saved)
@@ -235,7 +245,9 @@ class Trainer:
         effective: dict[str, Tensor] = {}
         for hook in self.hooks:
             effective |= hook.weights(self) or {}
-        return torch.func.functional_call(self.model, effective, (images,)) if effective else self.model(images)
+        return (
+            torch.func.functional_call(self.model, effective, (images,)) if effective else self.model(images)
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: BatchSource | None = None) -> dict[str, float]:
@@ -254,7 +266,11 @@ class Trainer:
 
     def momentum_buffer(self, parameter: nn.Parameter) -> Tensor | None:
         """The momentum of a parameter, or None before its first step."""
-        return self.optimizer.state[parameter].get("momentum_buffer") if parameter in self.optimizer.state else None
+        return (
+            self.optimizer.state[parameter].get("momentum_buffer")
+            if parameter in self.optimizer.state
+            else None
+        )
 
     def _snapshot(self, epochs_of_fit: int) -> dict[str, Any]:
         return {

@@ -28,19 +28,26 @@ def run_paper(paper: str, params: str, profile_name: str | None) -> None:
     # a comparison of papers names the folders whose code it runs
     code = getattr(protocol, "PAPERS", (paper,))
     store = runs.Store(runs.SCRATCH / profile.name / paper, code)
-    environment = runs.environment(code, Compute.choose(profile.execution.device, profile.execution.precision))
+    environment = runs.environment(
+        code, Compute.choose(profile.execution.device, profile.execution.precision)
+    )
     with _tracking(paper, profile.name, environment) as log:
         entries = runs.execute(planned, store, profile.execution, paper, log.add)
         runs.write_results(profile, paper, entries, RESULTS)
     if log.error:
-        print(f"MLflow logging failed ({type(log.error).__name__}: {log.error}). The records are complete; "
-              f"`python -m replications run {paper}` logs what is missing without training again.", file=sys.stderr)
+        print(
+            f"MLflow logging failed ({type(log.error).__name__}: {log.error}). The records are complete; "
+            f"`python -m replications run {paper}` logs what is missing without training again.",
+            file=sys.stderr,
+        )
     environment |= {"seconds": {entry["record"]["settings_hash"]: entry["seconds"] for entry in entries}}
     environment |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
     beside = RESULTS / "environment" / profile.name / f"{paper}.json"
     runs.write_atomically(beside, json.dumps(environment, indent=1, sort_keys=True).encode())
     for record in (entry["record"] for entry in entries if entry["record"]["status"] != "ok"):
-        print(f"failed: {paper}/{record['variant']} seed {record['seed']}: {record['reason']}", file=sys.stderr)
+        print(
+            f"failed: {paper}/{record['variant']} seed {record['seed']}: {record['reason']}", file=sys.stderr
+        )
 
 
 class _NoTracking:
@@ -82,7 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; finished runs are kept in {runs.SCRATCH}", file=sys.stderr)
+        print(
+            f"error: {error.filename}: {error.strerror}; finished runs are kept in {runs.SCRATCH}",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-_COPIED = ("common", "replications", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
+_COPIED = (
+    "common",
+    "replications",
+    ".dvc/config",
+    ".dvcignore",
+    ".gitignore",
+    "dvc.yaml",
+    "params.yaml",
+    "pyproject.toml",
+)
 
 
 def copy(folder: Path) -> Path:
@@ -56,4 +65,6 @@ def run(project: Path, *command: str, **extra: str) -> subprocess.CompletedProce
     """Run a command of the project's Python environment in the copy."""
     if command[0] == "python":
         command = (sys.executable, *command[1:])
-    return subprocess.run(command, cwd=project, env=environment(**extra), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=project, env=environment(**extra), capture_output=True, text=True, check=False
+    )

@@ -85,7 +85,9 @@ def test_an_epoch_is_a_pure_function_of_seed_and_number():
 
 
 def test_every_crop_is_a_window_of_the_padded_image():
-    data = datasets.replace(_ramp(), augmentation=AugmentationSettings(crop_padding=2, flip=True), mean=(0,) * 3)
+    data = datasets.replace(
+        _ramp(), augmentation=AugmentationSettings(crop_padding=2, flip=True), mean=(0,) * 3
+    )
     data = datasets.replace(data, std=(1.0,) * 3)
     padded = torch.nn.functional.pad(data.images["train"].permute(0, 3, 1, 2), (2, 2, 2, 2))
     windows = padded.unfold(2, 5, 1).unfold(3, 5, 1)
@@ -128,7 +130,10 @@ def npz(tmp_path, monkeypatch):
         ({"x_test": np.zeros((10, 9, 9, 3), np.uint8)}, r"different shapes, \(8, 8, 3\) and \(9, 9, 3\)"),
         ({"y_train": np.zeros(3, np.int64)}, r"y_train is int64 \(3,\) for 40 images"),
         ({"y_test": np.full(10, 7)}, r"y_test\[0\] = 7, but there are 4 classes"),
-        ({"y_train": np.zeros(40, np.int64), "classes": np.array(list("abcd"))}, "no training image of class b"),
+        (
+            {"y_train": np.zeros(40, np.int64), "classes": np.array(list("abcd"))},
+            "no training image of class b",
+        ),
         ({"y_test": None}, "y_test is missing"),
     ],
 )
@@ -155,7 +160,9 @@ def test_a_missing_or_damaged_prepared_file_is_named(tmp_path, monkeypatch):
     assert [len(load(settings).labels[s]) for s in datasets.SPLITS] == [32, 8, 10]
     content = bytearray(settings.prepared.read_bytes())
     for change, message in ((1, "digest does not match|damaged"), (-900, "damaged")):
-        broken = bytes(content[:change]) if change < 0 else bytes(content[:2000]) + b"?" + bytes(content[2001:])
+        broken = (
+            bytes(content[:change]) if change < 0 else bytes(content[:2000]) + b"?" + bytes(content[2001:])
+        )
         settings.prepared.write_bytes(broken)
         with pytest.raises(DataError, match=message):
             load(settings)

@@ -13,7 +13,11 @@ ARENA = Arena(epochs=8, batch_size=40)
 
 
 def _contest(variant: str, target: float, arena: Arena = ARENA) -> Contest:
-    settings = {"data": DATA.model_dump(mode="json"), "arena": arena.model_dump(mode="json"), "retraining": 0.25}
+    settings = {
+        "data": DATA.model_dump(mode="json"),
+        "arena": arena.model_dump(mode="json"),
+        "retraining": 0.25,
+    }
     run = Run("equal_footing", variant, "digits", arena.architecture, target, 0, settings)
     return Contest(run, Context(run, Compute.choose("cpu", "float32"), ()), arena)
 

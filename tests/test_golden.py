@@ -90,7 +90,9 @@ def _compare(got, expected, tolerance, where):
 
 
 def _for_field(tolerance: dict, key: str) -> dict:
-    special = {k.removeprefix(f"{key}_"): v for k, v in tolerance.items() if k in (f"{key}_abs", f"{key}_rel")}
+    special = {
+        k.removeprefix(f"{key}_"): v for k, v in tolerance.items() if k in (f"{key}_abs", f"{key}_rel")
+    }
     if special:
         return special
     if key in tolerance and key not in GENERAL:

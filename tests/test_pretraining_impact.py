@@ -359,6 +359,21 @@ def test_what_cannot_work_is_said_before_training(changes, message):
         protocol.runs(profile(**changes))
 
 
+def test_a_corpus_of_other_images_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"x_{split}": rng.integers(0, 255, (90, 8, 8, 3), dtype=np.uint8) for split in ("train", "test")
+    }
+    labels = np.arange(90) % 3
+    np.savez(tmp_path / "colour.npz", **arrays, y_train=labels, y_test=labels)
+    corpus = {"source": "npz", "path": str(tmp_path / "colour.npz"), "validation": 30}
+    with pytest.raises(
+        SettingsError, match=r"colour.npz with images \[3, 8, 8\] does not fit: features.0.weight"
+    ):
+        protocol.runs(profile(corpus=corpus))
+    assert protocol.runs(profile(["scratch"], corpus=corpus))
+
+
 def test_the_planned_runs_share_work():
     variants = (
         "fine-tuned",

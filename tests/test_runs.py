@@ -95,7 +95,10 @@ def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(project):
     result = run(project, *STAGE)
     assert result.returncode == 0, result.stderr
     records = {_identity(r): r for r in _records(project)}
-    assert records["dense", 0.0, 1]["status"] == "failed" and records["dense", 0.0, 1]["reason"] == "made to fail"
+    assert (
+        records["dense", 0.0, 1]["status"] == "failed"
+        and records["dense", 0.0, 1]["reason"] == "made to fail"
+    )
     assert "starts from example/dense" in records["pruned", 0.9, 1]["reason"]
     assert [r["status"] for r in records.values()].count("ok") == 4
     assert "made to fail" in result.stderr
@@ -114,7 +117,9 @@ def test_a_defect_stops_the_stage_and_keeps_what_is_finished(project):
     params(project, example={"fails": ["defect:pruned-1"]})
     result = run(project, *STAGE)
     assert result.returncode == 2
-    assert "error: 1 runs stopped on an error: example/pruned" in result.stderr and "KeyError" in result.stderr
+    assert (
+        "error: 1 runs stopped on an error: example/pruned" in result.stderr and "KeyError" in result.stderr
+    )
     assert not (project / RESULTS[0]).exists()
     assert len(list((project / ".runs/digits/example").glob("*.json"))) == 5
 
@@ -151,7 +156,11 @@ def test_a_full_disk_stops_the_stage_in_one_line_and_loses_nothing(project):
     result = run(project, *STAGE, PYTHONPATH=str(project))
     assert result.returncode == 2
     message = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(message) == 1 and "No space left on device" in message[0] and "5 finished runs are kept" in message[0]
+    assert (
+        len(message) == 1
+        and "No space left on device" in message[0]
+        and "5 finished runs are kept" in message[0]
+    )
     sitecustomize.unlink()
     assert run(project, *STAGE).returncode == 0 and _bytes(project) == expected
 

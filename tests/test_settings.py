@@ -90,7 +90,9 @@ def test_the_digest_depends_on_content_and_not_on_order():
 
 
 def test_streams_are_repeatable_and_distinct():
-    seeds = [stream(seed, name, epoch) for seed in range(5) for name in ("order", "init") for epoch in range(5)]
+    seeds = [
+        stream(seed, name, epoch) for seed in range(5) for name in ("order", "init") for epoch in range(5)
+    ]
     assert len(set(seeds)) == len(seeds)
     assert stream(3, "order", 1) == stream(3, "order", 1)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -22,9 +22,19 @@ ENVIRONMENT = {
 
 def _entry(seed: int, status: str = "ok", epochs: int = 30) -> dict:
     record = {"paper": "example", "variant": "dense", "dataset": "digits", "architecture": "linear"}
-    record |= {"target": 0.5, "seed": seed, "status": status, "settings_hash": f"{seed:064d}", "data": ["d" * 64]}
+    record |= {
+        "target": 0.5,
+        "seed": seed,
+        "status": status,
+        "settings_hash": f"{seed:064d}",
+        "data": ["d" * 64],
+    }
     record |= {"settings": {"epochs": epochs, "optimiser": {"learning_rate": 0.1}}}
-    record |= {"metrics": {"test_accuracy": 0.9 + seed / 1000, "note": None}, "cost": {"macs": 640}, "details": {}}
+    record |= {
+        "metrics": {"test_accuracy": 0.9 + seed / 1000, "note": None},
+        "cost": {"macs": 640},
+        "details": {},
+    }
     if status == "failed":
         record |= {"reason": "the training loss is nan", "metrics": {}, "cost": {}}
     rows = [{"phase": "train", "epoch": e, "lr": 0.1, "train_loss": 1 / (e + 1)} for e in range(epochs)]
@@ -52,7 +62,11 @@ def _runs(paper="example"):
     client = MlflowClient(tracking.store_uri())
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT.format(paper=paper))
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    return client, [r for r in runs if "run_key" in r.data.tags], [r for r in runs if "run_key" not in r.data.tags]
+    return (
+        client,
+        [r for r in runs if "run_key" in r.data.tags],
+        [r for r in runs if "run_key" not in r.data.tags],
+    )
 
 
 def test_the_store_holds_what_the_records_hold(store):
@@ -75,7 +89,10 @@ def test_the_store_holds_what_the_records_hold(store):
         assert [(p.step, p.value) for p in sorted(curve, key=lambda p: p.step)] == [
             (e, 1 / (e + 1)) for e in range(30)
         ]
-    assert by_seed["2"].info.status == "FAILED" and by_seed["2"].data.tags["reason"] == "the training loss is nan"
+    assert (
+        by_seed["2"].info.status == "FAILED"
+        and by_seed["2"].data.tags["reason"] == "the training loss is nan"
+    )
     assert parents[0].data.metrics == {"runs": 3, "failed": 1, "seconds": 4.5}
 
 
@@ -100,7 +117,12 @@ def test_it_works_with_a_tracking_server(store, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{store}/server.db", "--artifacts-destination", str(store / "a")]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{store}/server.db",
+        "--artifacts-destination",
+        str(store / "a"),
+    ]
     server = subprocess.Popen(command, env=environment(), stdout=-3, stderr=-3, start_new_session=True)
     try:
         _await(f"http://127.0.0.1:{port}/health")
@@ -123,8 +145,6 @@ def _await(url: str) -> None:
         except OSError:
             time.sleep(0.2)
     raise TimeoutError(url)
-
-
 
 
 def test_a_stage_killed_while_logging_leaves_no_twin_and_no_stray_parent(store, monkeypatch):

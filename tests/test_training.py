@@ -13,7 +13,14 @@ from common.training import Compute, Diverged, Hooks, Trainer
 
 def _network(dropout=0.0):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(144, 10)]
+    layers = [
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(144, 10),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -84,7 +91,9 @@ def test_hooks_are_called_in_order_and_can_change_loss_and_weights():
     assert not torch.equal(free[0], decayed.model[5].weight)  # row 0 of the conv is zero only in one of them
     plain = Trainer(_network(), _batches(1), momentum=0.0, weight_decay=0.1)
     plain.fit([0.1])
-    by_loss = Trainer(_network(), _batches(1), momentum=0.0, hooks=type("L", (Hooks,), {"loss": _Recorder.loss})())
+    by_loss = Trainer(
+        _network(), _batches(1), momentum=0.0, hooks=type("L", (Hooks,), {"loss": _Recorder.loss})()
+    )
     by_loss.fit([0.1])
     torch.testing.assert_close(by_loss.model[5].weight, plain.model[5].weight)
 

@@ -104,7 +104,10 @@ class ConvNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)
-        return self.classifier(x.mean((2, 3)) if self.head == "gap" else x.flatten(1))
+        if self.head == "flatten":
+            return self.classifier(x.flatten(1))
+        # over positions in their memory order: the gradient comes back in channels-last layout
+        return self.classifier(x.permute(0, 2, 3, 1).flatten(1, 2).mean(1))
 
     def channel_groups(self) -> list[ChannelGroup]:
         named = [(f"features.{i}", module) for i, module in enumerate(self.features)]

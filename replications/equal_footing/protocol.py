@@ -18,7 +18,7 @@ from common import schedules
 from common.arena import Arena, Contender, Contest
 from common.pruning.masks import KeepMasked, Masks, prunable, select
 from common.runs import Context, Outcome, Run
-from common.settings import PaperSettings, Profile, Share, Targets, papers, stream
+from common.settings import PaperSettings, Profile, Targets, papers, stream
 from common.training import RunFailed
 
 NAME = "equal_footing"
@@ -61,7 +61,9 @@ def runs(profile: Profile) -> list[Run]:
         for method in (*CONTROLS, *contenders()):
             own = {**data, "retraining": settings.retraining} if method in CONTROLS else data
             points = tuple(Run(NAME, method, *base, target, seed, own) for target in settings.targets)
-            at_macs = (Run(NAME, method + AT_MACS, *base, t, seed, data, (dense, *points)) for t in settings.targets)
+            at_macs = (
+                Run(NAME, method + AT_MACS, *base, t, seed, data, (dense, *points)) for t in settings.targets
+            )
             listed += [*points, *at_macs]
     return listed
 
@@ -114,7 +116,9 @@ def _small_dense(contest: Contest) -> Outcome:
     scales = np.linspace(0, 1, 513)[1:]
     fitting = [scale for scale in scales if size(scale) <= budget]
     if not fitting:
-        raise RunFailed(f"no network of the architecture has {budget:.0f} parameters or fewer; the least is {size(0)}")
+        raise RunFailed(
+            f"no network of the architecture has {budget:.0f} parameters or fewer; the least is {size(0)}"
+        )
     trainer = contest.trainer(contest.network(widths(max(fitting))))
     trainer.fit(contest.dense_rates(contest.arena.epochs), "dense")
     return contest.outcome(trainer, widths=widths(max(fitting)))
@@ -129,12 +133,19 @@ CONTROLS: dict[str, Contender] = {
 
 def _at_macs(run: Run, context: Context) -> Outcome:
     """Test accuracy at the share 1 - target of the dense MACs, linear in the logarithm of the MACs between two runs."""
-    points = sorted((need.record["cost"]["sparse_macs"], need.record["metrics"]["test_accuracy"]) for need in context.needs)
+    points = sorted(
+        (need.record["cost"]["sparse_macs"], need.record["metrics"]["test_accuracy"])
+        for need in context.needs
+    )
     macs, accuracy = np.array(points, dtype=float).T
     dense = context.needs[0].record["cost"]
     wanted = round((1 - run.target) * dense["macs"])
     if not macs[0] <= wanted <= macs[-1]:
         raise RunFailed(f"its runs reach from {macs[0]:.0f} to {macs[-1]:.0f} MACs; {wanted} lies outside")
     found = float(np.interp(np.log(wanted), np.log(macs), accuracy))
-    costs = {"sparse_macs": wanted, "dense_macs": dense["macs"], "dense_parameters": dense["dense_parameters"]}
+    costs = {
+        "sparse_macs": wanted,
+        "dense_macs": dense["macs"],
+        "dense_parameters": dense["dense_parameters"],
+    }
     return Outcome({"test_accuracy": found}, costs, details={"interpolated": True})

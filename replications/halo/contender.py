@@ -5,21 +5,22 @@ from common.pruning.masks import Masks, prunable
 from common.runs import Outcome
 from replications.halo.method import HALO, LambdaTraining, cut, penalised
 
-XI, PSI = 3e-4, 3e-3
-"""Of the pilot on digits in the paper's README; there is no tuning on equal footing."""
+PULL, XI_TO_PSI = 2.0, 0.05
+"""psi * B, with B the sum of the learning rates over (1 - momentum): by how much the lambda of an unused weight falls
+from its initial 1. There is no tuning on equal footing."""
 
 
 def contend(contest: Contest) -> Outcome:
     """Train weights and lambdas together with the intended learning rates, then mask to the contest's share."""
     arena = contest.arena
     rates = contest.dense_rates(arena.epochs)
+    psi = PULL * (1 - arena.momentum) / sum(rates)
     model = contest.network()
     training = LambdaTraining(rates, momentum=arena.momentum, weight_decay=arena.weight_decay)
-    trainer = contest.trainer(model, HALO(penalised(model, "conv+linear"), XI, PSI, training))
+    trainer = contest.trainer(model, HALO(penalised(model, "conv+linear"), XI_TO_PSI * psi, psi, training))
     trainer.fit(rates)
     share = contest.sparsity(model)
     Masks(cut(prunable(model), share).kept).apply(model)
-    # the trainer's record ends here: the mask is not trained on
     return contest.outcome(trainer)
 
 

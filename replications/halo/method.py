@@ -164,6 +164,10 @@ class _Shrinkage(Penalty):
         return self.gradients()[0]
 
     def epoch_started(self, trainer: Trainer, epoch: int) -> None:
+        # the trainer may have moved the network since the lambdas were made
+        device = self.tensors[0].device
+        self.lambdas = [part.to(device) for part in self.lambdas]
+        self._momenta = [part.to(device) for part in self._momenta]
         if self.training.psi_by_epoch is not None:
             self.psi = self.training.psi_by_epoch[epoch]
 

@@ -1,4 +1,4 @@
-"""The paper's pruning loop on equal footing: filters of least L1 norm go in steps, from a network trained from scratch."""
+"""The paper's pruning loop on equal footing: filters of least L1 norm go in steps; trained from scratch."""
 
 import torch
 

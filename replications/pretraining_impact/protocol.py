@@ -7,7 +7,7 @@ what a run does is in steps.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -273,11 +273,28 @@ class _Fixed:
         )
         checkpoint = settings.checkpoints.get(architecture)
         found = None
+        if not checkpoint and any(
+            name.startswith("fine-tuned") for b in settings.budgets for name in b.variants
+        ):
+            _check_corpus(settings.corpus, shape)
         if checkpoint:
             state, digest = transfer.read_checkpoint(checkpoint.source)
             transfer.trunk_from_checkpoint(shape.network(), state, checkpoint.classes, checkpoint.source)
             found = {**checkpoint.model_dump(), "digest": digest}
         return cls(dict(zip(settings.targets, fractions)), options, found)
+
+
+def _check_corpus(corpus: DatasetSettings, shape: steps.Shape) -> None:
+    """Raises SettingsError where a trunk that is trained on the corpus does not fit the target data."""
+    data = load(corpus)
+    other = replace(shape, classes=data.classes, image_shape=data.image_shape)
+    trunks = (transfer.trunk(network.network()).items() for network in (shape, other))
+    for (name, wanted), (_, found) in zip(*trunks):
+        if wanted.shape != found.shape:
+            raise SettingsError(
+                f"corpus {corpus.origin} with images {list(data.image_shape)} does not fit: {name} of "
+                f"{shape.architecture} is {list(found.shape)} there, {list(wanted.shape)} on the target data"
+            )
 
 
 def _place(data: DatasetSettings) -> str:

@@ -28,7 +28,11 @@ def runs(profile):
     listed = []
     for seed in settings.seeds:
         base = {"data": profile.dataset.model_dump(mode="json"), "epochs": settings.epochs}
-        base |= {"learning_rate": settings.learning_rate, "seconds": settings.seconds, "fails": list(settings.fails)}
+        base |= {
+            "learning_rate": settings.learning_rate,
+            "seconds": settings.seconds,
+            "fails": list(settings.fails),
+        }
         dense = Run("example", "dense", profile.dataset.source, "linear", 0.0, seed, base)
         listed.append(dense)
         for target in settings.targets:
