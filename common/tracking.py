@@ -173,13 +173,15 @@ def _log_run(
 ) -> None:
     record = entry["record"]
     identity = {k: record[k] for k in ("paper", "variant", "dataset", "architecture", "target", "seed")}
-    tags = {**shared, **{k: str(v) for k, v in identity.items()}, "mlflow.parentRunId": parent}
+    # machine and versions stand at the stage's run, which is the parent
+    own = {key: value for key, value in shared.items() if "." not in key or key.startswith("git.")}
+    tags = {**own, **{k: str(v) for k, v in identity.items()}, "mlflow.parentRunId": parent}
     tags |= {"status": record["status"], "settings_hash": record["settings_hash"]}
     if "reason" in record:
         tags["reason"] = record["reason"][:_VALUE_LENGTH]
     name = f"{record['variant']} {record['architecture']} t={record['target']:g} s={record['seed']}"
     run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    params = {**identity, **dict(_flat("", record["settings"]))}
+    params = dict(_flat("", record["settings"]))
     numbers = {
         **_numbers("", record["metrics"]),
         **_numbers("cost.", record["cost"]),

@@ -80,4 +80,5 @@ def test_all_methods_run_at_all_targets_and_seeds():
     profile = Profile(name="digits", dataset=DATA, execution=ExecutionSettings(), paper=settings)
     found = {(run.variant, run.target, run.seed) for run in protocol.runs(profile)}
     methods = len(_methods())
-    assert len(found) == 2 * (1 + 2 * methods * len(settings.targets))
+    points = len(settings.targets) + len(settings.macs_targets)
+    assert len(found) == 2 * (1 + methods * points)

@@ -2,11 +2,15 @@
 
 import ast
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 
 import pytest
 import yaml
-from project import ROOT, add_example, copy, params, run
+from project import ROOT, add_example, copy, environment, params, run
 
 from common.settings import papers
 
@@ -99,6 +103,26 @@ def test_a_change_runs_only_what_follows_from_it(project):
     protocol = project / "replications/example/protocol.py"
     protocol.write_text(protocol.read_text() + "\n# changed\n")
     assert _repro(project)[:1] == ["example"]
+
+
+def test_a_killed_pipeline_goes_on_with_the_same_command(project):
+    _repro(project)
+    results = project / "results/digits/example.jsonl"
+    expected = results.read_bytes()
+    protocol = project / "replications/example/protocol.py"
+    protocol.write_text(protocol.read_text() + "\n# changed again\n")
+    process = subprocess.Popen(
+        ["dvc", "repro"], cwd=project, env=environment(), stdout=-3, stderr=-3, start_new_session=True
+    )
+    before = set((project / ".runs/digits/example").glob("*.json"))
+    deadline = time.monotonic() + 120
+    while len(set((project / ".runs/digits/example").glob("*.json")) - before) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "example" in _repro(project)
+    assert results.read_bytes() == expected
 
 
 def test_metrics_and_plots_are_there_for_dvc(project):

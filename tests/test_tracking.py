@@ -81,7 +81,7 @@ def test_the_store_holds_what_the_records_hold(store):
         assert run.info.status == "FINISHED"
         assert run.data.metrics["test_accuracy"] == record["metrics"]["test_accuracy"]
         assert run.data.metrics["cost.macs"] == 640 and run.data.metrics["seconds"] == 1.5
-        assert run.data.params["optimiser.learning_rate"] == "0.1" and run.data.params["variant"] == "dense"
+        assert run.data.params["optimiser.learning_rate"] == "0.1" and run.data.tags["variant"] == "dense"
         assert run.data.tags["settings_hash"] == record["settings_hash"]
         assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         assert run.inputs.dataset_inputs[0].dataset.name == "digits"
@@ -94,6 +94,9 @@ def test_the_store_holds_what_the_records_hold(store):
         and by_seed["2"].data.tags["reason"] == "the training loss is nan"
     )
     assert parents[0].data.metrics == {"runs": 3, "failed": 1, "seconds": 4.5}
+    assert (
+        parents[0].data.tags["machine.device"] == "test" and parents[0].data.tags["versions.torch"] == "0.0"
+    )
 
 
 def test_a_repeated_stage_adds_what_is_missing_and_no_twins(store):

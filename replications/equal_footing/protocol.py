@@ -31,6 +31,8 @@ class Settings(PaperSettings):
     arena: Arena = Arena()
     targets: Targets = (0.75, 0.9, 0.95)
     """Shares of the dense network's parameters that are removed: the operating points."""
+    macs_targets: Targets = (0.5, 0.7)
+    """Shares of the dense network's MACs at which accuracy is read off between those points."""
     retraining: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the epochs after pruning, for the controls that prune a trained network."""
 
