@@ -39,7 +39,7 @@ $(READY): requirements.lock pyproject.toml
 	  { echo "error: Python 3.11, 3.12 or 3.13 is needed, found `$(PYTHON) --version 2>&1`; name one: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
 	@touch $@
 
 checkout:

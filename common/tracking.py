@@ -143,9 +143,10 @@ def _experiment(client: MlflowClient, paper: str) -> str:
     if found is not None:
         return found.experiment_id
     local = store_uri().startswith("sqlite:")
-    return client.create_experiment(
-        name, artifact_location=Path("mlartifacts").resolve().as_uri() if local else None
-    )
+    artifacts = Path("mlartifacts").resolve().as_uri() if local else None
+    # the UI then opens on the runs, not on its pages for language models
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
 
 def _run_key(record: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
