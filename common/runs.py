@@ -330,7 +330,7 @@ def perform(run: Run, store: Store, execution: ExecutionSettings, keep_state: bo
     if lost:
         reason = f"it starts from {lost[0][0]}, which failed: {lost[0][1]['reason']}"
     else:
-        compute = Compute.choose(execution.device, execution.precision)
+        compute = Compute.choose(execution.device, execution.precision, execution.compilation)
         context = Context(run, compute, needs, checkpoints)
         try:
             outcome = importlib.import_module(f"replications.{run.paper}.protocol").execute(run, context)

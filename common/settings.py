@@ -97,10 +97,12 @@ class DatasetSettings(Strict):
 
 
 class ExecutionSettings(Strict):
-    """How runs are executed. Only `device` and `precision` can change numbers."""
+    """How runs are executed. All but `workers` can change the last digits of a result."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compilation: Literal["auto", "on", "off"] = "auto"
+    """Whether networks are compiled; `auto` is on a GPU alone, where small networks wait for launches otherwise."""
     workers: Literal["auto"] | Count = "auto"
     """Processes that train at once; `auto` is one per CPU core, or one per GPU."""
 

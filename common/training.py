@@ -83,17 +83,19 @@ class Compute:
     """Where and in which number format training runs.
 
     autocast: lower precision of convolutions and matrix products; batch norm and the loss stay in float32.
+    compiled: forward and backward passes go through torch.compile, anew whenever a network changes its shape.
     """
 
     device: torch.device
     autocast: torch.dtype | None = None
     channels_last: bool = False
+    compiled: bool = False
 
     @classmethod
-    def choose(cls, device: str = "auto", precision: str = "auto") -> Compute:
+    def choose(cls, device: str = "auto", precision: str = "auto", compilation: str = "auto") -> Compute:
         """The fastest sound choice for this machine.
 
-        `auto` precision is bfloat16 on a GPU that has it, else float32. Raises SettingsError when the device or the
+        `auto` precision is bfloat16 on a GPU that has it, else float32; `auto` compilation is on a GPU alone. Raises SettingsError when the device or the
         number format is not there.
         """
         cuda = torch.cuda.is_available()
@@ -108,7 +110,8 @@ class Compute:
                 "execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'"
             )
         half = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
-        return cls(chosen, torch.bfloat16 if half else None, channels_last=True)
+        compiled = compilation == "on" or (compilation == "auto" and on_gpu)
+        return cls(chosen, torch.bfloat16 if half else None, channels_last=True, compiled=compiled)
 
     def place(self, model: nn.Module) -> nn.Module:
         """`model` on the device, in the memory format of this choice."""
@@ -158,6 +161,7 @@ class Trainer:
         self.epochs_done = 0
         self.iteration = 0
         self._checkpoints = checkpoints
+        self._compiled: tuple[nn.Module, nn.Module] | None = None
         self._fits = 0
         self._draws = any(isinstance(module, _DropoutNd) and module.p for module in model.modules())
 
@@ -245,9 +249,17 @@ class Trainer:
         effective: dict[str, Tensor] = {}
         for hook in self.hooks:
             effective |= hook.weights(self) or {}
-        return (
-            torch.func.functional_call(self.model, effective, (images,)) if effective else self.model(images)
-        )
+        if effective:
+            return torch.func.functional_call(self.model, effective, (images,))
+        return self._network()(images)
+
+    def _network(self) -> nn.Module:
+        """The model, compiled where that was chosen; a hook may have put another model in its place."""
+        if not self.compute.compiled:
+            return self.model
+        if self._compiled is None or self._compiled[0] is not self.model:
+            self._compiled = self.model, torch.compile(self.model)
+        return self._compiled[1]
 
     @torch.no_grad()
     def evaluate(self, batches: BatchSource | None = None) -> dict[str, float]:

@@ -47,7 +47,11 @@ def add_example(project: Path) -> None:
 def params(project: Path, profile: str = "digits", **papers: dict) -> Path:
     """Write a params.yaml with one small profile."""
     data = {"source": "digits", "train": 200, "validation": 100}
-    block = {"dataset": data, "execution": {"device": "cpu", "precision": "float32", "workers": 2}, **papers}
+    block = {
+        "dataset": data,
+        "execution": {"device": "cpu", "precision": "float32", "compilation": "auto", "workers": 2},
+        **papers,
+    }
     file = project / "params.yaml"
     file.write_text(yaml.safe_dump({"profile": profile, "profiles": {profile: block}}))
     return file

@@ -5,8 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from common.datasets import Batches, FixedBatches, load
+from common.models import build
+from common.pruning import channels
 from common.settings import DatasetSettings, SettingsError
 from common.training import Compute, Diverged, Hooks, Trainer
 
@@ -211,3 +214,22 @@ def test_bfloat16_computes_in_lower_precision_and_still_learns():
         scores[precision] = trainer.evaluate()
     assert scores["bfloat16"]["loss"] != scores["float32"]["loss"]
     assert abs(scores["bfloat16"]["accuracy"] - scores["float32"]["accuracy"]) < 0.05
+
+
+def test_a_compiled_network_trains_alike_also_after_it_has_shrunk():
+    data = load(DatasetSettings(train=120))
+    scores = []
+    for compilation in ("off", "on"):
+        compute = Compute.choose("cpu", "float32", compilation)
+        assert compute.compiled == (compilation == "on")
+        model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
+        batches = Batches(data, "train", 40, shuffle=True)
+        trainer = Trainer(model, batches, validation=Batches(data, "validation", 200), compute=compute)
+        trainer.fit([0.05] * 6)
+        keep = {group.name: torch.arange(3) for group in model.channel_groups()}
+        channels.remove(model, keep, trainer.optimizer)
+        trainer.fit([0.05] * 6)
+        scores.append([row["train_loss"] for row in trainer.history])
+        assert isinstance(trainer._network(), OptimizedModule) == (compilation == "on")
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
+    assert Compute.choose("cpu").compiled is False

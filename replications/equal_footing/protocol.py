@@ -64,7 +64,8 @@ def runs(profile: Profile) -> list[Run]:
             own = {**data, "retraining": settings.retraining} if method in CONTROLS else data
             points = tuple(Run(NAME, method, *base, target, seed, own) for target in settings.targets)
             at_macs = (
-                Run(NAME, method + AT_MACS, *base, t, seed, data, (dense, *points)) for t in settings.macs_targets
+                Run(NAME, method + AT_MACS, *base, t, seed, data, (dense, *points))
+                for t in settings.macs_targets
             )
             listed += [*points, *at_macs]
     return listed
