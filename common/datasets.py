@@ -1,22 +1,28 @@
-"""Data sets as uint8 tensors on the training device, with batched augmentation and normalisation there.
+"""Data sets as uint8 images, with batched augmentation and normalisation on the training device.
 
 A `Dataset` holds three splits; `Batches` turns one split into the mini-batches of an epoch. An epoch's batches are a
-pure function of (data, seed, epoch number), so a resumed run sees what an unbroken one would have seen.
+pure function of (data, seed, epoch number), so a resumed run sees what an unbroken one would have seen. Images are
+tensors on that device, or `ImageFiles` where memory cannot hold them.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from common.settings import AugmentationSettings, DatasetSettings, SettingsError, stream
 
@@ -24,24 +30,139 @@ SPLITS = ("train", "validation", "test")
 Arrays = dict[str, np.ndarray]
 DIGITS_SHA256 = "65e5b4619795efb40c1082f4c350c049e4ad552200d369b6ae99e21eef5e72c5"
 DIGITS_TEST = 1000
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# images that one process decodes before it hands them over: bounds the shared memory that large batches take
+DECODED_AT_ONCE = 64
 
 
 class DataError(SettingsError):
     """Data that is missing, damaged or of the wrong shape; the message names it in one line."""
 
 
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Make of what goes wrong with an image file a DataError that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror if error.filename else "damaged, or no image"
+        raise DataError(f"{path}: not a readable image: {reason}") from None
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image: {error}") from None
+
+
+def read_image(path: Path, sha256: bytes | None = None) -> Image.Image:
+    """The image in a file as RGB. sha256: of the file's bytes, compared where given.
+
+    Raises DataError naming a file that is missing, changed, damaged or no image.
+    """
+    with reading(path):
+        content = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).digest() != sha256:
+            raise DataError(f"{path}: damaged or changed since the data was prepared")
+        return Image.open(BytesIO(content)).convert("RGB")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Images that stay on disk; takes the place of a uint8 tensor [N, size, size, 3].
+
+    paths: [N] bytes, relative to root. digests: SHA-256 of each file, uint8 [N, 32]; every reading is checked by it.
+    device: where decoded batches go.
+    """
+
+    root: Path
+    paths: np.ndarray
+    digests: np.ndarray
+    size: int
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As of the tensor."""
+        return len(self.paths), self.size, self.size, 3
+
+    def __getitem__(self, index: Tensor | np.ndarray) -> ImageFiles:
+        chosen = torch.as_tensor(index).cpu().numpy()
+        return replace(self, paths=self.paths[chosen], digests=self.digests[chosen])
+
+    def to(self, device: torch.device | str) -> ImageFiles:
+        """The same images, to be decoded for `device`."""
+        return replace(self, device=torch.device(device))
+
+    def batches(
+        self, order: Tensor, batch_size: int, crops: int | None = None, flip: bool = False
+    ) -> Iterator[Tensor]:
+        """The images numbered `order`, uint8 [B, size, size, 3] on the device, decoded ahead by other processes.
+
+        crops: seed of random resized crops, of which `flip` mirrors half; each depends on the seed and the image alone.
+        Without it, centre crops of images resized to 256/224 of `size`. Raises DataError as `read_image`.
+        """
+        wanted = [batch.split(DECODED_AT_ONCE) for batch in order.cpu().split(batch_size)]
+        loader = DataLoader(
+            _Decoder(self, crops, flip),
+            batch_size=None,
+            sampler=[part.numpy() for parts in wanted for part in parts],
+            num_workers=_decoders(self.device),
+            pin_memory=self.device.type == "cuda",
+            # its own, so that iterating leaves the global one as it is
+            generator=torch.Generator(),
+        )
+        loaded = iter(loader)
+        for parts in wanted:
+            found = [next(loaded) for _ in parts]
+            for part in found:
+                if isinstance(part, DataError):
+                    raise part
+            yield torch.cat([part.to(self.device, non_blocking=True) for part in found])
+
+
+class _Decoder:
+    """What the decoding processes do: numbers of images -> uint8 [B, size, size, 3], or the DataError."""
+
+    def __init__(self, files: ImageFiles, crops: int | None, flip: bool):
+        from torchvision import transforms
+
+        self.files, self.crops = files, crops
+        if crops is None:
+            steps = [transforms.Resize(round(files.size * 256 / 224)), transforms.CenterCrop(files.size)]
+        else:
+            steps = [transforms.RandomResizedCrop(files.size)]
+            steps += [transforms.RandomHorizontalFlip()] if flip else []
+        self.change = transforms.Compose(steps)
+
+    def __getitem__(self, numbers: np.ndarray) -> Tensor | DataError:
+        try:
+            return torch.from_numpy(np.stack([self._image(number) for number in numbers]))
+        except DataError as error:  # raised here, it would arrive with a traceback for a message
+            return error
+
+    def _image(self, number: int) -> np.ndarray:
+        files, digest = self.files, self.files.digests[number].tobytes()
+        if self.crops is not None:
+            torch.default_generator.manual_seed(stream(self.crops, digest.hex()))
+        return np.asarray(self.change(read_image(files.root / os.fsdecode(files.paths[number]), digest)))
+
+
+def _decoders(device: torch.device) -> int:
+    """How many processes decode: a GPU's share of the cores, or one beside a run that trains on a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // torch.cuda.device_count()) if device.type == "cuda" else 1
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images and labels of three splits.
 
-    images: split name -> uint8 tensor [N, H, W, C] (channels last: a batch needs no copy for that memory format).
+    images: split name -> uint8 tensor [N, H, W, C] (channels last: a batch needs no copy for that memory format), or
+    ImageFiles in its place.
     labels: split name -> int64 tensor [N].
     scale: the pixel value that means 1.0 (255, or 16 for the 8x8 digits).
     mean, std: per channel, in units of `scale`; used to normalise.
     """
 
     name: str
-    images: dict[str, Tensor]
+    images: dict[str, Tensor | ImageFiles]
     labels: dict[str, Tensor]
     classes: int
     scale: float = 255.0
@@ -57,11 +178,11 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the pixels and labels of all splits, 64 hexadecimal characters."""
+        """SHA-256 over the pixels (or the digests of the files) and labels of all splits, 64 hexadecimal characters."""
         content = hashlib.sha256()
         for split in SPLITS:
-            for tensor in (self.images[split], self.labels[split]):
-                array = tensor.cpu().numpy()
+            for values in (self.images[split], self.labels[split]):
+                array = values.digests if isinstance(values, ImageFiles) else values.cpu().numpy()
                 content.update(f"{split} {array.dtype} {array.shape}".encode())
                 content.update(array.tobytes())
         return content.hexdigest()
@@ -129,12 +250,14 @@ class Batches:
     ):
         self.images, self.labels = dataset.images[split], dataset.labels[split]
         self.batch_size, self.seed, self.shuffle, self.dtype = batch_size, seed, shuffle, dtype
+        self._augment = augment
         self.augmentation = dataset.augmentation if augment else AugmentationSettings()
         device = self.images.device
         self._shift = torch.tensor(dataset.mean, dtype=dtype, device=device) * dataset.scale
         self._gain = 1 / (torch.tensor(dataset.std, dtype=dtype, device=device) * dataset.scale)
-        padding = self.augmentation.crop_padding
-        self._padded = torch.nn.functional.pad(self.images, (0, 0, padding, padding, padding, padding))
+        if isinstance(self.images, Tensor):
+            padding = self.augmentation.crop_padding
+            self._padded = torch.nn.functional.pad(self.images, (0, 0, padding, padding, padding, padding))
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
@@ -145,28 +268,34 @@ class Batches:
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `number` (from 0)."""
-        images, labels = self._arranged(number)
-        for start in range(0, len(labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            x = (images[part].to(self.dtype) - self._shift) * self._gain
+        order, labels, start = None, self.labels, 0
+        if self.shuffle:
+            order = torch.randperm(len(labels), generator=self._generator("order", number)).to(self.device)
+            labels = labels[order]
+        for pixels in self._pixels(order, number):
+            x = (pixels.to(self.dtype) - self._shift) * self._gain
             x = x.permute(0, 3, 1, 2)
             if self.augmentation.rotation:
                 x = self._rotated(x, number, start)
-            yield x, labels[part]
+            yield x, labels[start : start + len(x)]
+            start += len(x)
 
     def _generator(self, *names: str | int) -> torch.Generator:
         return torch.Generator().manual_seed(stream(self.seed, *names))
 
-    def _arranged(self, number: int) -> tuple[Tensor, Tensor]:
-        """All images of the epoch in their order, cropped and flipped, still uint8."""
+    def _pixels(self, order: Tensor | None, number: int) -> Iterable[Tensor]:
+        """The images of the epoch in batches, cropped and flipped, still uint8. order: None as they are."""
+        if isinstance(self.images, Tensor):
+            return self._arranged(order, number).split(self.batch_size)
+        crops = stream(self.seed, "crops", number) if self._augment else None
+        order = torch.arange(len(self.labels)) if order is None else order
+        return self.images.batches(order, self.batch_size, crops, self.augmentation.flip)
+
+    def _arranged(self, order: Tensor | None, number: int) -> Tensor:
         count, height, width, _ = self.images.shape
-        images, labels = self._padded, self.labels
-        order = None
-        if self.shuffle:
-            order = torch.randperm(count, generator=self._generator("order", number)).to(self.device)
-            labels = labels[order]
+        images = self._padded
         if not (self.augmentation.crop_padding or self.augmentation.flip):
-            return (images if order is None else images[order]), labels
+            return images if order is None else images[order]
         order = torch.arange(count, device=self.device) if order is None else order
         generator = self._generator("augment", number)
         span = 2 * self.augmentation.crop_padding + 1
@@ -176,7 +305,7 @@ class Batches:
         if self.augmentation.flip:
             mirrored = (torch.rand(count, generator=generator) < 0.5).to(self.device)
             columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-        return images[order[:, None, None], rows[:, :, None], columns[:, None, :]], labels
+        return images[order[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def _rotated(self, x: Tensor, number: int, start: int) -> Tensor:
         angles = torch.rand(len(x), generator=self._generator("rotate", number, start)).to(x.device, x.dtype)
@@ -287,8 +416,9 @@ def checked(arrays: Arrays, origin: str) -> Arrays:
     for key in ("x_train", "y_train", "x_test", "y_test"):
         if key not in arrays:
             raise DataError(f"{origin}: {key} is missing; x_train, y_train, x_test and y_test are needed")
-    numbers = [str(number) for number in range(int(arrays["y_train"].max(initial=-1)) + 1)]
-    classes = np.asarray(arrays.get("classes", numbers), dtype=str)
+    labels = arrays["y_train"]
+    count = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 1
+    classes = np.asarray(arrays.get("classes", range(count)), dtype=str)
     found = {"classes": classes} | {key: arrays[key] for key in ("scale",) if key in arrays}
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -341,7 +471,6 @@ def _prepared(settings: DatasetSettings) -> Arrays:
 
 
 def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
-    images = np.concatenate([arrays["x_train"], arrays["x_test"]])
     labels = np.concatenate([arrays["y_train"], arrays["y_test"]])
     count = len(arrays["y_train"])
     train = settings.train or count - settings.validation
@@ -353,5 +482,31 @@ def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
         arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source)
     )
     parts = dict(zip(SPLITS, [*kept, np.arange(count, len(labels))]))
-    classes, scale = len(arrays["classes"]), float(arrays.get("scale", 255.0))
+    classes = len(arrays["classes"])
+    if settings.streamed:
+        return _streamed(settings, arrays, parts, labels, classes)
+    images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+    scale = float(arrays.get("scale", 255.0))
     return make_dataset(settings.source, parts, images, labels, classes, scale, settings.augmentation)
+
+
+def _streamed(
+    settings: DatasetSettings, index: Arrays, parts: dict[str, np.ndarray], labels: np.ndarray, classes: int
+) -> Dataset:
+    """The images of a prepared index; normalised as is usual for ImageNet."""
+    root = Path(settings.path)
+    if not root.is_dir():
+        raise DataError(f"{root}: the folder of the streamed images is not there")
+    columns = (
+        np.concatenate([index[f"{name}_train"], index[f"{name}_test"]]) for name in ("paths", "sha256")
+    )
+    files = ImageFiles(root, *columns, settings.size)
+    return Dataset(
+        name=settings.source,
+        images={split: files[chosen] for split, chosen in parts.items()},
+        labels={split: torch.from_numpy(labels[chosen]) for split, chosen in parts.items()},
+        classes=classes,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        augmentation=settings.augmentation,
+    )

@@ -1,40 +1,97 @@
 """`python -m common.prepare`: bring every data set of a profile into one checked array file each, once.
 
 The stage `data` of the pipeline. torchvision downloads and verifies its own data sets (into `data/downloads`, which
-survives a broken attempt); image folders are converted. A local `.npz` already is such a file and is read as it is.
+survives a broken attempt); image folders are converted, or indexed where they are to be streamed. A local `.npz`
+already is such a file and is read as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
-from common.datasets import SPLITS, Arrays, DataError, checked, content_digest, load, stratified
+from common.datasets import (
+    SPLITS,
+    Arrays,
+    DataError,
+    checked,
+    content_digest,
+    load,
+    read_image,
+    reading,
+    stratified,
+)
 from common.settings import PARAMS_FILE, DatasetSettings, SettingsError, profile_datasets, stream
 
 DOWNLOADS = Path("data/downloads")
+CALTECH101_IMAGES = 8677
 
 
 def prepare(settings: DatasetSettings) -> Arrays:
-    """The checked arrays of a data set that is not one array file yet, see `common.datasets.checked`. Raises DataError."""
-    return checked(_SOURCES[settings.source](settings), settings.origin)
+    """The arrays of a data set that is not one array file yet, in their canonical order. Raises DataError.
+
+    See `common.datasets.checked`; for streamed images paths and SHA-256 of the files stand in place of pixels.
+    """
+    arrays = canonical(_SOURCES[settings.source](settings))
+    if "y_all" in arrays:
+        arrays = _without_test(arrays, settings)
+    return arrays if settings.streamed else checked(arrays, settings.origin)
+
+
+def canonical(arrays: Arrays) -> Arrays:
+    """The same images, those of each split (train, test, or all) by label and then by SHA-256 of their bytes.
+
+    So a prepared file and its digest depend on the images alone, not on the order in which a source has them.
+    """
+    found = dict(arrays)
+    for labels in [key for key in arrays if key.startswith("y_")]:
+        split = labels.removeprefix("y")
+        if (digests := arrays.get(f"sha256{split}")) is not None:
+            digests = [digest.tobytes() for digest in digests]
+        else:
+            digests = [hashlib.sha256(image.tobytes()).digest() for image in arrays[f"x{split}"]]
+        keys = list(zip(arrays[labels].tolist(), digests, strict=True))
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+        found |= {key: value[order] for key, value in arrays.items() if key.endswith(split)}
+    return found
 
 
 def _downloaded(make: Callable, origin: str):
     """A torchvision data set, downloaded and verified by torchvision; its errors become a DataError."""
     try:
         return make()
+    except DataError:
+        raise
     except Exception as error:  # torchvision raises whatever the network or the archive raised
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{origin}: the download or its check failed ({type(error).__name__}: {reason}); what is complete is kept in "
             f"{DOWNLOADS}, the same command tries again. Without a network, give a local `.npz` or folder instead."
         ) from None
+
+
+def _mnist(settings: DatasetSettings) -> Arrays:
+    from torchvision import datasets as tv
+
+    arrays = {}
+    for split in ("train", "test"):
+        data = _downloaded(
+            lambda s=split: tv.MNIST(settings.path or DOWNLOADS, train=s == "train", download=True), "mnist"
+        )
+        arrays |= {f"x_{split}": data.data.numpy(), f"y_{split}": data.targets.numpy()}
+    return arrays
 
 
 def _cifar(settings: DatasetSettings) -> Arrays:
@@ -66,47 +123,87 @@ def _caltech101(settings: DatasetSettings) -> Arrays:
 
     root = settings.path or DOWNLOADS
     data = _downloaded(lambda: tv.Caltech101(root, target_type="category", download=True), "caltech101")
-    images = np.stack([_squared(image, settings.size) for image, _ in data])
-    return _without_test(images, np.array(data.y), settings) | {"classes": np.array(data.categories)}
+    # torchvision takes a folder for complete that a broken extraction has left
+    if len(data) != CALTECH101_IMAGES:
+        raise DataError(
+            f"{data.root}: {len(data)} images in place of {CALTECH101_IMAGES}, as after a broken extraction; "
+            "delete the folder and prepare again"
+        )
+    images = _downloaded(lambda: _stacked((image for image, _ in data), settings), "caltech101")
+    return {"x_all": images, "y_all": np.array(data.y), "classes": np.array(data.categories)}
 
 
 def _folder(settings: DatasetSettings) -> Arrays:
-    """`path`/<class>/<image> or `path`/train/<class>/<image> with `path`/test/<class>/<image>."""
+    """`path`/<class>/<image>, or `path`/train/<class>/<image> with the test images likewise in `path`/test or `path`/val."""
+    root = Path(settings.path)
+    if (root / "train").is_dir():
+        folders = {"train": root / "train", "test": _test_folder(root)}
+        found = {split: _listed(folder) for split, folder in folders.items()}
+        classes, others = found["train"][2], found["test"][2]
+        if classes != others:
+            odd = sorted(set(classes) ^ set(others))
+            raise DataError(
+                f"{root}: train and {folders['test'].name} have different classes; "
+                f"only in one of them: {', '.join(odd[:5])}"
+            )
+    else:
+        found = {"all": _listed(root)}
+        classes = found["all"][2]
+    arrays = {"classes": np.array(classes)}
+    for split, (paths, labels, _) in found.items():
+        arrays[f"y_{split}"] = np.array(labels)
+        if settings.streamed:
+            arrays[f"paths_{split}"] = np.array([os.fsencode(os.path.relpath(path, root)) for path in paths])
+            arrays[f"sha256_{split}"] = _digests(paths)
+        else:
+            arrays[f"x_{split}"] = _stacked((read_image(Path(path)) for path in paths), settings)
+    return arrays
+
+
+def _test_folder(root: Path) -> Path:
+    """`test`, or `val` where the test images have no labels, as in ImageNet."""
+    names = (name for name in ("test", "val") if any(path.is_dir() for path in (root / name).glob("*")))
+    return root / next(names, "test")
+
+
+def _listed(folder: Path) -> tuple[list[str], list[int], list[str]]:
+    """Paths and labels of the images in class folders, and the names of the classes."""
     from torchvision.datasets import ImageFolder
 
-    root = Path(settings.path)
-
-    def read(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        try:
-            found = ImageFolder(str(folder))
-            images = np.stack([_squared(_opened(found, path), settings.size) for path, _ in found.samples])
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{folder}: not a folder of class folders with images: {error}") from None
-        return images, np.array(found.targets), found.classes
-
-    if not (root / "train").is_dir():
-        images, labels, classes = read(root)
-        return _without_test(images, labels, settings) | {"classes": np.array(classes)}
-    (x, y, classes), (x_test, y_test, test_classes) = read(root / "train"), read(root / "test")
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise DataError(
-            f"{root}: train and test have different classes; only in one of them: {', '.join(odd[:5])}"
-        )
-    return {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test, "classes": np.array(classes)}
-
-
-def _opened(found, path: str):
     try:
-        return found.loader(path)
-    except OSError as error:
-        raise DataError(f"{path}: not a readable image: {error}") from None
+        found = ImageFolder(str(folder))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: not a folder of class folders with images: {error}") from None
+    return [path for path, _ in found.samples], found.targets, found.classes
 
 
-def _squared(image, size: int | None) -> np.ndarray:
+def _digests(paths: Sequence[str]) -> np.ndarray:
+    """SHA-256 of files, uint8 [N, 32]. Raises DataError naming one that is no image."""
+
+    def digest(path: str) -> bytes:
+        # opening reads the header alone
+        with reading(path), Image.open(path):
+            return hashlib.sha256(Path(path).read_bytes()).digest()
+
+    with ThreadPool() as pool:
+        found = pool.imap(digest, paths, chunksize=64)
+        read = list(tqdm(found, total=len(paths), desc="reading image files", unit="file", disable=None))
+    return np.frombuffer(b"".join(read), np.uint8).reshape(-1, 32)
+
+
+def _stacked(images: Iterator[Image.Image], settings: DatasetSettings) -> np.ndarray:
+    """uint8 [N, height, width, 3]. Raises DataError when sizes differ."""
+    squares = [_squared(image, settings.size) for image in images]
+    sizes = sorted({len(square) for square in squares})
+    if len(sizes) > 1:
+        raise DataError(
+            f"{settings.origin}: images of different sizes ({sizes[0]} to {sizes[-1]} pixels): give dataset.size"
+        )
+    return np.stack(squares)
+
+
+def _squared(image: Image.Image, size: int | None) -> np.ndarray:
     """An RGB image with its centre square resized to `size` x `size` by averaging."""
-    from PIL import Image
-
     image = image.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -114,31 +211,31 @@ def _squared(image, size: int | None) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side)))
 
 
-def _without_test(images: np.ndarray, labels: np.ndarray, settings: DatasetSettings) -> Arrays:
+def _without_test(arrays: Arrays, settings: DatasetSettings) -> Arrays:
     """Hold out `settings.test` images, or all but `train_per_class` of each class, as the test split."""
-    seed = stream(settings.split_seed, "test", settings.source)
+    labels, seed = arrays["y_all"], stream(settings.split_seed, "test", settings.source)
+    everything = np.arange(len(labels))
     if settings.train_per_class:
         rng = np.random.default_rng(seed)
         chosen = [
             rng.permutation(np.flatnonzero(labels == c))[: settings.train_per_class]
             for c in np.unique(labels)
         ]
-        train = np.sort(np.concatenate(chosen))
-        test = np.setdiff1d(np.arange(len(labels)), train)
+        test = np.setdiff1d(everything, np.concatenate(chosen))
     elif settings.test:
         (test,) = stratified(labels, [settings.test], seed)
-        train = np.setdiff1d(np.arange(len(labels)), test)
     else:
         raise DataError(f"{settings.origin} has no test split: give dataset.test or dataset.train_per_class")
-    return {
-        "x_train": images[train],
-        "y_train": labels[train],
-        "x_test": images[test],
-        "y_test": labels[test],
+    parts = {"train": np.setdiff1d(everything, test), "test": test}
+    names = [key.removesuffix("_all") for key in arrays if key.endswith("_all")]
+    split = {
+        f"{name}_{part}": arrays[f"{name}_all"][index] for part, index in parts.items() for name in names
     }
+    return split | {"classes": arrays["classes"]}
 
 
 _SOURCES: dict[str, Callable[[DatasetSettings], Arrays]] = {
+    "mnist": _mnist,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "svhn": _svhn,
@@ -147,43 +244,58 @@ _SOURCES: dict[str, Callable[[DatasetSettings], Arrays]] = {
 }
 
 
-def write(path: Path, arrays: Arrays) -> None:
-    """Write a prepared file with the digest of its arrays, whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is at `path` in the end, whole or not at all. Raises DataError."""
     temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays, sha256=np.array(content_digest(arrays)))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write(path: Path, arrays: Arrays) -> None:
+    """Write a prepared file with the digest of its arrays, whole or not at all. Raises DataError."""
+    with _whole(path) as file:
+        np.savez(file, **arrays, sha256=np.array(content_digest(arrays)))
+
+
+def _described(settings: DatasetSettings) -> dict[str, object]:
+    """What the manifest says of a data set, which is prepared if it is not yet. Raises DataError."""
+    if not os.path.exists(settings.prepared):
+        write(settings.prepared, prepare(settings))
+    data = load(settings)
+    counts = {split: len(data.labels[split]) for split in SPLITS}
+    return {"classes": data.classes, "digest": data.digest, "images": counts}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status. What cannot be prepared is named after all else is done."""
     parser = argparse.ArgumentParser(prog="python -m common.prepare", description=__doc__)
     parser.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     parser.add_argument("--profile", help="profile to use in place of the one that the file selects")
     options = parser.parse_args(arguments)
-    manifest = {}
+    manifest, errors = {}, []
     try:
         for settings in profile_datasets(options.params, options.profile):
             if settings.source in _SOURCES:
-                if not settings.prepared.exists():
-                    write(settings.prepared, prepare(settings))
-                data = load(settings)
-                counts = {split: len(data.labels[split]) for split in SPLITS}
-                manifest[settings.origin] = {"classes": data.classes, "digest": data.digest, "images": counts}
-        folder = Path("data/prepared")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+                try:
+                    manifest[settings.origin] = _described(settings)
+                except DataError as error:
+                    errors.append(error)
+        with _whole(Path("data/prepared/manifest.json")) as file:
+            file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     except SettingsError as error:
+        errors.append(error)
+    for error in errors:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+    return 2 if errors else 0
 
 
 if __name__ == "__main__":

@@ -61,12 +61,17 @@ class AugmentationSettings(Strict):
 class DatasetSettings(Strict):
     """Where the images come from and how they are split."""
 
-    source: Literal["digits", "cifar10", "cifar100", "svhn", "caltech101", "npz", "folder"] = "digits"
-    """`digits` is embedded; the next four are downloaded by torchvision; `npz` and `folder` are local data at `path`."""
+    source: Literal["digits", "mnist", "cifar10", "cifar100", "svhn", "caltech101", "npz", "folder"] = (
+        "digits"
+    )
+    """`digits` is embedded; the next five are downloaded by torchvision; `npz` and `folder` are local data at `path`."""
     path: str | None = None
     """File (`npz`) or folder (`folder`; for a torchvision source, where its files are or go)."""
     size: Annotated[int, Field(ge=4, le=512)] | None = None
     """Height and width in pixels to which images of a folder or of Caltech-101 are averaged down."""
+    streamed: Annotated[bool, Field(exclude_if=lambda streamed: not streamed)] = False
+    """Of a folder that memory cannot hold: images stay on disk. Training sees random crops of them resized to `size`,
+    mirrored with `augmentation.flip`; all else sees centre crops."""
     train: Count | None = None
     """Number of training images, stratified by class; all that validation leaves when absent."""
     validation: Count = 197
@@ -84,6 +89,20 @@ class DatasetSettings(Strict):
             raise ValueError(f"source {self.source!r} needs a path")
         return self
 
+    @model_validator(mode="after")
+    def _streamed_is_possible(self) -> DatasetSettings:
+        if self.streamed and (self.source != "folder" or self.size is None):
+            raise ValueError("streamed needs source 'folder' and a size")
+        if self.streamed and self.augmentation.crop_padding:
+            raise ValueError("streamed images are cropped anyway: augmentation.crop_padding must be 0")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What records call this data: its source, or the name of a local file or folder."""
+        local = self.source in ("npz", "folder")
+        return Path(self.path).name.removesuffix(".npz") if local else self.source
+
     @property
     def origin(self) -> str:
         """What messages call this data."""
@@ -92,7 +111,8 @@ class DatasetSettings(Strict):
     @property
     def prepared(self) -> Path:
         """The array file that `python -m common.prepare` makes of it; training reads only this."""
-        what = self.model_dump(include={"source", "path", "size", "test", "train_per_class", "split_seed"})
+        names = {"source", "path", "size", "streamed", "test", "train_per_class", "split_seed"}
+        what = self.model_dump(include=names)
         return Path("data/prepared") / f"{self.source}-{digest(what)[:12]}.npz"
 
 

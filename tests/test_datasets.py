@@ -1,13 +1,11 @@
 """Data sets: splits, digests, augmentation, and data that is damaged or wrong."""
 
 import hashlib
-import pickle
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
 
 from common import datasets
 from common.datasets import Batches, DataError, load, stratified
@@ -135,6 +133,7 @@ def npz(tmp_path, monkeypatch):
             "no training image of class b",
         ),
         ({"y_test": None}, "y_test is missing"),
+        ({"y_train": np.array(list("abcd") * 10)}, "y_train is <U1"),
     ],
 )
 def test_wrong_npz_is_named(npz, changes, message):
@@ -143,7 +142,7 @@ def test_wrong_npz_is_named(npz, changes, message):
 
 
 def test_local_npz_is_loaded(npz):
-    settings = npz()
+    settings = npz(y_train=(np.arange(40) % 4).astype(np.uint8))
     data = load(settings)
     assert data.classes == 4 and data.image_shape == (3, 8, 8)
     assert [len(data.labels[s]) for s in datasets.SPLITS] == [32, 8, 10]
@@ -171,56 +170,136 @@ def test_a_missing_or_damaged_prepared_file_is_named(tmp_path, monkeypatch):
         load(settings)
 
 
-def _write_images(root, classes, per_class, size=(20, 12)):
-    for number, name in enumerate(classes):
+def _photographs(root, per_class=6, classes=("cat", "dog", "eel")):
+    """JPEG files of different sizes and contents, in class folders."""
+    rng = np.random.default_rng(len(classes) + per_class)
+    for name in classes:
         (root / name).mkdir(parents=True)
         for i in range(per_class):
-            Image.new("RGB", size, (number * 50, i, 0)).save(root / name / f"{i}.png")
+            pixels = rng.integers(0, 256, (5 + i, 4 + i, 3), np.uint8)
+            Image.fromarray(pixels).resize((48 + 5 * i, 40 + 3 * i)).save(root / name / f"{i}.jpeg")
 
 
-def test_image_folders_are_prepared(tmp_path, monkeypatch):
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """Settings for folders of 18 training and 9 test images that stay on disk."""
     monkeypatch.chdir(tmp_path)
-    _write_images(tmp_path / "one", ["cat", "dog", "eel"], 10)
-    arrays = prepare(DatasetSettings(source="folder", path="one", size=6, test=9))
-    assert arrays["x_train"].shape == (21, 6, 6, 3) and arrays["classes"].tolist() == ["cat", "dog", "eel"]
-    assert np.bincount(arrays["y_test"]).tolist() == [3, 3, 3]
-    assert set(arrays["x_train"][arrays["y_train"] == 2][..., 0].ravel()) == {100}
-    per_class = prepare(DatasetSettings(source="folder", path="one", size=6, train_per_class=4))
-    assert np.bincount(per_class["y_train"]).tolist() == [4, 4, 4] and len(per_class["y_test"]) == 18
-    with pytest.raises(DataError, match="one has no test split"):
-        prepare(DatasetSettings(source="folder", path="one", size=6))
-    _write_images(tmp_path / "two" / "train", ["cat", "dog"], 3)
-    _write_images(tmp_path / "two" / "test", ["cat", "cow"], 2)
-    with pytest.raises(DataError, match="different classes; only in one of them: cow, dog"):
-        prepare(DatasetSettings(source="folder", path="two", size=6))
-    (tmp_path / "one" / "cat" / "0.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="0.png: not a readable image"):
-        prepare(DatasetSettings(source="folder", path="one", size=6, test=9))
-    with pytest.raises(DataError, match="not a folder of class folders"):
-        prepare(DatasetSettings(source="folder", path="absent", size=6, test=9))
+    datasets.fingerprint.cache_clear()
+    monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 2)
+    _photographs(tmp_path / "photos" / "train")
+    _photographs(tmp_path / "photos" / "val", per_class=3)
+    settings = DatasetSettings(
+        source="folder", path="photos", size=32, streamed=True, validation=3, augmentation={"flip": True}
+    )
+    write(settings.prepared, prepare(settings))
+    return settings
 
 
-def test_torchvision_files_are_read_and_verified(tmp_path, monkeypatch):
-    """CIFAR-10 in its own file format, small; torchvision's checksums are those of the small files."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "root" / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    sums = {}
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        content = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [i % 10 for i in range(20)]}
-        (folder / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    sums["batches.meta"] = hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
-    monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in sums if n.startswith("data")])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
-    monkeypatch.setattr(CIFAR10, "meta", meta)
-    settings = DatasetSettings(source="cifar10", path="root", validation=20)
-    arrays = prepare(settings)
-    assert arrays["x_train"].shape == (100, 32, 32, 3) and arrays["classes"].tolist() == list("abcdefghij")
-    (folder / "data_batch_3").write_bytes(b"damaged")
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    with pytest.raises(DataError, match="cifar10: the download or its check failed.*tries again"):
-        prepare(settings)
+def test_streamed_images_stand_for_images_in_memory(streamed):
+    data = load(streamed).to("cpu")
+    assert data.image_shape == (3, 32, 32) and data.classes == 3
+    assert {k: len(v) for k, v in data.labels.items()} == {"train": 15, "validation": 3, "test": 9}
+    assert data.digest == load(streamed).digest and len(datasets.fingerprint(streamed)) == 64
+    small = data.with_train_size(6, seed=1)
+    assert torch.bincount(small.labels["train"]).tolist() == [2, 2, 2] and small.digest != data.digest
+    batches = Batches(data, "test", 5)
+    (x, y), (rest, _) = batches.epoch(0)
+    assert len(batches) == 2 and len(rest) == 4 and y.tolist() == [0, 0, 0, 1, 1]
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    files = data.images["test"]
+    for i in range(5):
+        image = Image.open(files.root / files.paths[i].decode())
+        assert image.filename.split("/")[-2] == ("cat", "dog")[y[i]]
+        side = round(32 * 256 / 224)
+        short = side / min(image.size)
+        resized = image.resize([max(side, int(n * short)) for n in image.size], Image.Resampling.BILINEAR)
+        left, top = ((n - 32) / 2 for n in resized.size)
+        expected = resized.crop((round(left), round(top), round(left) + 32, round(top) + 32))
+        shown = x[i].permute(1, 2, 0) * torch.tensor(data.std) + torch.tensor(data.mean)
+        torch.testing.assert_close(shown * 255, torch.from_numpy(np.array(expected)).float())
+
+
+def test_a_crop_depends_on_seed_epoch_and_image_alone(streamed):
+    data = load(streamed)
+
+    def seen(data, seed=0, epoch=3, batch_size=4):
+        batches = Batches(data, "train", batch_size, seed=seed, shuffle=True, augment=True)
+        return list(batches.epoch(epoch))
+
+    state = torch.get_rng_state()
+    first, again = seen(data), seen(data)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for one, other in zip(first, again) for a, b in zip(one, other))
+    crops = {image.numpy().tobytes() for x, _ in first for image in x}
+    assert len(crops) == 15
+    assert crops == {image.numpy().tobytes() for x, _ in seen(data, batch_size=15) for image in x}
+    some = {image.numpy().tobytes() for x, _ in seen(data.with_train_size(6, seed=1)) for image in x}
+    assert some < crops
+    for other in (seen(data, seed=1), seen(data, epoch=4)):
+        assert not crops & {image.numpy().tobytes() for x, _ in other for image in x}
+
+
+def test_crops_are_mirrored_only_where_that_is_asked_for(streamed, tmp_path):
+    pixels = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2) * 4
+    for file in (tmp_path / "photos" / "train").rglob("*.jpeg"):
+        Image.fromarray(pixels).save(file, quality=100, comment=str(file).encode())
+    streamed.prepared.unlink()
+    write(streamed.prepared, prepare(streamed))
+
+    def falling(flip):
+        augmentation = AugmentationSettings(flip=flip)
+        data = datasets.replace(load(streamed), augmentation=augmentation)
+        ((x, _),) = Batches(data, "train", 15, seed=2, augment=True).epoch(0)
+        return (x[..., -1] < x[..., 0]).all((1, 2)).sum().item()
+
+    assert falling(flip=False) == 0 < falling(flip=True) < 15
+
+
+def test_a_file_that_breaks_while_training_is_named(streamed, tmp_path):
+    batches = Batches(load(streamed), "train", 4, shuffle=True, augment=True)
+    victim = tmp_path / "photos" / "train" / "dog" / "4.jpeg"
+    content = victim.read_bytes()
+    for broken in (content[:200], None):
+        victim.write_bytes(broken) if broken else victim.unlink()
+        with pytest.raises(
+            DataError, match="photos/train/dog/4.jpeg: (damaged or changed|.*No such file)"
+        ) as error:
+            list(batches.epoch(0))
+        assert "\n" not in str(error.value)
+    victim.write_bytes(content)
+    assert sum(len(y) for _, y in batches.epoch(0)) == 15
+
+
+def test_an_image_that_cannot_be_decoded_is_named(streamed, tmp_path):
+    victim = tmp_path / "photos" / "train" / "eel" / "5.jpeg"
+    victim.write_bytes(victim.read_bytes()[:-300])
+    streamed.prepared.unlink()
+    write(streamed.prepared, prepare(streamed))
+    with pytest.raises(DataError, match="eel/5.jpeg: not a readable image"):
+        list(Batches(load(streamed), "train", 4).epoch(0))
+
+
+def test_a_missing_folder_of_streamed_images_is_named(streamed, tmp_path):
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="photos: the folder of the streamed images is not there"):
+        load(streamed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": None}, "streamed needs source 'folder' and a size"),
+        ({"source": "npz"}, "streamed needs source 'folder' and a size"),
+        ({"augmentation": {"crop_padding": 4}}, "augmentation.crop_padding must be 0"),
+    ],
+)
+def test_streaming_that_cannot_be_is_refused(changes, message):
+    values = {"source": "folder", "path": "photos", "size": 32, "streamed": True} | changes
+    with pytest.raises(ValueError, match=message):
+        DatasetSettings(**values)
+
+
+def test_settings_that_do_not_stream_are_written_as_before():
+    assert "streamed" not in DatasetSettings(source="folder", path="photos").model_dump(mode="json")
+    local = [DatasetSettings(source=s, path=f"data/photos{e}") for s, e in (("folder", ""), ("npz", ".npz"))]
+    assert [settings.name for settings in (DatasetSettings(), *local)] == ["digits", "photos", "photos"]

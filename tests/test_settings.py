@@ -32,7 +32,7 @@ class Example(PaperSettings):
         ({"targets": [0.5, 0.5]}, ["a.targets", "repeat"]),
         ({"seeds": []}, ["a.seeds = []", "at least 1"]),
         ({"seeds": [-1]}, ["a.seeds[0] = -1", "greater than or equal to 0"]),
-        ({"dataset": {"source": "mnist"}}, ["a.dataset.source = 'mnist'", "'digits'", "'cifar10'"]),
+        ({"dataset": {"source": "stl10"}}, ["a.dataset.source = 'stl10'", "'digits'", "'cifar10'"]),
         ({"dataset": {"sorce": "digits"}}, ["a.dataset.sorce", "did you mean 'source'"]),
         ({"seeds": [0], "targets": [float("nan")]}, ["a.targets[0] = nan"]),
         ([1], ["a = [1]", "must be a table"]),
