@@ -1,8 +1,10 @@
 """Pruning from scratch beyond its golden vectors: gates, structures, planned runs and what a run leaves."""
 
 import copy
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from common.arena import Arena, Contest
 from common.runs import Context, Store, in_order, perform
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
 from common.training import Compute, Trainer
-from replications.pruning_from_scratch import method, protocol
+from replications.pruning_from_scratch import bpcp, method, protocol
 from replications.pruning_from_scratch.structure import (
     Layout,
     Ranking,
@@ -88,17 +90,20 @@ def test_the_penalty_draws_the_mean_to_its_level_from_both_sides():
         assert values.mean().item() == pytest.approx(0.4, abs=0.02)
 
 
+class Memory:
+    """Checkpoints that hold the state after the first epoch."""
+
+    def __init__(self):
+        self.kept = None
+
+    def load(self, fit):
+        return self.kept
+
+    def offer(self, fit, state, finished):
+        self.kept = self.kept or copy.deepcopy(state())
+
+
 def test_interrupted_gate_learning_ends_as_an_unbroken_one():
-    class Memory:
-        def __init__(self):
-            self.kept = None
-
-        def load(self, fit):
-            return self.kept
-
-        def offer(self, fit, state, finished):
-            self.kept = self.kept or copy.deepcopy(state())
-
     unbroken, expected = gate_trainer(digits_layout())
     unbroken.fit([0.01] * 9)
     memory = Memory()
@@ -212,6 +217,176 @@ def test_decay_can_spare_norms_biases_and_depthwise_convolutions():
     assert not {"conv1.weight", "linear.weight", "blocks.0.conv2.weight"} & spared
 
 
+# ---------------------------------------------------------------------------------------------- blocks
+
+
+def residual(name="resnet14", stem=4):
+    """A residual network whose batch norms and their statistics are all different."""
+    model = Layout.of(name, 10, (1, 8, 8), {"stem": stem}).build(seed=2)
+    generator = torch.Generator().manual_seed(5)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        for values in (norm.weight.data, norm.bias.data, norm.running_mean):
+            values.normal_(generator=generator)
+        norm.running_var.uniform_(0.5, 2.0, generator=generator)
+    return model
+
+
+IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def block_trainer(**options):
+    model = residual()
+    gates = bpcp.BlockGates(model, weight=0.5, rate=0.1)
+    batches = datasets.Batches(datasets.load(DATA), "train", 40, seed=0, shuffle=True)
+    return Trainer(model, batches, hooks=gates, **options), gates
+
+
+def test_blocks_are_drawn_in_training_and_decided_in_evaluation():
+    trainer, gates = block_trainer()
+    gates.alpha.data = torch.tensor([9.0, -9.0, 0.0, -0.1, 0.1, 0.0])
+    gates.epoch_started(trainer, 0)
+    norms = [f"{name}.bn2" for name, _ in trainer.model.blocks()]
+
+    def open_gates():
+        scales = gates.weights(trainer)
+        return [(scales[f"{n}.weight"] / trainer.model.get_submodule(n).weight).mean().item() for n in norms]
+
+    draws = []
+    for trainer.iteration in range(3):
+        draws.append(open_gates())
+    assert {gate for draw in draws for gate in draw} == {0.0, 1.0}
+    assert all(draw[:2] == [1.0, 0.0] for draw in draws)
+    assert draws[0] != draws[1] or draws[1] != draws[2]
+    trainer.model.eval()
+    assert open_gates() == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_a_block_search_learns_at_its_own_rate_and_the_penalty_closes_blocks():
+    trainer, gates = block_trainer()
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    gates.weight = 5.0
+    trainer.fit([0.0] * 9)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert not bpcp.kept(gates.alpha).any()
+
+
+def test_an_interrupted_block_search_ends_as_an_unbroken_one():
+    unbroken, expected = block_trainer()
+    unbroken.fit([0.01] * 9)
+    memory = Memory()
+    block_trainer(checkpoints=memory)[0].fit([0.01] * 9)
+    resumed, gates = block_trainer(checkpoints=memory)
+    resumed.fit([0.01] * 9)
+    assert len(resumed.history) == 3 and gates.alpha.abs().min() > 0
+    assert torch.equal(gates.alpha, expected.alpha)
+
+
+@pytest.mark.parametrize("name", ["resnet14", "resnet50"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_removed_block_is_a_closed_gate_and_costs_nothing(name, training):
+    model = residual(name).double().train(training)
+    gates = bpcp.BlockGates(model, 0.0, 0.1)
+    gates.alpha.data[1], gates.alpha.data[3] = -1.0, -2.0
+    closed = {
+        f"{name}.bn{len(block.kernels)}.{entry}": IMAGES.new_zeros(block.scatter.channels)
+        for name, block in (model.blocks()[1], model.blocks()[3])
+        for entry in ("weight", "bias")
+    }
+    expected = torch.func.functional_call(copy.deepcopy(model), closed, (IMAGES,))
+    blocks = dict(model.blocks())
+    kept = sum(p.numel() for n, p in model.named_parameters() if not _inside(n, list(blocks)[1:4:2]))
+    removed = bpcp.drop_blocks(model, gates.alpha, 0, lambda network: 1)
+    assert removed == [list(blocks)[3], list(blocks)[1]]
+    torch.testing.assert_close(model(IMAGES), expected)
+    assert sum(p.numel() for p in model.parameters()) == kept
+
+
+def _inside(parameter, blocks):
+    return any(parameter.startswith(f"{block}.") and ".shortcut." not in parameter for block in blocks)
+
+
+def test_blocks_leave_in_the_order_of_their_probability_while_the_budget_lets_them():
+    layout = Layout.of("resnet14", 10, (1, 8, 8), {"stem": 4})
+    alpha = torch.tensor([-0.1, -3.0, 2.0, -1.0, 0.0, -2.0])
+    order = ["layer1.1", "layer3.1", "layer2.1", "layer1.0"]
+
+    def macs(network):
+        return layout.cost_of(network)["macs"]
+
+    costs = []
+    for count in range(5):
+        model = residual()
+        for name in order[:count]:
+            bpcp._drop_block(model, name)
+        costs.append(macs(model))
+    for count, cost in enumerate(costs):
+        model = residual()
+        assert bpcp.drop_blocks(model, alpha, cost, macs) == order[:count]
+        assert macs(model) == cost
+
+
+# ---------------------------------------------------------------------------------------------- channels
+
+
+@pytest.mark.parametrize("name", ["resnet14", "resnet50"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_narrowed_network_is_one_whose_channels_are_silent(name, training):
+    model = residual(name).double().train(training)
+    removed = model.blocks()[3][0]
+    bpcp._drop_block(model, removed)
+    silent = copy.deepcopy(model)
+    keep = {}
+    for n, group in enumerate(bpcp.channel_groups(model)):
+        channels = silent.get_submodule(group.norm).num_features
+        keep[group.name] = [channel for channel in range(channels) if (channel + n) % 3]
+        gone = [channel for channel in range(channels) if not (channel + n) % 3]
+        for member in (group.norm, *(f for f in group.followers if ".bn" in f or ".shortcut.1" in f)):
+            silent.get_submodule(member).weight.data[gone] = 0
+            silent.get_submodule(member).bias.data[gone] = 0
+    expected = silent(IMAGES)
+    bpcp.narrow(model, keep)
+    torch.testing.assert_close(model(IMAGES), expected)
+    assert model.linear.in_features < silent.linear.in_features
+
+
+def test_layers_of_a_stream_are_joined_and_leave_together():
+    model = residual()
+    found = {group.name: (group.norm, *group.followers) for group in bpcp.channel_groups(model)}
+    assert found["conv1"] == ("bn1", "layer1.0.conv2", "layer1.0.bn2", "layer1.1.conv2", "layer1.1.bn2")
+    assert found["layer2.0.shortcut.0"][0] == "layer2.0.shortcut.1"
+    scores = bpcp.importance(model)
+    assert [len(scores[name]) for name in ("layer1.0.conv1", "conv1", "layer3.0.shortcut.0")] == [1, 3, 3]
+    assert torch.equal(scores["conv1"][1], model.layer1[0].bn2.weight.abs())
+
+
+def test_channels_that_must_stay_are_passed_over():
+    scores = {
+        "a": [torch.tensor([0.1, 0.2, 0.3])],
+        "b": [torch.tensor([0.9, 0.4]), torch.tensor([0.5, 0.45])],
+    }
+    assert bpcp.removal_order(scores, 99, least=1) == [("a", 0), ("a", 1), ("b", 1)]
+    assert bpcp.removal_order(scores, 3) == [("a", 0), ("a", 1), ("a", 2)]
+    assert bpcp.removal_order(scores, 99, least=2) == [("a", 0)]
+
+
+def test_channels_leave_until_the_cost_is_nearest_to_the_budget():
+    layout = Layout.of("resnet8", 10, (1, 8, 8), {"stem": 4})
+    scores = bpcp.importance(residual("resnet8"))
+    order = bpcp.removal_order(scores, 10**6, least=2)
+    costs = []
+    for length in range(len(order) + 1):
+        model, gone = residual("resnet8"), set(order[:length])
+        keep = {n: [c for c in range(len(layers[0])) if (n, c) not in gone] for n, layers in scores.items()}
+        bpcp.narrow(model, keep)
+        costs.append(layout.cost_of(model))
+    for unit, share in itertools.product(("macs", "parameters"), (1.0, 0.7, 0.4, 0.0)):
+        budget = share * layout.cost()[unit]
+        model = residual("resnet8")
+        bpcp.drop_channels(model, budget, lambda network, unit=unit: layout.cost_of(network)[unit], least=2)
+        found = layout.cost_of(model)[unit]
+        assert abs(found - budget) == min(abs(cost[unit] - budget) for cost in costs)
+
+
 # ---------------------------------------------------------------------------------------------- settings
 
 
@@ -226,7 +401,8 @@ def test_decay_can_spare_norms_biases_and_depthwise_convolutions():
         ({"expansion": 0.5}, ["expansion", "0.5"]),
         ({"gates": {"level": 1.5}}, ["level", "1.5"]),
         ({"training": {"epoch": 3}}, ["epoch", "did you mean 'epochs'"]),
-        ({"architectures": [{"name": "resnet8"}, {"name": "resnet8"}]}, ["architectures", "repeat"]),
+        ({"blocks": {"weight": -0.1}}, ["blocks.weight", "-0.1"]),
+        ({"architectures": [{"data": {"source": "cifar"}}]}, ["architectures[0].data.source", "'cifar'"]),
     ],
 )
 def test_impossible_settings_are_named(values, named):
@@ -265,6 +441,54 @@ def test_a_budget_that_no_structure_meets_is_an_error_before_training(variant, t
     )
     assert f"saves {floor:.4f} of the {unit}" in str(error.value)
     protocol.runs(profile(variants={variant: [floor]}, search=options))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named"),
+    [
+        ({"name": "digits_vgg"}, ["variants.bpcp-e", "digits_vgg", "resnet20", "resnet<6n+2>"]),
+        ({"name": "mobilenet_t8"}, ["variants.bpcp-e", "mobilenet_t8", "resnet20"]),
+        ({"name": "resnet8", "options": {"shortcut": "A"}}, ["variants.bpcp-e", "resnet8", "shortcut B"]),
+    ],
+)
+def test_networks_without_removable_blocks_are_named_before_training(architecture, named):
+    with pytest.raises(SettingsError) as error:
+        protocol.runs(profile(variants={"bpcp-e": [0.5]}, architectures=[architecture]))
+    assert all(word in str(error.value) for word in named)
+    protocol.runs(profile(variants={"pfs-e": [0.5]}, architectures=[architecture]))
+
+
+def test_a_budget_beyond_the_narrowest_residual_network_is_an_error_before_training():
+    for target, least in ((0.9999, 1), (0.5, 24)):
+        plan = profile(
+            variants={"bpcp-e": [target]}, architectures=[{"name": "resnet8"}], search={"min_channels": least}
+        )
+        with pytest.raises(SettingsError, match=f"variants.bpcp-e: a reduction of {target}"):
+            protocol.runs(plan)
+
+
+def test_an_architecture_can_have_its_own_data(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 300), ("test", 60)):
+        arrays[f"x_{split}"] = rng.integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+        arrays[f"y_{split}"] = np.arange(count) % 3
+    np.savez(tmp_path / "own.npz", **arrays)
+    own = {"source": "npz", "path": str(tmp_path / "own.npz"), "validation": 60}
+    variants = {"uniform-e": [0.5]}
+    plan = profile(
+        variants=variants, architectures=[{"name": "digits_vgg"}, {"name": "digits_vgg", "data": own}]
+    )
+    runs = protocol.runs(plan)
+    assert [run.dataset for run in runs] == ["digits", "digits", "own", "own"]
+    assert runs[2].settings["data"] == DatasetSettings(**own).model_dump(mode="json")
+    assert perform(runs[3], Store(tmp_path, protocol.PAPER), CPU, False)["record"]["status"] == "ok"
+    same = profile(variants=variants, architectures=[{"name": "digits_vgg", "data": DATA.model_dump()}])
+    assert [run.settings_hash for run in protocol.runs(same)] == [run.settings_hash for run in runs[:2]]
+    for repeated in ({"name": "digits_vgg"}, {"name": "digits_vgg", "data": {"source": "digits"}}):
+        plan = profile(variants=variants, architectures=[{"name": "digits_vgg"}, repeated])
+        with pytest.raises(SettingsError, match="architectures.*repeat.*digits_vgg on digits"):
+            protocol.runs(plan)
 
 
 def test_gates_are_shared_between_budgets_unless_their_level_follows_the_budget():
@@ -329,6 +553,46 @@ def test_what_the_records_tell_about_search_and_structure(records):
     gates = records["gates-on-random-weights", 0.0]
     assert gates["cost"]["macs"] > gates["cost"]["dense_macs"]
     assert gates["metrics"]["mean_gate"] < 1
+
+
+@pytest.fixture(scope="module")
+def pruned_blocks(tmp_path_factory):
+    """The entries of bpcp-e and what it starts from, by variant and target; the penalty closes all blocks."""
+    plan = profile(
+        variants={"bpcp-e": [0.3, 0.8]},
+        architectures=[{"name": "resnet14", "options": {"stem": 4}}],
+        blocks={"weight": 5.0, "recovery_epochs": 1},
+        training={"epochs": 2},
+    )
+    store = Store(tmp_path_factory.mktemp("blocks"), protocol.PAPER)
+    runs = in_order(protocol.runs(plan))
+    done = {(run.variant, run.target): perform(run, store, CPU, keep_state=True) for run in runs}
+    assert {entry["record"]["status"] for entry in done.values()} == {"ok"}
+    return done
+
+
+def test_one_block_search_on_the_trained_network_serves_all_budgets(pruned_blocks):
+    assert list(pruned_blocks) == [("dense", 0.0), ("block-search", 0.0), ("bpcp-e", 0.3), ("bpcp-e", 0.8)]
+    record = pruned_blocks["block-search", 0.0]["record"]
+    assert record["details"]["intermediate"] and max(record["details"]["probabilities"]) < 0.5
+    assert record["cost"]["macs"] == record["cost"]["dense_macs"]
+    assert [row["phase"] for row in pruned_blocks["block-search", 0.0]["curves"]] == ["blocks"] * 2
+
+
+@pytest.mark.parametrize("target", [0.3, 0.8])
+def test_blocks_and_channels_leave_until_the_budget_is_met(pruned_blocks, target):
+    entry = pruned_blocks["bpcp-e", target]
+    record = entry["record"]
+    metrics, details, cost = record["metrics"], record["details"], record["cost"]
+    assert 0 <= metrics["test_accuracy"] <= 1
+    assert metrics["reduction"] == pytest.approx(target, abs=0.03)
+    assert 1 - cost["macs"] / cost["dense_macs"] == pytest.approx(metrics["reduction"])
+    assert details["removed_blocks"] and metrics["kept_blocks"] == 1 - len(details["removed_blocks"]) / 6
+    assert cost["parameters"] < cost["dense_parameters"]
+    assert [row["phase"] for row in entry["curves"]] == ["recovery", "train", "train"]
+    assert [row["epoch"] for row in entry["curves"]] == [0, 1, 2]
+    assert [row["lr"] for row in entry["curves"]] == pytest.approx([0.001, 0.1, 0.001])
+    assert (details["epochs"], details["earlier_epochs"]) == (2, 5)
 
 
 def test_the_larger_recipe_trains(tmp_path):

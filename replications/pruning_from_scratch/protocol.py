@@ -3,7 +3,8 @@
 For each seed one base network (`dense`) and the gates of the widened network on random weights. Where a
 variant asks for it, the widened network is trained too and gates are learned on its trained weights. Every
 other run takes a structure at one budget (target = reduction of MACs or parameters), builds the network
-afresh and trains it: `-e` for as many epochs as the base network, `-b` for as many MACs.
+afresh and trains it: `-e` for as many epochs as the base network, `-b` for as many MACs. `bpcp-e` alone goes
+on from the trained base network and keeps weights (see `bpcp.py`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import nn
 
-from common import datasets
+from common import datasets, models
 from common.arena import Contest
 from common.datasets import Dataset
 from common.models import Network
+from common.models.resnet import ResNet
 from common.pruning import counting
 from common.runs import Context, Outcome, Run
 from common.settings import (
     Count,
+    DatasetSettings,
     PaperSettings,
     Profile,
     Rate,
@@ -33,7 +36,8 @@ from common.settings import (
     Targets,
     stream,
 )
-from common.training import RunFailed, Trainer
+from common.training import Hooks, RunFailed, Trainer
+from replications.pruning_from_scratch import bpcp
 from replications.pruning_from_scratch.method import (
     Gates,
     budget_epochs,
@@ -42,7 +46,6 @@ from replications.pruning_from_scratch.method import (
     learning_rates,
 )
 from replications.pruning_from_scratch.structure import (
-    CONVENTION,
     Layout,
     Ranking,
     Structure,
@@ -61,12 +64,13 @@ PUBLISHED_GATE_IMAGES = 10 * 45_000
 PUBLISHED_BASE_IMAGES = 160 * 50_000
 
 ON_RANDOM, ON_TRAINED = "gates-on-random-weights", "gates-on-trained-weights"
+BPCP, BLOCKS = "bpcp-e", "block-search"
 # marks records of work that other runs share and that are no results by themselves
 INTERMEDIATE = {"intermediate": True}
 
 Variant = Literal[
     "pfs-e", "pfs-b", "trained-gates-e", "trained-gates-b", "random-gates-e", "random-gates-b",
-    "constant-gates-e", "constant-gates-b", "uniform-e", "uniform-b",
+    "constant-gates-e", "constant-gates-b", "uniform-e", "uniform-b", "bpcp-e",
 ]  # fmt: skip
 
 
@@ -108,6 +112,18 @@ class SearchSettings(Strict):
     """Which of equal gates is kept first: the earlier one, or one drawn for each seed."""
 
 
+class BlockSettings(Strict):
+    """The search for blocks that `bpcp-e` removes; weights are trained along with it as `training` says."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.05
+    """Gamma, the weight of the penalty on each open gate."""
+    learning_rate: Rate = 0.1
+    """Of the gates' probabilities; constant."""
+    recovery_epochs: Count = 10
+    """Of training between the removal of blocks and that of channels."""
+    recovery_learning_rate: Rate = 0.001
+
+
 class TrainingSettings(Strict):
     """How base, widened and pruned networks are trained; SGD."""
 
@@ -130,10 +146,12 @@ class TrainingSettings(Strict):
 
 
 class ArchitectureSettings(Strict):
-    """A network by its name in common.models, and options of its class."""
+    """A network by its name in common.models, options of its class, and the images that it is trained on."""
 
     name: str = "digits_vgg"
     options: dict[str, Any] = {}
+    data: DatasetSettings | None = None
+    """In place of the profile's data set."""
 
 
 class Settings(PaperSettings):
@@ -156,14 +174,8 @@ class Settings(PaperSettings):
     """
     gates: GateSettings = GateSettings()
     search: SearchSettings = SearchSettings()
+    blocks: BlockSettings = BlockSettings()
     training: TrainingSettings = TrainingSettings()
-
-    @field_validator("architectures")
-    @classmethod
-    def _named_once(cls, value: tuple[ArchitectureSettings, ...]) -> tuple[ArchitectureSettings, ...]:
-        if len({architecture.name for architecture in value}) < len(value):
-            raise ValueError("must not repeat a name")
-        return value
 
 
 # ---------------------------------------------------------------------------------------------- planning
@@ -172,30 +184,39 @@ class Settings(PaperSettings):
 def runs(profile: Profile) -> list[Run]:
     """Every run of the experiment.
 
-    Raises SettingsError for an architecture that cannot be gated or built, and for a budget that no structure
-    meets.
+    Raises SettingsError for an architecture that cannot be gated or built, that is named twice for the same
+    data, or that a variant cannot prune, and for a budget that no structure meets.
     """
     settings: Settings = profile.paper
-    data = datasets.load(profile.dataset)
-    planned = []
+    planned, cells = [], set()
     for architecture in settings.architectures:
-        _check_budgets(
-            settings, Layout.of(architecture.name, data.classes, data.image_shape, architecture.options)
-        )
+        images = architecture.data or profile.dataset
+        cell = (architecture.name, images.name)
+        if cell in cells:
+            raise SettingsError(
+                f"{PAPER}.architectures: must not repeat a network on the same data: {cell[0]} on {cell[1]}"
+            )
+        cells.add(cell)
+        data = datasets.load(images)
+        base = Layout.of(architecture.name, data.classes, data.image_shape, architecture.options)
+        _check_budgets(settings, base)
         for seed in settings.seeds:
-            planned += _Plan(profile, architecture, seed).runs()
+            planned += _Plan(settings, images, architecture, seed).runs()
     return planned
 
 
 def _check_budgets(settings: Settings, base: Layout) -> None:
     unit, reference = settings.search.budget, base.cost()[settings.search.budget]
+    least = settings.search.min_channels
 
     def floor(layout: Layout, least: int) -> float:
         return largest_reduction(layout.widths, layout.spends(unit), reference, least)
 
-    uniform, searched = floor(base, 1), floor(base.expanded(settings.expansion), settings.search.min_channels)
+    uniform, searched = floor(base, 1), floor(base.expanded(settings.expansion), least)
     for variant, targets in settings.variants.items():
         most = uniform if variant.startswith("uniform") else searched
+        if variant == BPCP:
+            most = 1 - base.cost_of(bpcp.smallest(_residual(base), least))[unit] / reference
         for target in targets:
             if beyond(target, most, settings.search.tolerance):
                 raise SettingsError(
@@ -204,15 +225,29 @@ def _check_budgets(settings: Settings, base: Layout) -> None:
                 )
 
 
+def _residual(base: Layout) -> ResNet:
+    """The base network. Raises SettingsError when it is none of which blocks can be removed."""
+    model = base.build()
+    if not bpcp.applies(model):
+        able = [name for name, known in models.ARCHITECTURES.items() if known.network is ResNet]
+        raise SettingsError(
+            f"{PAPER}.variants.{BPCP}: {base.architecture} has no residual blocks between streams that can be "
+            f"narrowed; possible: {', '.join(able)}, resnet<6n+2>, with shortcut B"
+        )
+    return model
+
+
 class _Plan:
     """The runs of one architecture and seed."""
 
-    def __init__(self, profile: Profile, architecture: ArchitectureSettings, seed: int):
-        self.settings: Settings = profile.paper
-        self.cell = (profile.dataset.source, architecture.name)
+    def __init__(
+        self, settings: Settings, data: DatasetSettings, architecture: ArchitectureSettings, seed: int
+    ):
+        self.settings = settings
+        self.cell = (data.name, architecture.name)
         self.seed = seed
         self.common = {
-            "data": profile.dataset.model_dump(mode="json"),
+            "data": data.model_dump(mode="json"),
             "options": architecture.options,
             "expansion": self.settings.expansion,
             "training": self.settings.training.model_dump(mode="json"),
@@ -225,13 +260,18 @@ class _Plan:
         return [self.run("dense", 0.0), *(self.pruned(variant, target) for variant, target in wanted)]
 
     def pruned(self, variant: str, target: float) -> Run:
+        search = self.settings.search.model_dump(mode="json")
+        if variant == BPCP:
+            blocks = self.settings.blocks.model_dump(mode="json")
+            found = self.run(BLOCKS, 0.0, (self.run("dense", 0.0),), blocks=blocks)
+            return self.run(variant, target, (found,), search=search, blocks=blocks)
         needs: tuple[Run, ...] = ()
         if variant.startswith("pfs"):
             needs = (self.gates(ON_RANDOM, target),)
         elif variant.startswith("trained-gates"):
             # the structure from random weights as well, to compare with
             needs = (self.gates(ON_TRAINED, target), self.gates(ON_RANDOM, target))
-        return self.run(variant, target, needs, search=self.settings.search.model_dump(mode="json"))
+        return self.run(variant, target, needs, search=search)
 
     def gates(self, variant: str, target: float) -> Run:
         gates = self.settings.gates.model_dump(mode="json")
@@ -258,6 +298,10 @@ def execute(run: Run, context: Context) -> Outcome:
         return job.expanded()
     if run.variant in (ON_RANDOM, ON_TRAINED):
         return job.gates()
+    if run.variant == BLOCKS:
+        return job.block_search()
+    if run.variant == BPCP:
+        return job.bpcp()
     return job.pruned()
 
 
@@ -285,38 +329,45 @@ class _Job:
         model = self.wide.build(seed=self.seed("widened network"))
         outcome = self.trained(model, self.training.epochs)
         outcome.details |= INTERMEDIATE
-        outcome.state = dict(model.state_dict())
         return outcome
 
     def trained(self, model: Network, epochs: int) -> Outcome:
         """`model` after `epochs` epochs of the paper's training."""
+        trainer = self.trainer(model)
+        trainer.fit(self.rates(trainer, epochs))
+        return self.measured(trainer, {"widths": model.widths, "epochs": epochs})
+
+    def trainer(self, model: Network, hooks: Hooks | Sequence[Hooks] = ()) -> Trainer:
+        """A Trainer with the paper's optimiser."""
         options = self.training
-        trainer = self.context.trainer(
+        return self.context.trainer(
             model,
             self.data,
             options.batch_size,
+            hooks,
             momentum=options.momentum,
             nesterov=options.nesterov,
             weight_decay=options.weight_decay,
             decays=None if options.decay == "all" else weights_only(model),
             label_smoothing=options.label_smoothing,
         )
-        trainer.fit(
-            learning_rates(
-                options.schedule,
-                options.learning_rate,
-                epochs,
-                len(trainer.batches),
-                drops=options.drops,
-                batch_size=options.batch_size,
-            )
+
+    def rates(self, trainer: Trainer, epochs: int) -> list[float]:
+        """The paper's learning rates for a training of `epochs` epochs."""
+        options = self.training
+        return learning_rates(
+            options.schedule,
+            options.learning_rate,
+            epochs,
+            len(trainer.batches),
+            drops=options.drops,
+            batch_size=options.batch_size,
         )
-        return self.measured(trainer, {"widths": model.widths, "epochs": epochs})
 
     def measured(self, trainer: Trainer, details: dict[str, Any]) -> Outcome:
-        """Scores and cost of the trainer's network, beside the base network."""
-        cost = counting.cost(trainer.model, self.data.image_shape, self.base.cost(), CONVENTION)
-        return Outcome(self.context.scores(trainer, self.data), cost, trainer.history, details=details)
+        """Scores and cost of the trainer's network, beside the base network; its weights are kept for others."""
+        scores, cost = self.context.scores(trainer, self.data), self.base.cost_of(trainer.model)
+        return Outcome(scores, cost, trainer.history, dict(trainer.model.state_dict()), details)
 
     def gates(self) -> Outcome:
         """Gates on the widened network, as it was initialised or as the needed run left it."""
@@ -388,6 +439,52 @@ class _Job:
             min_channels=options.min_channels,
             returned=options.returned,
         )
+
+    def block_search(self) -> Outcome:
+        """The trained base network, trained on while gates learn which of its blocks to keep."""
+        model = self.base.build()
+        model.load_state_dict(self.context.needs[0].state)
+        options = BlockSettings.model_validate(self.run.settings["blocks"])
+        gates = bpcp.BlockGates(self.context.compute.place(model), options.weight, options.learning_rate)
+        trainer = self.trainer(model, gates)
+        trainer.fit(self.rates(trainer, self.training.epochs), phase="blocks")
+        alpha = gates.alpha.detach().cpu()
+        facts = {"epochs": self.training.epochs, "probabilities": bpcp.probability(alpha).tolist()}
+        outcome = self.measured(trainer, facts | INTERMEDIATE)
+        outcome.state = {"weights": outcome.state, "alpha": alpha}
+        return outcome
+
+    def bpcp(self) -> Outcome:
+        """The network of the block search without its closed blocks, narrowed to the budget, and trained on."""
+        options = BlockSettings.model_validate(self.run.settings["blocks"])
+        search = SearchSettings.model_validate(self.run.settings["search"])
+        found = self.context.needs[0].state
+        model = self.base.build()
+        model.load_state_dict(found["weights"])
+        reference = self.base.cost()[search.budget]
+        budget = (1 - self.run.target) * reference
+
+        def spent(network: nn.Module) -> int:
+            return self.base.cost_of(network)[search.budget]
+
+        removed = bpcp.drop_blocks(model, found["alpha"], budget, spent)
+        recovery = self.trainer(model)
+        steps = options.recovery_epochs * len(recovery.batches)
+        recovery.fit([options.recovery_learning_rate] * steps, phase="recovery")
+        bpcp.drop_channels(model, budget, spent, search.min_channels)
+        trainer = self.trainer(model)
+        trainer.history, trainer.epochs_done = recovery.history, recovery.epochs_done
+        trainer.fit(self.rates(trainer, self.training.epochs))
+        earlier = 2 * self.training.epochs + options.recovery_epochs
+        facts = {"epochs": self.training.epochs, "earlier_epochs": earlier, "removed_blocks": removed}
+        outcome = self.measured(trainer, facts | {"widths": model.widths})
+        reduction = 1 - spent(model) / reference
+        outcome.metrics |= {
+            "reduction": reduction,
+            "converged": abs(reduction - self.run.target) <= search.tolerance * self.run.target,
+            "kept_blocks": 1 - len(removed) / len(found["alpha"]),
+        }
+        return outcome
 
     def search_cost(self) -> dict[str, float]:
         """Forward MACs of gate learning as a share of those of training the base network: here, and in the

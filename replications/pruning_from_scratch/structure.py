@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import models
 from common.models.chain import ConvNet
@@ -116,6 +116,10 @@ class Layout:
             model = self.build(key, device="meta")
             self._counted[key] = counting.cost(model, self.image_shape, convention=CONVENTION)
         return self._counted[key]
+
+    def cost_of(self, model: nn.Module) -> dict[str, Any]:
+        """The cost of a network that was made from this layout's, beside the full one."""
+        return counting.cost(model, self.image_shape, self.cost(), CONVENTION)
 
     def spends(self, unit: Unit) -> Cost:
         """The cost in one unit as a function of the gated widths."""

@@ -12,7 +12,7 @@ from common.models import architecture
 from common.models.mobilenet import InvertedResidual, Separable
 from common.models.resnet import BasicBlock, Bottleneck
 from common.training import Hooks, Trainer
-from replications.pruning_from_scratch import method
+from replications.pruning_from_scratch import bpcp, method
 from replications.pruning_from_scratch.structure import (
     Layout,
     Ranking,
@@ -430,7 +430,53 @@ def _label_smoothing(case, document):
     return {"loss": trainer.history[0]["train_loss"]}
 
 
+# ---------------------------------------------------------------------------------------------- blocks and channels
+
+
+def _bpcp_alpha_gradient(case, document):
+    inputs = case["inputs"]
+    alpha = torch.tensor(inputs["alpha"], dtype=torch.float64, requires_grad=True)
+    bpcp.sampled(alpha, torch.full_like(alpha, 0.5)).backward(
+        torch.tensor(inputs["grad_gate"], dtype=torch.float64)
+    )
+    return {
+        "prob": bpcp.probability(alpha).tolist(),
+        "alpha_grad": alpha.grad.tolist(),
+        "test_gate": bpcp.kept(alpha).int().tolist(),
+    }
+
+
+def _bpcp_l1(case, document):
+    gates = torch.tensor(case["inputs"]["gate"], dtype=torch.float64, requires_grad=True)
+    value = bpcp.penalty(gates, case["inputs"]["gamma"])
+    value.backward()
+    return {"value": value.item(), "grad_gate": gates.grad.tolist()}
+
+
+def _bpcp_channel_selection(case, document):
+    inputs = case["inputs"]
+    joined = {members[0]: members for members in inputs["groups"]}
+    alone = set(inputs["importance"]) - {name for members in inputs["groups"] for name in members}
+    groups = joined | {name: [name] for name in inputs["importance"] if name in alone}
+    scores = {
+        name: [torch.tensor(inputs["importance"][member], dtype=torch.float64) for member in members]
+        for name, members in groups.items()
+    }
+    order = bpcp.removal_order(scores, inputs["num_to_prune"])
+    return {
+        "removal_order": [list(entry) for entry in order],
+        "removed_per_layer": {
+            member: [channel for name, channel in order if name == group]
+            for group, members in groups.items()
+            for member in members
+        },
+    }
+
+
 KINDS = {
+    "bpcp_alpha_gradient": _bpcp_alpha_gradient,
+    "bpcp_l1": _bpcp_l1,
+    "bpcp_channel_selection": _bpcp_channel_selection,
     "gate_layout": _gate_layout,
     "count": _count,
     "count_mobilenet_v2_coincidence": _count_by_position,
