@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -137,6 +137,19 @@ def canonical(value: Any) -> str:
     """The one JSON text of `value`: sorted keys, no spaces, no NaN.
 
     Raises ValueError for NaN or infinity, TypeError for what JSON cannot hold.
+    def changed(self, changes: Mapping[str, Any], where: str) -> Self:
+        """The same with some of the settings replaced. Raises SettingsError that names them as in `where`."""
+        return validated(type(self), self.model_dump() | dict(changes), where)
+
+
+class CellSettings(Strict):
+    """A part of a paper's experiment with data and settings of its own; each paper adds its own fields."""
+
+    data: DatasetSettings | None = None
+    """In place of the profile's data set."""
+    settings: dict[str, Any] = {}
+    """Settings of the paper that are others here, each as a whole."""
+
     """
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")

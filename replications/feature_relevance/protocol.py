@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from common.pruning.counting import cost
 from common.runs import Context, Outcome, Run
 from common.settings import (
     AugmentationSettings,
+    CellSettings,
     Count,
     PaperSettings,
     Profile,
@@ -50,7 +52,8 @@ from replications.feature_relevance.gradual import (
 
 PAPER = "feature_relevance"
 DENSE = "dense"
-SCORING_BATCH = 500
+# relevance keeps what every layer put out: large images come in smaller batches
+SCORING_BATCH, SCORING_PIXELS = 500, 500 * 32 * 32
 _TRAINING = {"epochs", "batch_size", "learning_rate", "milestones", "momentum", "weight_decay"}
 # the paper's n / E and N1 / E, for trainings of another length
 EVENT_SHARE, LAST_SHARE = 0.105, 0.75
@@ -73,8 +76,8 @@ class Variant(Strict):
     alpha: Annotated[float, Field(ge=1)] = 2.0
 
 
-class ArchitectureSettings(Strict):
-    """A network, and what is run on it."""
+class ArchitectureSettings(CellSettings):
+    """A network, and what is run on it. Data of its own bring their own augmentation."""
 
     name: str
     """As in common.models."""
@@ -174,8 +177,9 @@ class Settings(PaperSettings):
     @field_validator("architectures")
     @classmethod
     def _named_once(cls, value: tuple[ArchitectureSettings, ...]) -> tuple[ArchitectureSettings, ...]:
-        if len({architecture.name for architecture in value}) < len(value):
-            raise ValueError("must not repeat a name")
+        names = {(architecture.name, architecture.data and architecture.data.name) for architecture in value}
+        if len(names) < len(value):
+            raise ValueError("must not repeat a name on the same data")
         return value
 
     @field_validator("variants")
@@ -210,11 +214,14 @@ def runs(profile: Profile) -> list[Run]:
 
     Raises SettingsError for a network that the method does not know, and for targets that cannot be met.
     """
-    settings: Settings = profile.paper
-    data = load(profile.dataset)
-    source = profile.dataset.model_copy(update={"augmentation": settings.augmentation})
+    loaded = functools.cache(load)
     listed = []
-    for architecture in settings.architectures:
+    for number, architecture in enumerate(profile.paper.architectures):
+        changes = architecture.settings | {"architectures": [architecture.model_dump()]}
+        settings: Settings = profile.paper.changed(changes, f"{PAPER}.architectures[{number}].settings")
+        augmented = profile.dataset.model_copy(update={"augmentation": settings.augmentation})
+        source = architecture.data or augmented
+        data = loaded(source)
         model = _shape_of(architecture, data)
         every = architecture.every or settings.every
         common = {"data": source.model_dump(mode="json"), "options": architecture.options}
@@ -233,7 +240,7 @@ def runs(profile: Profile) -> list[Run]:
             for target in targets:
                 plan(model, data.image_shape, target, full)
                 wanted.append((name, target, full))
-        cell = (profile.dataset.source, architecture.name)
+        cell = (source.name, architecture.name)
         for seed in settings.seeds:
             dense = Run(PAPER, DENSE, *cell, 0.0, seed, {**common, "snapshots": starts})
             listed += [dense, *(Run(PAPER, name, *cell, t, seed, full, (dense,)) for name, t, full in wanted)]
@@ -457,7 +464,8 @@ def scoring_batches(data: Dataset, share: float) -> Batches:
     index = index.to(data.labels["train"].device)
     images, kept = data.images["train"][index], data.labels["train"][index]
     chosen = dataclasses.replace(data, images={"train": images}, labels={"train": kept})
-    return Batches(chosen, "train", SCORING_BATCH)
+    _, height, width = data.image_shape
+    return Batches(chosen, "train", min(SCORING_BATCH, max(1, SCORING_PIXELS // (height * width))))
 
 
 # ---------------------------------------------------------------------------------------------- equal footing

@@ -22,7 +22,9 @@ from common.pruning.counting import cost
 from common.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.runs import EVALUATION_BATCH, Context, Outcome, Run
 from common.settings import (
+    CellSettings,
     Count,
+    DatasetSettings,
     PaperSettings,
     Profile,
     Rate,
@@ -163,6 +165,8 @@ class Settings(PaperSettings):
     """Multiply psi by 10 / gamma at every epoch divisible by this, epoch 0 included."""
     fixed_threshold: Rate = 1e-3
     """After training, the share of weights below this and the accuracy without them are measured too."""
+    cells: Annotated[tuple[CellSettings, ...], Field(min_length=1)] = (CellSettings(),)
+    """The experiment is made in each; one that changes nothing is the above on the profile's data set."""
 
     @field_validator("architecture")
     @classmethod
@@ -199,19 +203,21 @@ def network(name: str, classes: int, image_shape: Sequence[int], **options: Any)
 
 def runs(profile: Profile) -> list[Run]:
     """All runs of the profile; a run lists the trials that its setting is chosen from."""
-    plan = _Plan(profile)
     listed = []
-    for seed in profile.paper.seeds:
-        for variant in profile.paper.variants:
-            listed += plan.of(variant, seed)
+    for number, cell in enumerate(profile.paper.cells):
+        settings = profile.paper.changed(cell.settings, f"{PAPER}.cells[{number}].settings")
+        plan = _Plan(settings, cell.data or profile.dataset)
+        for seed in settings.seeds:
+            for variant in settings.variants:
+                listed += plan.of(variant, seed)
     return listed
 
 
 class _Plan:
-    """The runs of one profile. What several runs start from is the same run each time."""
+    """The runs of one cell. What several runs start from is the same run each time."""
 
-    def __init__(self, profile: Profile):
-        self.profile, self.settings = profile, profile.paper
+    def __init__(self, settings: Settings, data: DatasetSettings):
+        self.settings, self.data = settings, data
         self.tuned = len(self.settings.trials.halo) > 1
 
     def of(self, variant: Variant, seed: int) -> list[Run]:
@@ -301,9 +307,9 @@ class _Plan:
         self, name: str, role: str, target: float, seed: int, held: Mapping, needs: Sequence[Run]
     ) -> Run:
         shared = {"layers", "batch_size", "momentum", "weight_decay"}
-        settings = {"role": role, "data": self.profile.dataset.model_dump(mode="json")}
+        settings = {"role": role, "data": self.data.model_dump(mode="json")}
         settings |= self.settings.model_dump(mode="json", include=shared) | held
-        place = (self.profile.dataset.source, self.settings.architecture)
+        place = (self.data.name, self.settings.architecture)
         return Run(PAPER, name, *place, target, seed, settings, tuple(needs))
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from common.models import build
 from common.pruning.masks import Infeasible, layer_counts, prunable
 from common.runs import Run
-from common.settings import Profile, SettingsError
+from common.settings import DatasetSettings, Profile, SettingsError
 from replications.imp_slr import method
 from replications.imp_slr.contender import CONTENDERS
 from replications.imp_slr.execution import execute
@@ -38,22 +38,30 @@ def runs(profile: Profile) -> list[Run]:
     """All runs of the profile. Raises SettingsError for a network or an allocation that cannot be."""
     listed = []
     for number, cell in enumerate(profile.paper.cells):
-        _check(cell, profile, f"{PAPER}.cells[{number}]")
-        plan = _Plan(profile, cell)
-        for seed in profile.paper.seeds:
+        where = f"{PAPER}.cells[{number}]"
+        settings = profile.paper.changed(cell.settings, f"{where}.settings")
+        data = cell.data or profile.dataset
+        _check(cell, settings, data, where)
+        plan = _Plan(cell, settings, data)
+        for seed in settings.seeds:
             for experiment in cell.experiments:
                 listed += getattr(plan, experiment)(seed)
     return listed
 
 
 # image shapes of the sources that have only one; the number of classes does not matter for a check
-_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
+_SHAPES = {
+    "digits": (1, 8, 8),
+    "mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "svhn": (3, 32, 32),
+}
 
 
-def _check(cell: Cell, profile: Profile, where: str) -> None:
+def _check(cell: Cell, settings: Settings, data: DatasetSettings, where: str) -> None:
     """Raise SettingsError if the network cannot be built or an allocation cannot reach a target in it."""
-    settings: Settings = profile.paper
-    shape = _SHAPES.get(profile.dataset.source, (3, *[profile.dataset.size or 64] * 2))
+    shape = _SHAPES.get(data.source, (3, *[data.size or 64] * 2))
     options = {"widths": cell.widths, "device": "meta", **cell.options}
     try:
         model = build(cell.architecture, classes=10, image_shape=shape, **options)
@@ -69,9 +77,9 @@ def _check(cell: Cell, profile: Profile, where: str) -> None:
 class _Plan:
     """The runs of one network. Runs that several experiments need are the same run each time."""
 
-    def __init__(self, profile: Profile, cell: Cell):
-        self.profile, self.cell, self.settings = profile, cell, profile.paper
-        self.rates = list(cell.learning_rates or profile.paper.learning_rates)
+    def __init__(self, cell: Cell, settings: Settings, data: DatasetSettings):
+        self.cell, self.settings, self.data = cell, settings, data
+        self.rates = list(cell.learning_rates or settings.learning_rates)
         self._dense_tuning: list[Run] | None = None
         self._denses: dict[int, Run] = {}
 
@@ -167,7 +175,7 @@ class _Plan:
         settings = self.settings
         held = {
             "role": role,
-            "data": self.profile.dataset.model_dump(mode="json"),
+            "data": self.data.model_dump(mode="json"),
             "widths": self.cell.widths,
             "options": self.cell.options,
             **settings.model_dump(
@@ -178,7 +186,7 @@ class _Plan:
             "learning_rates": self.rates,
             **more,
         }
-        named = (PAPER, variant, self.profile.dataset.source, self.cell.architecture, target, seed)
+        named = (PAPER, variant, self.data.name, self.cell.architecture, target, seed)
         return Run(*named, held, tuple(needs))
 
     def _dense(self, seed: int) -> Run:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from common import schedules
 from common.pruning.masks import Allocation
-from common.settings import Count, PaperSettings, Rate, Seeds, Share, Strict, Targets
+from common.settings import CellSettings, Count, PaperSettings, Rate, Seeds, Share, Strict, Targets
 from replications.imp_slr import baselines, method
 
 Experiment = Literal["schedules", "during", "allocations", "lengths", "cycles", "short", "bimp"]
@@ -22,7 +22,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Cell(Strict):
+class Cell(CellSettings):
     """A network, and the experiments that are made with it."""
 
     architecture: str = "mlp"

@@ -1,0 +1,125 @@
+"""Parts of a paper's experiment with data and settings of their own, images streamed from disk among them."""
+
+import importlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import datasets
+from common import prepare as preparing
+from common.runs import Store, in_order, perform
+from common.settings import (
+    ROOT,
+    DatasetSettings,
+    ExecutionSettings,
+    Profile,
+    SettingsError,
+    profile_datasets,
+    validated,
+)
+
+PHOTOS = {"source": "folder", "path": "data/photos", "size": 16, "streamed": True, "validation": 4}
+IMP_SLR = {
+    "epochs": 3,
+    "retrain_epochs": 1,
+    "targets": [0.5],
+    "learning_rates": [0.05],
+    "lengths": [3],
+    "short_lengths": [2],
+    "schedules": ["SLR"],
+    "during": ["gmp"],
+    "bimp": {"shares": [0.5]},
+}
+HALO = {
+    "epochs": 2,
+    "milestones": [1],
+    "targets": [0.5],
+    "variants": ["halo", "magnitude-one-shot"],
+    "trials": {
+        "l1": [{"xi": 1e-3}],
+        "sws": [{"xi": 1e-3}],
+        "mcp": [{"xi": 1e-2, "psi": 30}],
+        "halo": [{"xi": 1e-3, "psi": 1e-2}],
+        "fine_tuning": [0.1],
+    },
+    "fine_tuning": {"epochs": 1, "one_shot": [0.5]},
+}
+FEATURE_RELEVANCE = {"epochs": 2, "every": 1, "last": 1, "scoring_share": 0.5}
+# paper -> its settings, the name of its list of cells, a cell
+PAPERS = {
+    "imp_slr": (IMP_SLR, "cells", {"experiments": ["schedules", "during"]}),
+    "halo": (HALO, "cells", {}),
+    "feature_relevance": (
+        FEATURE_RELEVANCE,
+        "architectures",
+        {"name": "resnet8", "options": {"stem": 4}, "runs": {"frs": [0.4]}},
+    ),
+}
+
+
+def _runs(paper, **changes):
+    """The runs of two cells: one on the profile's digits, one that `changes` say more of; and all they need."""
+    settings, name, cell = PAPERS[paper]
+    protocol = importlib.import_module(f"replications.{paper}.protocol")
+    values = {"seeds": [0], **settings, name: [cell, cell | changes]}
+    execution = ExecutionSettings(device="cpu", precision="float32")
+    chosen = validated(protocol.Settings, values, paper)
+    data = DatasetSettings(train=60, validation=20, test=40)
+    return in_order(
+        protocol.runs(Profile(name="test", dataset=data, execution=execution, paper=chosen))
+    ), execution
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """24 training and 12 test images of two classes, streamed."""
+    monkeypatch.chdir(tmp_path)
+    datasets.fingerprint.cache_clear()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for bright, name in enumerate(("day", "night")):
+            folder = tmp_path / "data" / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (20, 24, 3), np.uint8) + np.uint8(150 * bright)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    settings = DatasetSettings(**PHOTOS)
+    preparing.write(settings.prepared, preparing.prepare(settings))
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_cell_with_its_own_data_and_settings_runs_to_its_records(paper, photos, tmp_path):
+    runs, execution = _runs(paper, data=PHOTOS, settings={"batch_size": 7, "seeds": [3]})
+    assert {(run.dataset, run.seed, run.settings.get("batch_size", 7)) for run in runs} >= {("photos", 3, 7)}
+    assert {run.seed for run in runs if run.dataset == "digits"} == {0}
+    own = [run for run in runs if run.dataset == "photos"]
+    assert len(own) == len(runs) / 2 and all(run.settings["data"]["streamed"] for run in own)
+    store = Store(tmp_path / "runs", [paper])
+    needed = {need.settings_hash for run in own for need in run.needs}
+    for run in own:
+        record = perform(run, store, execution, run.settings_hash in needed)["record"]
+        assert record["status"] == "ok", record
+        assert record["dataset"] == "photos" and record["data"] == [
+            datasets.fingerprint(DatasetSettings(**PHOTOS))
+        ]
+        assert 0 <= record["metrics"]["test_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_wrong_setting_of_a_cell_is_named(paper):
+    where = rf"{paper}\.{PAPERS[paper][1]}\[1\]\.settings\.epoch: unknown key; .*did you mean 'epochs'"
+    with pytest.raises(SettingsError, match=where):
+        _runs(paper, data={"source": "digits", "train": 50}, settings={"epoch": 3})
+
+
+def test_the_paper_profile_names_the_imagenet_folder_that_is_missing(tmp_path, monkeypatch, capsys):
+    file = ROOT / "params.yaml"
+    known = {data.name: data for data in profile_datasets(file, "paper")}
+    assert known["imagenet"].streamed and {"cifar10", "cifar100", "mnist"} < set(known)
+    monkeypatch.chdir(tmp_path)
+    # nothing is downloaded here
+    monkeypatch.setattr(preparing, "_SOURCES", {"folder": preparing._SOURCES["folder"]})
+    assert preparing.main(["--params", str(file), "--profile", "paper"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: data/imagenet: not a folder of class folders with images")
