@@ -14,16 +14,25 @@ import importlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
+import queue
 import shutil
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +45,7 @@ from tqdm import tqdm
 
 from common import datasets
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, canonical, digest
-from common.training import Compute, Hooks, RunFailed, Trainer
+from common.training import Compute, Hooks, RunFailed, Trainer, out_of_memory
 
 SCRATCH = Path(".runs")
 CHECKPOINT_SECONDS = 60.0
@@ -54,8 +63,27 @@ _CODE = (
 )
 
 
+RUNS_PER_GPU = 8
+"""Narrow networks leave most of a GPU idle: so many are trained on one at once."""
+
+
 class StageError(Exception):
     """The stage cannot go on; the message is one clear line. Finished runs are kept."""
+
+
+class OutOfTime(StageError):
+    """The time budget is spent; what is finished is kept, and a started run in the state of its last epoch."""
+
+
+@dataclass
+class TimeBudget:
+    """The moment (`time.time()`) at which training is to stop at the end of the epoch that it is in."""
+
+    ends: float = math.inf
+
+    @property
+    def spent(self) -> bool:
+        return time.time() >= self.ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,8 +247,8 @@ def _unpack(content: bytes | None) -> dict[str, Any] | None:
 class ScratchCheckpoints:
     """Checkpoints of the fits of one trainer, written at most once a minute; a fit that is shorter is simply redone."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, budget: TimeBudget):
+        self._folder, self._budget = folder, budget
         self._last = time.monotonic()
 
     def load(self, fit: int) -> dict[str, Any] | None:
@@ -228,23 +256,29 @@ class ScratchCheckpoints:
         return _unpack(load_checked(self._folder / f"fit-{fit}.pt"))
 
     def offer(self, fit: int, state: Callable[[], dict[str, Any]], finished: bool) -> None:
-        """Keep the state if the last one is old enough, or if this ends a fit that has been kept before."""
+        """Keep the state if the last one is old enough, or if this ends a fit that has been kept before.
+
+        Raises OutOfTime, with the state kept, when the time budget is spent.
+        """
         path = self._folder / f"fit-{fit}.pt"
-        if time.monotonic() - self._last > CHECKPOINT_SECONDS or (finished and path.exists()):
+        old = time.monotonic() - self._last > CHECKPOINT_SECONDS
+        if old or self._budget.spent or (finished and path.exists()):
             save_checked(path, _pack(state()))
             self._last = time.monotonic()
+        if self._budget.spent:
+            raise OutOfTime
 
 
 class RunCheckpoints:
     """The checkpoints of one run; its trainers are numbered in the order in which it makes them."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, budget: TimeBudget | None = None):
+        self._folder, self._budget = folder, budget or TimeBudget()
         self._trainers = itertools.count()
 
     def of_next_trainer(self) -> ScratchCheckpoints:
         """Where the next trainer of the run keeps its state."""
-        return ScratchCheckpoints(self._folder / f"trainer-{next(self._trainers)}")
+        return ScratchCheckpoints(self._folder / f"trainer-{next(self._trainers)}", self._budget)
 
     def clear(self) -> None:
         """Remove all states; called when the run has its record."""
@@ -252,16 +286,24 @@ class RunCheckpoints:
 
 
 class Store:
-    """The scratch folder of a stage's finished runs. papers: the folders of `replications` whose code it executes."""
+    """The scratch folder of a stage's finished runs.
 
-    def __init__(self, folder: Path, papers: Sequence[str]):
+    papers: the folders of `replications` whose code it executes. execution: what the runs are executed with.
+    """
+
+    def __init__(self, folder: Path, papers: Sequence[str], execution: ExecutionSettings | None = None):
         self.folder = folder
-        self._code = code_digest(tuple(papers))
+        execution = execution or ExecutionSettings()
+        compute = Compute.choose(execution.device, execution.precision, execution.compilation)
+        # a GPU gives the same numbers whatever its index
+        numerics = [compute.device.type, str(compute.autocast), compute.recorded, compute.compiled]
+        numerics += [execution.deterministic, execution.threads, torch.__version__]
+        self._shared = [code_digest(tuple(papers)), numerics]
 
     def key(self, run: Run) -> str:
-        """Name under which a run is kept: digest of settings, code, data and torch version."""
+        """Name under which a run is kept: digest of settings, code, data, number format and torch version."""
         needs = [self.key(need) for need in run.needs]
-        return digest([run.settings_hash, self._code, data_prints(run), torch.__version__, needs])[:32]
+        return digest([run.settings_hash, self._shared, data_prints(run), needs])[:32]
 
     def load(self, run: Run) -> dict[str, Any] | None:
         """{"record", "curves", "seconds"} of a finished run, or None."""
@@ -285,9 +327,9 @@ class Store:
             return None
         return entry
 
-    def checkpoints(self, run: Run) -> RunCheckpoints:
-        """Where the run keeps its state while it trains."""
-        return RunCheckpoints(self.folder / f"{self.key(run)}.part")
+    def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
+        """Where the run keeps its state while it trains, and when it stops doing so (default: at its end)."""
+        return RunCheckpoints(self.folder / f"{self.key(run)}.part", budget)
 
 
 def data_prints(run: Run) -> list[str]:
@@ -320,12 +362,17 @@ def _record(
     return record | ({"reason": reason} if reason else {})
 
 
-def perform(run: Run, store: Store, execution: ExecutionSettings, keep_state: bool) -> dict[str, Any]:
-    """Execute one run in this process and keep it; returns its entry {"record", "curves", "seconds", ...}."""
+def perform(
+    run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget | None = None
+) -> dict[str, Any] | None:
+    """Execute one run in this process and keep it.
+
+    Returns its entry {"record", "curves", "seconds", ...}, or None if the time budget ended before the run did.
+    """
     begun = time.perf_counter()
     needs = tuple(Needed(store.load(need)["record"], store.state(need)) for need in run.needs)
     lost = [(need, n.record) for need, n in zip(run.needs, needs) if n.record["status"] != "ok"]
-    checkpoints = store.checkpoints(run)
+    checkpoints = store.checkpoints(run, budget)
     outcome, reason = None, None
     if lost:
         reason = f"it starts from {lost[0][0]}, which failed: {lost[0][1]['reason']}"
@@ -334,10 +381,15 @@ def perform(run: Run, store: Store, execution: ExecutionSettings, keep_state: bo
         context = Context(run, compute, needs, checkpoints)
         try:
             outcome = importlib.import_module(f"replications.{run.paper}.protocol").execute(run, context)
+        except OutOfTime:
+            return None
         except RunFailed as failure:
             reason = str(failure)
-        except torch.OutOfMemoryError:
-            reason = f"out of memory on {compute.device} ({run}); lower its batch size or width"
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = f"out of memory on {compute.device} outside training; lower its batch size or width"
+        if reason and compute.device.type == "cuda":
             torch.cuda.empty_cache()
     record = _record(run, "failed" if outcome is None else "ok", outcome, reason)
     state = outcome.state if outcome and keep_state else None
@@ -363,16 +415,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _start_worker(devices: Any) -> None:
-    """Make a worker process single-threaded, bind it to its device, and let it end with its parent."""
-    torch.set_num_threads(1)
+def _start_process(execution: ExecutionSettings) -> None:
+    """Make a process that trains repeatable, and single-threaded unless the settings say otherwise."""
+    torch.set_num_threads(execution.threads)
     # weights that a penalty drives to zero pass through denormal numbers, which are slow
     torch.set_flush_denormal(True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not repeatable
+    torch.use_deterministic_algorithms(execution.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not execution.deterministic
     # nothing here reads memory before writing it, and filling it costs up to a tenth of a small network's step
     torch.utils.deterministic.fill_uninitialized_memory = False
-    global _worker_device
-    _worker_device = devices.get() if devices is not None else None
+
+
+def _start_worker(execution: ExecutionSettings) -> None:
+    """Prepare a worker process and let it end with its parent."""
+    _start_process(execution)
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -381,13 +438,22 @@ def _start_worker(devices: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-_worker_device: str | None = None
+_own = threading.local()
 
 
-def _work(run: Run, store: Store, execution: ExecutionSettings, keep_state: bool) -> dict[str, Any]:
-    if _worker_device is not None:
-        execution = execution.model_copy(update={"device": _worker_device})
-    return perform(run, store, execution, keep_state)
+def _start_thread(devices: queue.SimpleQueue[str]) -> None:
+    """Bind a thread that trains on a GPU to that device and to a stream of its own."""
+    _own.device = devices.get()
+    torch.cuda.set_device(_own.device)
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def _work(
+    run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget
+) -> dict[str, Any] | None:
+    if device := getattr(_own, "device", None):
+        execution = execution.model_copy(update={"device": device})
+    return None if budget.spent else perform(run, store, execution, keep_state, budget)
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
@@ -420,11 +486,13 @@ def execute(
     execution: ExecutionSettings,
     title: str,
     finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+    budget: TimeBudget | None = None,
 ) -> list[dict[str, Any]]:
     """Execute all runs that are not finished yet, several at once, and return the entries of all, in order.
 
-    finished: called with each entry as soon as it is there, also with those of an earlier attempt. A run that fails leaves a `failed` record and the others go on. Raises StageError for what concerns the stage: a
-    full disk, a folder that cannot be written, a defect in the code.
+    finished: called with each entry as soon as it is there, also with those of an earlier attempt. budget: when to stop;
+    none by default. A run that fails leaves a `failed` record and the others go on. Raises StageError for what
+    concerns the stage: a full disk, a folder that cannot be written, a defect in the code; and OutOfTime.
     """
     ordered = in_order(runs)
     needed = {need.settings_hash for run in ordered for need in run.needs}
@@ -445,30 +513,36 @@ def execute(
                 bar.update()
                 finished(entry)
 
-            _Scheduler(store, execution, workers, devices, needed, entries, done_with).execute(todo)
+            scheduler = _Scheduler(
+                store, execution, workers, devices, needed, entries, done_with, budget or TimeBudget()
+            )
+            scheduler.execute(todo)
     return [entries[run.settings_hash] for run in ordered]
 
 
-def _workers(execution: ExecutionSettings, most: int) -> tuple[int, list[str] | None]:
+def _workers(execution: ExecutionSettings, most: int) -> tuple[int, list[str]]:
+    """How many runs train at once, and on which GPU each (none: on the CPU)."""
     device = Compute.choose(execution.device, execution.precision).device
     if device.type == "cuda":
-        devices = (
-            [str(device)]
-            if device.index is not None
-            else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        )
-        count = len(devices) if execution.workers == "auto" else execution.workers
+        every = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices = every if device.index is None else [str(device)]
+        count = RUNS_PER_GPU * len(devices) if execution.workers == "auto" else execution.workers
         return min(count, most), [devices[i % len(devices)] for i in range(count)]
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available if execution.workers == "auto" else execution.workers, most), None
+    count = max(1, available // execution.threads) if execution.workers == "auto" else execution.workers
+    return min(count, most), []
 
 
 class _Scheduler:
-    """Gives each run to a worker process as soon as what it needs is finished."""
+    """Gives each run to a worker as soon as what it needs is finished.
 
-    def __init__(self, store, execution, workers, devices, needed, entries, finish):
+    A worker is a process on a CPU, and on a GPU a thread with a stream of its own: kernels of several processes would
+    take turns there.
+    """
+
+    def __init__(self, store, execution, workers, devices, needed, entries, finish, budget):
         self.store, self.execution, self.workers, self.devices = store, execution, workers, devices
-        self.needed, self.entries, self.finish = needed, entries, finish
+        self.needed, self.entries, self.finish, self.budget = needed, entries, finish, budget
         self.running: dict[Future, Run] = {}
         self.defects: list[str] = []
 
@@ -483,31 +557,38 @@ class _Scheduler:
                 except BrokenProcessPool:
                     suspects += self._after_a_death(alone=workers == 1)
                 except (OSError, KeyboardInterrupt) as error:
+                    self.budget.ends = 0.0  # threads stop at the end of their epoch
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise StageError(self._stopped(error)) from None
         if self.defects:
             raise StageError(f"{len(self.defects)} runs stopped on an error: {'; '.join(self.defects[:3])}")
+        if any(run.settings_hash not in self.entries for run in todo):
+            raise OutOfTime(f"the time budget is spent; {self._kept()}")
 
-    def _pool(self, workers: int) -> ProcessPoolExecutor:
-        # CUDA cannot be used after a fork; without it, workers come from a process that has imported torch once
-        forks = not self.devices and "forkserver" in multiprocessing.get_all_start_methods()
+    def _pool(self, workers: int) -> Executor:
+        if self.devices:
+            _start_process(self.execution)
+            devices: queue.SimpleQueue[str] = queue.SimpleQueue()
+            for device in self.devices:
+                devices.put(device)
+            return ThreadPoolExecutor(workers, initializer=_start_thread, initargs=(devices,))
+        # workers come from a process that has imported torch once
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if forks else "spawn")
-        queue = None
         if forks:
             context.set_forkserver_preload([__name__])
-        if self.devices:
-            queue = context.Queue()
-            for device in self.devices:
-                queue.put(device)
-        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(queue,))
+        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(self.execution,))
 
-    def _drain(self, pool: ProcessPoolExecutor, workers: int, waiting: list[Run]) -> None:
+    def _drain(self, pool: Executor, workers: int, waiting: list[Run]) -> None:
         while waiting or self.running:
+            if self.budget.spent:
+                waiting.clear()
             ready = (run for run in waiting if all(need.settings_hash in self.entries for need in run.needs))
             for run in list(itertools.islice(ready, workers - len(self.running))):
                 waiting.remove(run)
                 keep = run.settings_hash in self.needed
-                self.running[pool.submit(_work, run, self.store, self.execution, keep)] = run
+                future = pool.submit(_work, run, self.store, self.execution, keep, self.budget)
+                self.running[future] = run
             if not self.running:
                 # what is left needs a run that a defect stopped
                 return waiting.clear()
@@ -525,7 +606,8 @@ class _Scheduler:
             traceback.print_exception(error)
         else:
             del self.running[future]
-            self.finish(entry)
+            if entry is not None:
+                self.finish(entry)
 
     def _after_a_death(self, alone: bool) -> list[Run]:
         """The runs that may have killed their worker; one that was alone with it is recorded as failed."""
@@ -544,11 +626,13 @@ class _Scheduler:
                 self.finish(entry)
         return suspects
 
+    def _kept(self) -> str:
+        return f"{len(self.entries)} finished runs are kept in {self.store.folder}; the same command goes on from there"
+
     def _stopped(self, error: BaseException) -> str:
-        kept = f"{len(self.entries)} finished runs are kept in {self.store.folder}; the same command goes on from there"
         if isinstance(error, OSError):
-            return f"{error.filename or self.store.folder}: {error.strerror or error}; {kept}"
-        return f"interrupted; {kept}"
+            return f"{error.filename or self.store.folder}: {error.strerror or error}; {self._kept()}"
+        return f"interrupted; {self._kept()}"
 
 
 def environment(papers: Sequence[str], compute: Compute) -> dict[str, Any]:

@@ -121,10 +121,15 @@ class ExecutionSettings(Strict):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compilation: Literal["auto", "on", "off"] = "auto"
-    """Whether networks are compiled; `auto` is on a GPU alone, where small networks wait for launches otherwise."""
+    """Of convolutions and matrix products; `auto` is bfloat16 on a GPU that has it, else float32."""
+    compilation: Literal["auto", "record", "compile", "off"] = "auto"
+    """`record`: each pass is replayed from a CUDA graph; `auto` is that on a GPU and nothing on a CPU."""
+    deterministic: bool = True
+    """Whether a GPU must sum in a fixed order; false lets it choose faster kernels, and results differ in the last digits."""
+    threads: Count = 1
+    """Threads of each process that trains on a CPU; one each is fastest for small networks."""
     workers: Literal["auto"] | Count = "auto"
-    """Processes that train at once; `auto` is one per CPU core, or one per GPU."""
+    """Runs that train at once; `auto` is one per `threads` CPU cores, or 8 on each GPU."""
 
 
 class PaperSettings(Strict):
@@ -132,11 +137,6 @@ class PaperSettings(Strict):
 
     seeds: Seeds = tuple(range(10))
 
-
-def canonical(value: Any) -> str:
-    """The one JSON text of `value`: sorted keys, no spaces, no NaN.
-
-    Raises ValueError for NaN or infinity, TypeError for what JSON cannot hold.
     def changed(self, changes: Mapping[str, Any], where: str) -> Self:
         """The same with some of the settings replaced. Raises SettingsError that names them as in `where`."""
         return validated(type(self), self.model_dump() | dict(changes), where)
@@ -150,6 +150,11 @@ class CellSettings(Strict):
     settings: dict[str, Any] = {}
     """Settings of the paper that are others here, each as a whole."""
 
+
+def canonical(value: Any) -> str:
+    """The one JSON text of `value`: sorted keys, no spaces, no NaN.
+
+    Raises ValueError for NaN or infinity, TypeError for what JSON cannot hold.
     """
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")

@@ -1,14 +1,18 @@
 """The training core: the one loop in which every network of the suite is trained.
 
 A method takes part through `Hooks`. Learning rates are given as one number per iteration. The loop never waits for
-the device inside an epoch; sums of loss and accuracy are read once at its end.
+the device inside an epoch; sums of loss and accuracy are read once at its end. On a GPU the forward and backward pass
+is recorded once as a CUDA graph and replayed, since narrow networks wait for launches otherwise.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +21,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
 from common.settings import SettingsError, stream
+
+_WARM_UP = 3
+"""Passes before one is recorded, in which libraries choose kernels and set up their work space."""
+# drawing from the global generator, and recording a graph, are for one thread at a time
+_GLOBAL_GENERATOR, _RECORDER = threading.Lock(), threading.Lock()
 
 
 class RunFailed(Exception):
@@ -83,20 +92,22 @@ class Compute:
     """Where and in which number format training runs.
 
     autocast: lower precision of convolutions and matrix products; batch norm and the loss stay in float32.
-    compiled: forward and backward passes go through torch.compile, anew whenever a network changes its shape.
+    recorded: forward and backward passes are replayed from a CUDA graph, recorded anew when a network shrinks.
+    compiled: they go through torch.compile, anew whenever a network changes its shape.
     """
 
     device: torch.device
     autocast: torch.dtype | None = None
     channels_last: bool = False
+    recorded: bool = False
     compiled: bool = False
 
     @classmethod
     def choose(cls, device: str = "auto", precision: str = "auto", compilation: str = "auto") -> Compute:
         """The fastest sound choice for this machine.
 
-        `auto` precision is bfloat16 on a GPU that has it, else float32; `auto` compilation is on a GPU alone. Raises SettingsError when the device or the
-        number format is not there.
+        `auto` precision is bfloat16 on a GPU that has it, else float32; `auto` compilation is a recorded graph on a GPU
+        and nothing on a CPU, where neither way gains. Raises SettingsError when the device or the number format is not there.
         """
         cuda = torch.cuda.is_available()
         if device.startswith("cuda") and not cuda:
@@ -105,13 +116,25 @@ class Compute:
             )
         chosen = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
         on_gpu = chosen.type == "cuda"
+        if on_gpu and (chosen.index or 0) >= torch.cuda.device_count():
+            known = ", ".join(f"'cuda:{i}'" for i in range(torch.cuda.device_count()))
+            raise SettingsError(f"execution.device = {device!r}: no such device; there is {known}")
         if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
             raise SettingsError(
                 "execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'"
             )
+        if compilation == "record" and not on_gpu:
+            raise SettingsError(
+                "execution.compilation = 'record': a CPU has no graphs to record; use 'auto', 'compile' or 'off'"
+            )
         half = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
-        compiled = compilation == "on" or (compilation == "auto" and on_gpu)
-        return cls(chosen, torch.bfloat16 if half else None, channels_last=True, compiled=compiled)
+        return cls(
+            chosen,
+            torch.bfloat16 if half else None,
+            channels_last=True,
+            recorded=compilation == "record" or (compilation == "auto" and on_gpu),
+            compiled=compilation == "compile",
+        )
 
     def place(self, model: nn.Module) -> nn.Module:
         """`model` on the device, in the memory format of this choice."""
@@ -124,6 +147,64 @@ class Compute:
         return torch.autocast(
             self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
         )
+
+
+class RecordingFailed(Exception):
+    """A pass that CUDA cannot record."""
+
+
+def _record_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Record `run` as a CUDA graph; returns its replay, and what `run` returned: tensors that a replay fills."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads, which train other networks, go on allocating meanwhile
+    with _RECORDER, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outcome = run()
+    return graph.replay, outcome
+
+
+class Recording:
+    """The forward and backward pass of one network, recorded once and replayed for every batch of the same shape.
+
+    run(images, labels) leaves gradients in `.grad` and returns loss and logits. What surrounds a pass (hooks, optimiser,
+    sums) is not recorded, so methods need not know of it. places: addresses of the parameters; a network whose
+    parameters lie elsewhere needs another recording. Raises RecordingFailed.
+    """
+
+    def __init__(
+        self, model: nn.Module, places: list[int], run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ):
+        self.model, self.places, self._run = model, places, run
+        self._passes = 0
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a batch; they are overwritten by the next one."""
+        if self._replay is None and self._passes >= _WARM_UP:
+            self._start(images, labels)
+        if self._replay is None or images.shape != self._images.shape:
+            self._passes += 1
+            return self._run(images, labels)
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient  # another pass in between may have put its own there
+        self._replay()
+        return self._outcome
+
+    def _start(self, images: Tensor, labels: Tensor) -> None:
+        self._images, self._labels = images.clone(), labels.clone()
+        try:
+            self._replay, self._outcome = _record_graph(lambda: self._run(self._images, self._labels))
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise RecordingFailed(f"the pass cannot be recorded ({str(error).splitlines()[0]})") from None
+        self._gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU or the machine had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Trainer:
@@ -162,6 +243,7 @@ class Trainer:
         self.iteration = 0
         self._checkpoints = checkpoints
         self._compiled: tuple[nn.Module, nn.Module] | None = None
+        self._recording: Recording | None = None
         self._fits = 0
         self._draws = any(isinstance(module, _DropoutNd) and module.p for module in model.modules())
 
@@ -208,9 +290,13 @@ class Trainer:
                 self._checkpoints.offer(fit, lambda: self._snapshot(epoch + 1), epoch + 1 == epochs)
 
     def _epoch(self, learning_rates: Sequence[float]) -> dict[str, float]:
-        if self._draws:
-            # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself
-            torch.manual_seed(stream(self.seed, "dropout", self.epochs_done))
+        with _GLOBAL_GENERATOR if self._draws else nullcontext():
+            if self._draws:
+                # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself
+                torch.manual_seed(stream(self.seed, "dropout", self.epochs_done))
+            return self._iterations(learning_rates)
+
+    def _iterations(self, learning_rates: Sequence[float]) -> dict[str, float]:
         self.model.train()
         device = self.compute.device
         loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -228,30 +314,88 @@ class Trainer:
         return {"lr": learning_rates[-1], "train_loss": mean, "train_accuracy": correct.item() / count}
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One update; returns the loss and the logits of the batch."""
+        effective = self._effective()
+        try:
+            if self._recordable and not effective:
+                loss, logits = self._recorded(images, labels)
+            else:
+                loss, logits = self._pass(images, labels, effective)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise RunFailed(self._what_fits(images, labels)) from None
+            raise
+        for hook in self.hooks:
+            hook.gradients_ready(self)
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.stepped(self)
+        return loss, logits
+
+    def _pass(
+        self, images: Tensor, labels: Tensor, effective: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass, which leaves the gradients in `.grad`; returns the loss and the logits."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.compute.precision():
-            logits = self._forward(images)
-        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        logits = self._forward(images, effective)
         loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         total = loss
         for hook in self.hooks:
             if (term := hook.loss(self)) is not None:
                 total = total + term
         total.backward()
-        for hook in self.hooks:
-            hook.gradients_ready(self)
-        self.optimizer.step()
-        for hook in self.hooks:
-            hook.stepped(self)
         return loss.detach(), logits.detach()
 
-    def _forward(self, images: Tensor) -> Tensor:
+    @property
+    def _recordable(self) -> bool:
+        """Whether a pass is the same work every time: no term of a hook in the loss, no random numbers."""
+        plain = all(type(hook).loss is Hooks.loss for hook in self.hooks)
+        return self.compute.recorded and plain and not self._draws
+
+    def _recorded(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # where the parameters lie tells whether the network is still the one that was recorded
+        places = [p.data_ptr() for group in self.optimizer.param_groups for p in group["params"]]
+        if self._recording is None or self._recording.places != places:
+            self._recording = Recording(self.model, places, self._pass)
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            return self._recording(images, labels)
+        except RecordingFailed as failure:
+            print(f"{failure}; training goes on without a recorded graph", file=sys.stderr)
+            self.compute, self._recording = replace(self.compute, recorded=False), None
+            return self._pass(images, labels)
+
+    def _what_fits(self, images: Tensor, labels: Tensor) -> str:
+        """Why a batch cannot be trained on, and the largest half, quarter, ... of it that can."""
+        self._recording = None
+        fitting = len(labels) // 2
+        while fitting:
+            if self.compute.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self._pass(images[:fitting], labels[:fitting], self._effective())
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            fitting //= 2
+        fits = f"a batch of {fitting} fits" if fitting else "not even one image fits"
+        return f"out of memory on {self.compute.device} with a batch of {len(labels)} images of {tuple(images.shape[1:])}; {fits}"
+
+    def _effective(self) -> dict[str, Tensor]:
+        """The weights that hooks put in place of the stored ones."""
         effective: dict[str, Tensor] = {}
         for hook in self.hooks:
             effective |= hook.weights(self) or {}
-        if effective:
-            return torch.func.functional_call(self.model, effective, (images,))
-        return self._network()(images)
+        return effective
+
+    def _forward(self, images: Tensor, effective: dict[str, Tensor] | None = None) -> Tensor:
+        with self.compute.precision():
+            if effective:
+                logits = torch.func.functional_call(self.model, effective, (images,))
+            else:
+                logits = self._network()(images)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def _network(self) -> nn.Module:
         """The model, compiled where that was chosen; a hook may have put another model in its place."""
@@ -268,9 +412,7 @@ class Trainer:
         device = self.compute.device
         loss, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
         for images, labels in (batches if batches is not None else self.validation).epoch(0):
-            with self.compute.precision():
-                logits = self._forward(images)
-            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+            logits = self._forward(images, self._effective())
             loss += cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
             count += len(labels)

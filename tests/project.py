@@ -49,7 +49,14 @@ def params(project: Path, profile: str = "digits", **papers: dict) -> Path:
     data = {"source": "digits", "train": 200, "validation": 100}
     block = {
         "dataset": data,
-        "execution": {"device": "cpu", "precision": "float32", "compilation": "auto", "workers": 2},
+        "execution": {
+            "device": "cpu",
+            "precision": "float32",
+            "compilation": "auto",
+            "deterministic": True,
+            "threads": 1,
+            "workers": 2,
+        },
         **papers,
     }
     file = project / "params.yaml"

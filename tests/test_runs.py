@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from project import add_example, copy, environment, params, run
 
-from common.runs import Run, RunCheckpoints, in_order, load_checked, save_checked
+from common.datasets import Batches, load
+from common.runs import (
+    OutOfTime,
+    Run,
+    RunCheckpoints,
+    Store,
+    TimeBudget,
+    execute,
+    in_order,
+    load_checked,
+    save_checked,
+)
+from common.settings import DatasetSettings, ExecutionSettings
+from common.training import Trainer
 
 STAGE = ("python", "-m", "replications", "run", "example")
 RESULTS = ("results/digits/example.jsonl", "results/digits/example.curves.jsonl")
@@ -216,3 +231,70 @@ def test_two_trainers_of_a_run_keep_their_states_apart(tmp_path, monkeypatch):
     assert [again.of_next_trainer().load(0) for _ in range(2)] == [{"trainer": 0}, {"trainer": 1}]
     again.clear()
     assert not (tmp_path / "run.part").exists()
+
+
+def test_a_spent_time_budget_stops_between_runs_and_the_stage_goes_on_later(project):
+    params(project, example={"seconds": 1.0})
+    assert run(project, *STAGE).returncode == 0
+    expected = _bytes(project)
+    subprocess.run(["rm", "-rf", ".runs", "results"], cwd=project, check=True)
+    result = run(project, *STAGE, "--time-budget", "2s")
+    assert result.returncode == 3 and not (project / RESULTS[0]).exists()
+    kept = len(list((project / ".runs/digits/example").glob("*.json")))
+    assert 0 < kept < 6 and f"the time budget is spent; {kept} finished runs are kept" in result.stderr
+    elsewhere = project.parent / "elsewhere"  # another checkout goes on from a copy
+    shutil.copytree(project, elsewhere)
+    assert run(elsewhere, *STAGE, "--time-budget", "10m").returncode == 0
+    assert _bytes(elsewhere) == expected
+
+
+@pytest.mark.parametrize("budget, told", [("soon", "'soon'"), ("-3", "'-3'"), ("0m", "'0m'")])
+def test_a_wrong_time_budget_is_named(project, budget, told):
+    result = run(project, *STAGE, f"--time-budget={budget}")
+    assert result.returncode == 2 and told in result.stderr and "90s, 25m or 2h" in result.stderr
+
+
+def test_a_spent_time_budget_stops_inside_a_run_which_goes_on_later(tmp_path):
+    data = load(DatasetSettings(train=200))
+
+    def trainer(checkpoints):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        batches = Batches(data, "train", 50, shuffle=True)
+        return Trainer(model, batches, checkpoints=checkpoints and checkpoints.of_next_trainer())
+
+    unbroken = trainer(None)
+    unbroken.fit([0.1] * 16)
+    for epochs_before in (1, 2):  # each attempt gets one epoch further
+        attempt = trainer(RunCheckpoints(tmp_path / "run.part", TimeBudget(ends=0.0)))
+        with pytest.raises(OutOfTime):
+            attempt.fit([0.1] * 16)
+        assert attempt.epochs_done == epochs_before
+    resumed = trainer(RunCheckpoints(tmp_path / "run.part"))
+    resumed.fit([0.1] * 16)
+    assert resumed.history == unbroken.history
+    assert torch.equal(resumed.model[1].weight, unbroken.model[1].weight)
+
+
+def _example_runs(count, **settings):
+    """Dense runs of halo's smallest network on few digits."""
+    data = DatasetSettings(train=200, validation=100).model_dump(mode="json")
+    return [
+        Run("equal_footing", "dense", "digits", "digits_cnn", 0.0, seed, {"data": data, **settings})
+        for seed in range(count)
+    ]
+
+
+def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, monkeypatch):
+    """On a GPU several runs train in threads of one process; here the same threads train on the CPU."""
+    arena = {"architecture": "vgg_t8", "epochs": 2}
+    results = []
+    for place in ("processes", "threads"):
+        if place == "threads":
+            monkeypatch.setattr("common.runs._workers", lambda execution, most: (3, ["cpu"] * 3))
+            monkeypatch.setattr("common.runs._start_thread", lambda devices: None)
+        store = Store(tmp_path / place, ("equal_footing",))
+        entries = execute(_example_runs(4, arena=arena), store, ExecutionSettings(device="cpu"), "test")
+        results.append([(entry["record"], entry["curves"]) for entry in entries])
+    assert results[0] == results[1]
+    assert len({json.dumps(curves) for _, curves in results[0]}) == 4

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from common import training
 from common.datasets import Batches, FixedBatches, load
 from common.models import build
 from common.pruning import channels
+from common.pruning.masks import KeepMasked, Masks
 from common.settings import DatasetSettings, SettingsError
-from common.training import Compute, Diverged, Hooks, Trainer
+from common.training import Compute, Diverged, Hooks, RunFailed, Trainer
 
 
 def _network(dropout=0.0):
@@ -219,9 +221,9 @@ def test_bfloat16_computes_in_lower_precision_and_still_learns():
 def test_a_compiled_network_trains_alike_also_after_it_has_shrunk():
     data = load(DatasetSettings(train=120))
     scores = []
-    for compilation in ("off", "on"):
+    for compilation in ("off", "compile"):
         compute = Compute.choose("cpu", "float32", compilation)
-        assert compute.compiled == (compilation == "on")
+        assert compute.compiled == (compilation == "compile")
         model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
         batches = Batches(data, "train", 40, shuffle=True)
         trainer = Trainer(model, batches, validation=Batches(data, "validation", 200), compute=compute)
@@ -230,6 +232,101 @@ def test_a_compiled_network_trains_alike_also_after_it_has_shrunk():
         channels.remove(model, keep, trainer.optimizer)
         trainer.fit([0.05] * 6)
         scores.append([row["train_loss"] for row in trainer.history])
-        assert isinstance(trainer._network(), OptimizedModule) == (compilation == "on")
+        assert isinstance(trainer._network(), OptimizedModule) == (compilation == "compile")
     assert scores[1] == pytest.approx(scores[0], rel=1e-3)
     assert Compute.choose("cpu").compiled is False
+
+
+class _StandIn:
+    """What a CUDA graph does, on a CPU: a replay does the recorded work again, in the tensors of the recording."""
+
+    def __init__(self, model):
+        self.model, self.recordings = model, 0
+
+    def record(self, run):
+        self.recordings += 1
+        before = copy.deepcopy(self.model.state_dict())
+        outcome = run()
+        self.model.load_state_dict(before)  # recording computes nothing
+        gradients = {p: p.grad for p in self.model.parameters()}
+
+        def replay():
+            for tensor, fresh in zip(outcome, run()):
+                tensor.copy_(fresh)
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient.copy_(parameter.grad)
+
+        return replay, outcome
+
+
+class _ShrinksAndAdds(Hooks):
+    """Removes channels after the first epoch, and adds to the gradients in every step."""
+
+    def gradients_ready(self, trainer):
+        for parameter in trainer.model.parameters():
+            parameter.grad.add_(parameter.detach(), alpha=0.01)
+
+    def epoch_ended(self, trainer, epoch):
+        if epoch == 0:
+            keep = {group.name: torch.arange(3) for group in trainer.model.channel_groups()}
+            channels.remove(trainer.model, keep, trainer.optimizer)
+
+
+def test_replayed_passes_train_as_plain_ones_do(monkeypatch):
+    data = load(DatasetSettings(train=190))
+    trained = []
+    for recorded in (False, True):
+        model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
+        stand_in = _StandIn(model)
+        monkeypatch.setattr(training, "_record_graph", stand_in.record)
+        batches = Batches(data, "train", 20, shuffle=True)  # the last of an epoch is smaller
+        compute = Compute(torch.device("cpu"), recorded=recorded)
+        trainer = Trainer(model, batches, hooks=_ShrinksAndAdds(), compute=compute)
+        trainer.fit([0.05] * 2 * len(batches))
+        masks = Masks.dense(model)
+        masks.prune(model, 0.5)
+        masks.apply(model)
+        trainer.hooks = (KeepMasked(masks),)
+        trainer.fit([0.05] * len(batches))
+        trained.append((trainer.history, model.state_dict()))
+        assert stand_in.recordings == (2 if recorded else 0)  # once for each shape of the network
+    assert trained[0][0] == trained[1][0]
+    for one, other in zip(trained[0][1].values(), trained[1][1].values()):
+        assert torch.equal(one, other)
+
+
+def test_what_cannot_be_recorded_is_trained_without(monkeypatch, capsys):
+    def refuse(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(training, "_record_graph", refuse)
+    losses = []
+    for recorded in (False, True):
+        trainer = Trainer(_network(), _batches(6), compute=Compute(torch.device("cpu"), recorded=recorded))
+        trainer.fit([0.1] * 6)
+        losses.append(trainer.history[-1]["train_loss"])
+    assert losses[0] == losses[1]
+    assert "cannot be recorded (operation not permitted" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="compilation = 'record': a CPU has no graphs"):
+        Compute.choose("cpu", "float32", "record")
+
+
+class _Hungry(nn.Module):
+    """A network that has memory for `most` images."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.linear, self.most = nn.Linear(64, 10), most
+
+    def forward(self, images):
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.linear(images.flatten(1))
+
+
+@pytest.mark.parametrize("most, fits", [(5, "a batch of 4 fits"), (0, "not even one image fits")])
+def test_a_batch_that_does_not_fit_is_named_with_one_that_does(most, fits):
+    with pytest.raises(
+        RunFailed, match=rf"out of memory on cpu with a batch of 8 images of \(1, 8, 8\); {fits}"
+    ):
+        Trainer(_Hungry(most), _batches()).fit([0.1] * 4)
