@@ -2,6 +2,7 @@
 # make test     set up, then run the tests
 # make report   draw figures and page again from the records, without training
 # make mlflow   browse every run in the MLflow UI
+# make benchmark   measure speed and memory against plain loops; ARGS="..." as in benchmarks/README.md
 # make clean    remove the environment and everything that the pipeline made
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export DO_NOT_TRACK = true
 # one process per core is faster than threads for small networks, and threads must not spin while others work
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro test report mlflow setup clean checkout
+.PHONY: repro test report mlflow benchmark setup clean checkout
 
 repro: checkout setup
 	$(BIN)/dvc repro
@@ -31,6 +32,9 @@ report: checkout setup
 
 mlflow: setup
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT) --workers 1
+
+benchmark: setup
+	$(BIN)/python -m benchmarks $(ARGS)
 
 setup: $(READY)
 

@@ -1,0 +1,152 @@
+"""What all comparisons share: data, networks, trainers, and how much of each is measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from benchmarks.measuring import Clock, Finding, Measured, measure
+from common import datasets
+from common.datasets import Batches, Dataset
+from common.models import Network, build
+from common.settings import AugmentationSettings, DatasetSettings
+from common.training import Compute, Trainer
+
+BATCH = 128
+CLASSES = 10
+AUGMENTATION = AugmentationSettings(crop_padding=4, flip=True)
+RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
+_GPU_STEPS, _QUICK_GPU_STEPS = 64, 16
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The options of a benchmark.
+
+    data: source and path of DatasetSettings; None for random images of CIFAR's shape. quick: fewer rounds and steps.
+    """
+
+    data: Mapping[str, str] | None
+    device: str
+    precision: str
+    quick: bool
+
+    @cached_property
+    def compute(self) -> Compute:
+        """How the core trains here. Raises SettingsError."""
+        return Compute.choose(self.device, self.precision)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.compute.device.type == "cuda"
+
+    @property
+    def clock(self) -> Clock:
+        """By which single-threaded work is compared: CPU time is not disturbed by other processes."""
+        return "wall" if self.on_gpu else "cpu"
+
+    def steps(self, on_cpu: int) -> int:
+        """Iterations of one side in a round."""
+        if self.on_gpu:
+            return _QUICK_GPU_STEPS if self.quick else _GPU_STEPS
+        return max(1, on_cpu // 2) if self.quick else on_cpu
+
+    def measure(self, sides: Mapping[str, Any], rounds: int, images: int | None = None) -> Measured:
+        """`measuring.measure`, with a third of the rounds when quick."""
+        wait = torch.cuda.synchronize if self.on_gpu else lambda: None
+        # a GPU pass is recorded in the first steps, and a CPU's memory is laid out in the first round
+        return measure(sides, max(3, rounds // 3) if self.quick else rounds, images, synchronise=wait)
+
+    def dataset(self, steps: int) -> Dataset:
+        """Training images for `steps` full batches, augmented as usual for CIFAR, on the device. Raises DataError."""
+        if self.data is None:
+            found = random_images(steps * BATCH)
+        else:
+            settings = DatasetSettings(
+                **self.data, train=steps * BATCH, validation=BATCH, augmentation=AUGMENTATION
+            )
+            found = datasets.load(settings)
+        return found.to(self.compute.device)
+
+    def network(self, architecture: str, data: Dataset, **options: Any) -> Network:
+        """A network in its initial state; always the same."""
+        return build(architecture, classes=data.classes, image_shape=data.image_shape, **options)
+
+    def environment(self) -> dict[str, Any]:
+        """The machine and the libraries, as far as they bear on speed, and what is trained on."""
+        set_by_user = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MALLOC_", "KMP_", "LD_PRELOAD", "PYTORCH_")
+        return {
+            "device": torch.cuda.get_device_name(self.compute.device) if self.on_gpu else "CPU",
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "precision_of_the_core": self.precision,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+            "variables": {key: value for key, value in os.environ.items() if key.startswith(set_by_user)},
+            "data": "random images of CIFAR's shape" if self.data is None else _described(self.data),
+            "quick": self.quick,
+        }
+
+    def trainer(self, model: Network, data: Dataset, **options: Any) -> Trainer:
+        """The core, on the shuffled and augmented training images. options: as for Trainer."""
+        batches = Batches(data, "train", BATCH, shuffle=True, augment=True)
+        return Trainer(
+            model,
+            batches,
+            momentum=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+            compute=self.compute,
+            **options,
+        )
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _described(data: Mapping[str, str]) -> str:
+    """The data's source, with the name of its file alone."""
+    return f"{data['source']} {Path(data['path']).name}" if "path" in data else data["source"]
+
+
+def train(trainer: Trainer) -> None:
+    """One epoch."""
+    trainer.fit([RATE] * len(trainer.batches))
+
+
+def random_images(count: int) -> Dataset:
+    """`count` images of CIFAR's shape with random pixels and labels, and as many more as a batch to validate and test."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (count + 2 * BATCH, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(len(pixels)) % CLASSES
+    cuts = np.split(np.arange(len(pixels)), [count, count + BATCH])
+    parts = dict(zip(datasets.SPLITS, cuts, strict=True))
+    return datasets.make_dataset("random", parts, pixels, labels, CLASSES, 255.0, AUGMENTATION)
+
+
+def result(
+    what: str, measured: Measured, clock: Clock, findings: list[Finding], **notes: Any
+) -> dict[str, Any]:
+    """One comparison as JSON values. clock: that the ratios are taken by. notes: other facts."""
+    return {
+        "what": what,
+        "clock": clock,
+        "rounds": len(next(iter(measured.wall.values()))),
+        "images_per_round": measured.images,
+        "sides": measured.sides(),
+        "findings": [finding.plain() for finding in findings],
+        **notes,
+    }

@@ -1,0 +1,145 @@
+"""The loops that the core is compared with: what one writes without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from benchmarks.bench import AUGMENTATION, BATCH, MOMENTUM, RATE, WEIGHT_DECAY
+from common.datasets import Dataset
+from common.training import Trainer
+
+_PADDING = AUGMENTATION.crop_padding
+_WARM_UP = 3
+
+
+def usual(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """An epoch of the usual training loop: float32, torch.optim.SGD, loss and accuracy read in every step.
+
+    The model is put on the device of its parameters; batches are brought there.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+    def epoch() -> None:
+        model.train()
+        loss_sum, correct = 0.0, 0
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item() * len(labels)
+            correct += (logits.argmax(1) == labels).sum().item()
+
+    return epoch
+
+
+class TensorBatches:
+    """Normalised float32 images [N, C, H, W], padded once, in memory; cropped and flipped batch by batch, in random order."""
+
+    def __init__(self, data: Dataset):
+        images, self.labels = data.images["train"], data.labels["train"]
+        mean, std = (torch.tensor(values, device=images.device) for values in (data.mean, data.std))
+        # black borders, as PIL's crops have them
+        padded = pad(images, (0, 0, *(_PADDING,) * 4))
+        self.images = ((padded / data.scale - mean) / std).permute(0, 3, 1, 2).contiguous()
+        self.shape = data.image_shape
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.labels), device=self.labels.device)
+        for index in order.split(BATCH):
+            yield self._augmented(self.images[index]), self.labels[index]
+
+    def _augmented(self, x: Tensor) -> Tensor:
+        count, (channels, height, width) = len(x), self.shape
+        rows, columns = torch.randint(2 * _PADDING + 1, (2, count, 1), device=x.device)
+        rows = rows + torch.arange(height, device=x.device)
+        columns = columns + torch.arange(width, device=x.device)
+        flipped = torch.rand(count, 1, device=x.device) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
+        image = torch.arange(count, device=x.device)[:, None, None, None]
+        channel = torch.arange(channels, device=x.device)[:, None, None]
+        return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class PilImages(torch.utils.data.Dataset):
+    """Images one by one through PIL, as torchvision's data sets do it."""
+
+    def __init__(self, data: Dataset):
+        self.images: np.ndarray = data.images["train"].cpu().numpy()
+        self.labels: list[int] = data.labels["train"].tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(data.image_shape[1:], padding=_PADDING),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(data.mean, data.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def loader(data: Dataset, workers: int, pinned: bool) -> DataLoader:
+    """The usual DataLoader; its worker processes stay from epoch to epoch."""
+    return DataLoader(
+        PilImages(data),
+        BATCH,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pinned,
+    )
+
+
+def bare(trainer: Trainer, steps: int) -> Callable[[], None]:
+    """`steps` steps on one fixed batch with the trainer's network, optimiser and precision, and nothing else.
+
+    Where the core replays recorded passes, the whole step is one recorded graph.
+    """
+    images, labels = next(iter(trainer.batches.epoch(0)))
+    model, optimizer = trainer.model.train(), trainer.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with trainer.compute.precision():
+            logits = model(images)
+        cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    once = _recorded(step) if trainer.compute.recorded else step
+
+    def repeated() -> None:
+        for _ in range(steps):
+            once()
+
+    return repeated
+
+
+def _recorded(step: Callable[[], None]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
