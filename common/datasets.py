@@ -481,7 +481,9 @@ def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
     kept = stratified(
         arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source)
     )
-    parts = dict(zip(SPLITS, [*kept, np.arange(count, len(labels))]))
+    test = settings.test or len(labels) - count
+    (tested,) = stratified(arrays["y_test"], [test], stream(settings.split_seed, "test-subset"))
+    parts = dict(zip(SPLITS, [*kept, count + tested]))
     classes = len(arrays["classes"])
     if settings.streamed:
         return _streamed(settings, arrays, parts, labels, classes)

@@ -77,7 +77,7 @@ class DatasetSettings(Strict):
     validation: Count = 197
     """Number of images held out of the official training images, stratified by class."""
     test: Count | None = None
-    """Number of test images where the source has no test split of its own."""
+    """Number of test images, stratified by class: of the source's own test split (all when absent), or held out."""
     train_per_class: Count | None = None
     """In place of `test`: images of each class that are for training and validation, the rest is for test."""
     split_seed: Seed = 0

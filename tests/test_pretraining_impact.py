@@ -103,26 +103,24 @@ def test_a_missing_font_is_named_with_those_found():
 
 
 def test_the_classes_are_disjoint_from_the_targets_digits():
-    assert len(glyphs.CLASSES["letters"]) == 52 and not set(glyphs.CLASSES["letters"]) & set(
-        glyphs.CLASSES["digits"]
-    )
-    assert len(set(glyphs.CLASSES["printable"])) == 94
+    default = set(glyphs.CLASSES["printable-but-digits"])
+    assert len(default) == 84 and not default & set(glyphs.CLASSES["digits"])
+    assert default | set(glyphs.CLASSES["digits"]) == set(glyphs.CLASSES["printable"])
 
 
 def test_the_written_corpus_can_be_loaded(tmp_path):
     file = str(tmp_path / "glyphs.npz")
     assert glyphs.main(["--out", file, "--count", "400", "--test", "100", "--seed", "5"]) == 0
     data = datasets.load(DatasetSettings(source="npz", path=file, validation=104))
-    assert data.classes == 52 and data.scale == 16
+    assert data.classes == 84 and data.scale == 16
     assert {split: len(labels) for split, labels in data.labels.items()} == {
         "train": 196,
         "validation": 104,
         "test": 100,
     }
     with np.load(file) as arrays:
-        assert len(str(arrays["digest"])) == 64 and arrays["classes"].tolist() == list(
-            glyphs.CLASSES["letters"]
-        )
+        assert len(str(arrays["digest"])) == 64
+        assert arrays["classes"].tolist() == list(glyphs.CLASSES["printable-but-digits"])
 
 
 def test_a_corpus_without_room_for_all_classes_is_refused(tmp_path, capsys):

@@ -36,12 +36,15 @@ FONTS = (
 )
 """Text fonts only: cmsy10, cmex10 and the STIX size fonts map letters to symbols, LastResort to boxes."""
 
+_PRINTABLE = "".join(map(chr, range(33, 127)))
 CLASSES = {
+    "printable-but-digits": "".join(c for c in _PRINTABLE if c not in string.digits),
+    "printable": _PRINTABLE,
     "letters": string.ascii_lowercase + string.ascii_uppercase,
     "letters+digits": string.ascii_lowercase + string.ascii_uppercase + string.digits,
     "digits": string.digits,
-    "printable": "".join(map(chr, range(33, 127))),
 }
+"""The first is the default: all characters but those that are the target's classes."""
 CANVAS, LONGER_SIDE, SIZE, LEVELS = 96, 72, 8, 16
 
 
@@ -180,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--test", type=int, default=1000, help="how many of them make the test part (default 1000)"
     )
-    parser.add_argument("--classes", choices=CLASSES, default="letters")
+    parser.add_argument("--classes", choices=CLASSES, default=next(iter(CLASSES)))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     characters = CLASSES[options.classes]

@@ -160,7 +160,7 @@ class Settings(PaperSettings):
     data: DatasetSettings | None = None
     """What the networks are trained on and pruned for, in place of the profile's data set."""
     corpus: DatasetSettings | None = DatasetSettings(
-        source="npz", path="data/glyphs/letters.npz", validation=1000
+        source="npz", path="data/glyphs/corpus.npz", validation=1000
     )
     """What the fine-tuned are pre-trained on; not needed where every architecture has a checkpoint."""
     checkpoints: dict[str, Checkpoint] = {}
