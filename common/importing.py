@@ -1,0 +1,243 @@
+"""`python -m replications import FOLDER`: take in what stages left in the results folder of another machine.
+
+Everything is checked first, then all files are put in place together. The caller then logs the runs to MLflow as if
+they had happened here, and has DVC accept the stages as done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common import pipeline
+from common.runs import Run, StageError, code_digest, data_prints
+from common.settings import PARAMS_FILE, canonical, digest, hint, load, papers, selected_profile
+
+_PENDING, _UNFINISHED = ".import", ".import.tmp"
+_MISSING = object()
+_NAMED = 5
+"""How many differences an error names."""
+_ENVIRONMENT = {"code": str, "machine": dict, "versions": dict, "seconds": dict, "sha256": dict}
+_IDENTITY = {"paper": str, "variant": str, "dataset": str, "architecture": str}
+_IDENTITY |= {"target": (int, float), "seed": int}
+_RECORD = _IDENTITY | {"status": str, "settings": dict, "settings_hash": str, "data": list}
+_RECORD |= {"metrics": dict, "cost": dict, "details": dict}
+_CURVES = {"settings_hash": str, "curves": list}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A stage of the other machine.
+
+    environment, entries: as the stage had them there. files: content by path below the results folder.
+    """
+
+    paper: str
+    profile: str
+    environment: dict[str, Any]
+    entries: list[dict[str, Any]]
+    files: dict[Path, bytes]
+
+
+def take_in(
+    folder: Path, results: Path, only: Sequence[str] = (), params: str = PARAMS_FILE
+) -> list[Imported]:
+    """Check the stages in `folder` (those of the papers in `only`, or all) and put their files into `results`.
+
+    They are of the profile that `params` selects. Raises StageError, SettingsError, with nothing changed, for what
+    does not fit this project.
+    """
+    _finish(results)
+    profile = selected_profile(params)
+    stages = [_checked(folder, paper, profile, params) for paper in _found(folder, profile, only, params)]
+    _put({path: content for stage in stages for path, content in stage.files.items()}, results)
+    return stages
+
+
+def accept(stages: Sequence[str]) -> str | None:
+    """Have `dvc repro` take the stages' outputs as they are; returns why not where there is no DVC. Raises StageError."""
+    command = ["dvc", "commit", "--force", *stages]
+    if find_spec("dvc") is None:
+        return f"dvc is not installed here: `{' '.join(command)}` makes `dvc repro` accept these stages"
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no reason given").splitlines()[0]
+        raise StageError(f"the records are imported, but `{' '.join(command)}` failed: {reason}")
+    return None
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def _found(folder: Path, profile: str, only: Sequence[str], params: str) -> list[str]:
+    """The papers of which the folder holds something in this profile."""
+    there: dict[str, set[str]] = {}
+    for pattern in ("*/*.jsonl", "environment/*/*.json"):
+        for file in folder.glob(pattern):
+            there.setdefault(file.parent.name, set()).add(file.name.split(".")[0])
+    if not there:
+        raise StageError(f"{folder}: not a results folder: it holds no <profile>/<paper>.jsonl")
+    if profile not in there:
+        raise StageError(
+            f"{folder}: results of profile {', '.join(sorted(there))}, but {params} selects {profile}; "
+            f"select it with `profile: {min(there)}`"
+        )
+    for paper in sorted(there[profile]):
+        if paper not in papers():
+            raise StageError(f"{folder}: unknown paper {paper!r}; {hint(paper, papers())}")
+    for paper in only:
+        if paper not in there[profile]:
+            raise StageError(f"{folder}: nothing of paper {paper!r}; {hint(paper, sorted(there[profile]))}")
+    return sorted(only or there[profile])
+
+
+def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
+    records, curves = Path(profile, f"{paper}.jsonl"), Path(profile, f"{paper}.curves.jsonl")
+    beside = Path("environment", profile, f"{paper}.json")
+    files = {path: _read(folder / path) for path in (records, curves, beside)}
+    (environment,) = _objects(folder / beside, [files[beside]], _ENVIRONMENT)
+    for path in (records, curves):
+        if environment["sha256"].get(path.name) != hashlib.sha256(files[path]).hexdigest():
+            raise StageError(
+                f"{folder / path}: damaged or changed: its SHA-256 is not the one in {folder / beside}"
+            )
+    code = code_digest(pipeline.code_folders(paper))
+    if environment["code"] != code:
+        raise StageError(
+            f"{folder / beside}: made by other code (digest {environment['code'][:12]}, here {code[:12]}); "
+            "use the same revision of the project on both machines"
+        )
+    rows = _objects(folder / records, files[records].splitlines(), _RECORD)
+    of_curves = _objects(folder / curves, files[curves].splitlines(), _CURVES)
+    hashes = [row["settings_hash"] for row in rows]
+    if [row["settings_hash"] for row in of_curves] != hashes:
+        raise StageError(f"{folder / curves}: not the curves of the runs in {records.name}")
+    if missing := set(hashes) - set(environment["seconds"]):
+        raise StageError(f"{folder / beside}: seconds of run {min(missing)} are missing")
+    runs = pipeline.planned(paper, load(paper, params, profile))
+    if problems := list(_problems(rows, runs)):
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise StageError(f"{folder / records}: {'; '.join(problems[:_NAMED])}{more}")
+    if find_spec("dvc") is not None:
+        for path, producer in pipeline.producers(paper).items():
+            if not Path(path).exists():
+                raise StageError(
+                    f"{paper} depends on {path}, which is not there: `dvc repro {producer}` makes it"
+                )
+    entries = [
+        {"record": row, "curves": own["curves"], "seconds": environment["seconds"][row["settings_hash"]]}
+        for row, own in zip(rows, of_curves)
+    ]
+    return Imported(paper, profile, environment, entries, files)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StageError(
+            f"{path}: cannot be read: {error.strerror}; a stage leaves it beside its records"
+        ) from None
+
+
+def _objects(file: Path, texts: Sequence[bytes], fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """JSON objects with at least these fields."""
+    found = []
+    for number, text in enumerate(texts, start=1):
+        where = f"{file}, line {number}" if len(texts) > 1 else str(file)
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise StageError(f"{where}: not valid JSON: {error}") from None
+        for name, kind in fields.items():
+            value = content.get(name, _MISSING) if isinstance(content, dict) else _MISSING
+            if value is _MISSING:
+                raise StageError(f"{where}: {name} is missing")
+            if not isinstance(value, kind):
+                raise StageError(f"{where}: {name} = {value!r}: must be of another type")
+        found.append(content)
+    return found
+
+
+def _problems(records: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
+    """In what the records are not those of the planned runs."""
+    planned = {canonical(run.identity): run for run in runs}
+    for record in records:
+        identity = {name: record[name] for name in _IDENTITY}
+        run = planned.pop(canonical(identity), None)
+        if run is None:
+            yield f"{Run(**identity, settings={})} is given twice or not planned here"
+            continue
+        ours = json.loads(canonical(run.settings))
+        if differences := list(_differences("settings", record["settings"], ours)):
+            yield f"{run}: {differences[0]}"
+        elif record["settings_hash"] != digest(
+            {**identity, "settings": record["settings"], "needs": [need.settings_hash for need in run.needs]}
+        ):
+            yield f"{run}: settings_hash is not that of its settings and of the runs that it needs here"
+        if record["data"] != (prints := data_prints(run)):
+            yield f"{run}: data = {_short(record['data'])}, but the data prepared here is {_short(prints)}"
+        yield from (f"{run}: {problem}" for problem in _invalid(record))
+    yield from (f"{run} is missing" for run in planned.values())
+
+
+def _invalid(record: Mapping[str, Any]) -> Iterator[str]:
+    if record["status"] not in ("ok", "failed"):
+        yield f"status = {record['status']!r}: must be ok or failed"
+    if record["status"] == "failed" and not record.get("reason"):
+        yield "it failed without a reason"
+    accuracy = record["metrics"].get("test_accuracy")
+    if accuracy is not None and not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
+        yield f"test_accuracy = {accuracy!r}: must be between 0 and 1"
+
+
+def _differences(where: str, theirs: Any, ours: Any) -> Iterator[str]:
+    """Where two JSON values differ."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key in sorted({*theirs, *ours}):
+            yield from _differences(f"{where}.{key}", theirs.get(key, _MISSING), ours.get(key, _MISSING))
+    elif theirs != ours:
+        shown = ("absent" if value is _MISSING else repr(value) for value in (theirs, ours))
+        yield "{} = {}, here {}".format(where, *shown)
+
+
+def _short(prints: Sequence[str]) -> str:
+    return ", ".join(str(fingerprint)[:12] for fingerprint in prints) or "none"
+
+
+# ------------------------------------------------------------------------------------------ all files or none
+
+
+def _put(files: Mapping[Path, bytes], results: Path) -> None:
+    """Put files in place; what is killed before all are complete changes nothing, what is killed later is finished."""
+    unfinished = results / _UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        for path, content in files.items():
+            target = unfinished / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        os.replace(unfinished, results / _PENDING)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise StageError(f"{results}: {error.strerror}; nothing was imported") from None
+    _finish(results)
+
+
+def _finish(results: Path) -> None:
+    """Move files that are complete to where they belong, also those of an import that was killed while it did so."""
+    pending = results / _PENDING
+    for file in sorted(path for path in pending.rglob("*") if path.is_file()):
+        target = results / file.relative_to(pending)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    shutil.rmtree(pending, ignore_errors=True)

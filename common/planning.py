@@ -1,0 +1,188 @@
+"""`python -m replications plan`: what each stage of a profile holds, costs on this machine, and has done already."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+
+from common import pipeline, rehearsal
+from common.datasets import DataError
+from common.rehearsal import Cost, Kind
+from common.runs import SCRATCH, Run, Store, _workers, code_digest, environment
+from common.settings import Profile, load, papers
+from common.training import Compute
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a profile plans for one paper.
+
+    kinds: of its runs; empty if they cannot be listed yet. done: settings hashes of finished runs, None if that
+    cannot be told yet. missing: which data is not there, and what prepares it.
+    """
+
+    paper: str
+    kinds: list[Kind]
+    done: set[str] | None = None
+    missing: str | None = None
+
+    @property
+    def runs(self) -> int:
+        """How many runs it has."""
+        return sum(len(kind.members) for kind in self.kinds)
+
+
+def stage(paper: str, profile: Profile, results: Path) -> Stage:
+    """What the profile plans for a paper, and what of it is done. Raises SettingsError."""
+    kinds: list[Kind] = []
+    try:
+        runs = pipeline.planned(paper, profile)
+        kinds = rehearsal.kinds(runs)
+        return Stage(paper, kinds, _done(paper, profile, runs, results))
+    except DataError as error:
+        return Stage(paper, kinds, missing=f"{error}; {pipeline.preparation(paper)} prepares what it reads")
+
+
+def _done(paper: str, profile: Profile, runs: Sequence[Run], results: Path) -> set[str]:
+    """Runs that are kept in the scratch folder, or whose records this code has left in the results."""
+    folders = pipeline.code_folders(paper)
+    store = Store(SCRATCH / profile.name / paper, folders, profile.execution)
+    planned = {run.settings_hash for run in runs}
+    found = {run.settings_hash for run in runs if store.load(run)}
+    records = results / profile.name / f"{paper}.jsonl"
+    beside = results / "environment" / profile.name / f"{paper}.json"
+    if (
+        records.exists()
+        and beside.exists()
+        and json.loads(beside.read_text())["code"] == code_digest(folders)
+    ):
+        found |= {json.loads(line)["settings_hash"] for line in records.read_text().splitlines()}
+    return found & planned
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of all runs of a stage: epochs, seconds of one worker, those of runs that are not done, bytes on disk."""
+
+    epochs: float
+    seconds: float
+    left: float
+    disk: float
+
+    @classmethod
+    def of(cls, stage: Stage, costs: Mapping[str, Cost]) -> Expected | None:
+        """From the costs of its kinds, the others taken for the mean of these; None if there are none."""
+        known = [(costs[kind.run.settings_hash], kind) for kind in stage.kinds if _is_known(kind, costs)]
+        if not known:
+            return None
+        runs = sum(len(kind.members) for _, kind in known)
+        mean = [
+            sum(value(cost) * len(kind.members) for cost, kind in known) / runs
+            for value in (attrgetter(name) for name in ("seconds", "epochs", "disk"))
+        ]
+        unknown = [(Cost(*mean), kind) for kind in stage.kinds if not _is_known(kind, costs)]
+        each = [(cost, run.settings_hash in stage.done) for cost, k in known + unknown for run in k.members]
+        return cls(
+            epochs=sum(cost.epochs for cost, _ in each),
+            seconds=sum(cost.seconds for cost, _ in each),
+            left=sum(cost.seconds for cost, done in each if not done),
+            disk=sum(cost.disk for cost, _ in each),
+        )
+
+
+def _is_known(kind: Kind, costs: Mapping[str, Cost]) -> bool:
+    cost = costs.get(kind.run.settings_hash)
+    return cost is not None and cost.problem is None
+
+
+def plan(params: str, profile_name: str | None, seconds: float, results: Path) -> str:
+    """What to print for a profile, after a rehearsal of about `seconds` seconds. Raises SettingsError."""
+    profiles = {paper: load(paper, params, profile_name) for paper in papers()}
+    profile = next(iter(profiles.values()))
+    stages = [stage(paper, own, results) for paper, own in profiles.items()]
+    begun = time.perf_counter()
+    costs = rehearsal.rehearse(
+        {stage.paper: stage.kinds for stage in stages if not stage.missing}, profile.execution, seconds
+    )
+    took = time.perf_counter() - begun
+    workers, _ = _workers(profile.execution, max(stage.runs for stage in stages) or 1)
+    machine = environment((), Compute.choose(profile.execution.device))["machine"]
+    title = (
+        f"profile {profile.name} on {machine['device']}, {machine['cores']} cores, {workers} runs at once; "
+        f"rehearsed in {took:.0f} s"
+    )
+    table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)
+    return "\n".join([title, "", *table, "", *_remarks(stages, costs)]).rstrip()
+
+
+# ------------------------------------------------------------------------------------------ what is printed
+
+
+def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], workers: int) -> list[str]:
+    rows = []
+    for stage in stages:
+        own = found[stage.paper]
+        runs = stage.runs or None
+        done = None if stage.done is None else len(stage.done)
+        costs = (own.epochs, own.seconds / workers, own.left / workers, own.disk) if own else (None,) * 4
+        rows.append((runs, done, *costs))
+    names = [*(stage.paper for stage in stages), "total"]
+    # what is unknown is missing from the total
+    totals = [sum(value for value in column if value is not None) for column in zip(*rows)]
+    more = ["more than " * (None in column) for column in zip(*rows)]
+    shown = [[show(value) for show, value in zip(_SHOWN, row)] for row in rows]
+    shown.append([sign + show(value) for sign, show, value in zip(more, _SHOWN, totals)])
+    lines = [_COLUMNS, *((name, *row) for name, row in zip(names, shown))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return [
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))])
+        for first, *rest in lines
+    ]
+
+
+def _count(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.0f}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= s or u == "s")
+    return f"{seconds / size:.{0 if unit == 's' else 1}f} {unit}"
+
+
+def _size(count: float | None) -> str:
+    return "?" if count is None else f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+_COLUMNS = ("stage", "runs", "done", "epochs", "device time", "to go", "disk")
+_SHOWN = (_count, _count, _count, _time, _time, _size)
+
+
+def _remarks(stages: Sequence[Stage], costs: Mapping[str, Cost]) -> list[str]:
+    found = []
+    for stage in stages:
+        if stage.missing:
+            found.append(f"{stage.paper}: {stage.missing}")
+            continue
+        all_costs = [costs.get(kind.run.settings_hash) for kind in stage.kinds]
+        late = sum(cost is None for cost in all_costs)
+        failed = [cost.problem for cost in all_costs if cost and cost.problem]
+        macs = sum(cost.from_macs for cost in all_costs if cost and not cost.problem)
+        of = f"of {len(all_costs)} kinds of runs"
+        if macs:
+            found.append(
+                f"{stage.paper}: {macs} {of} are reckoned in part from MACs, more --seconds would time them"
+            )
+        if late:
+            found.append(f"{stage.paper}: {late} {of} were not reached and count as the mean of the others")
+        if failed:
+            found.append(
+                f"{stage.paper}: {len(failed)} {of} cannot be rehearsed and count as the mean of the others "
+                f"({failed[0]})"
+            )
+    return found

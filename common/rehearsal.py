@@ -1,0 +1,298 @@
+"""Rehearsal: what runs will cost on this machine, from a few iterations of each kind of run.
+
+Runs that differ in nothing but their seed are of one kind, and one of them is rehearsed for all. It is executed like any
+other run, by the same workers and as many at once, but its trainers train only a few iterations of an epoch and reckon
+the rest; epochs of a network, batch and method that have been timed before are reckoned whole. Hooks are called for
+every epoch, so a network that shrinks while it trains is timed in each of its shapes. What a method does at single
+iterations (`Hooks.stepped`) happens only at those that are trained, and the time that torch.compile takes is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from common.pruning import counting
+from common.runs import (
+    SCRATCH,
+    OutOfTime,
+    Run,
+    RunCheckpoints,
+    StageError,
+    Store,
+    TimeBudget,
+    execute,
+    in_order,
+)
+from common.settings import ExecutionSettings, digest
+from common.training import BatchSource, Trainer
+
+TIMED_SECONDS = 0.05
+"""Iterations are timed for about so long, two at least."""
+EVALUATED_MACS = 2e9
+"""On a CPU, an evaluation is timed on so many images that their MACs add up to this, one at least."""
+MEASURING = 0.8
+"""The share of the time after which what is still unknown is reckoned from MACs."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs that differ in nothing but their seed. run: the one that is rehearsed; what it needs are such ones, too."""
+
+    run: Run
+    members: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run: seconds of its worker, epochs in all, bytes that it leaves (record twice, and state).
+
+    from_macs: whether some of its epochs or evaluations are reckoned from those of another network. problem: why
+    it could not be rehearsed to its end.
+    """
+
+    seconds: float
+    epochs: float
+    disk: float
+    from_macs: bool = False
+    problem: str | None = None
+
+
+def kinds(runs: Sequence[Run]) -> list[Kind]:
+    """The kinds of `runs` and of all that they need, needed ones first."""
+    members: dict[str, list[Run]] = {}
+    stand_ins: dict[str, Run] = {}
+    by_name: dict[str, Run] = {}
+    for run in in_order(runs):
+        needs = tuple(stand_ins[need.settings_hash] for need in run.needs)
+        what = {**run.identity, "seed": None, "settings": run.settings}
+        name = digest([what, [need.settings_hash for need in needs]])
+        stand_ins[run.settings_hash] = by_name.setdefault(name, replace(run, needs=needs))
+        members.setdefault(name, []).append(run)
+    return [Kind(by_name[name], tuple(found)) for name, found in members.items()]
+
+
+def rehearse(
+    stages: Mapping[str, Sequence[Kind]], execution: ExecutionSettings, seconds: float
+) -> dict[str, Cost]:
+    """The cost of each kind, by the settings hash of its `run`, in about `seconds` seconds.
+
+    Stages take turns, so that each has some of its kinds rehearsed when time is over; what is then left is missing.
+    """
+    turns = [kind.run for turn in zip_longest(*stages.values()) for kind in turn if kind is not None]
+    found: dict[str, Cost] = {}
+
+    def note(entry: dict[str, Any]) -> None:
+        found[entry["record"]["settings_hash"]] = Cost(**entry["cost"])
+
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    begun = time.time()
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=SCRATCH) as folder:
+        store = _Rehearsal(Path(folder), execution, begun + MEASURING * seconds)
+        try:
+            execute(turns, store, execution, "rehearsal", note, TimeBudget(begun + seconds))
+        except OutOfTime:
+            pass
+        except StageError as stopped:
+            print(f"rehearsal: {stopped}", file=sys.stderr)
+        finally:
+            _restore()
+    return found
+
+
+# ------------------------------------------------------------------------------------------ one run
+
+
+class _Rehearsal(Store):
+    """A store whose runs are rehearsed: a run begins when it asks for its checkpoints, and ends when it is saved."""
+
+    def __init__(self, folder: Path, execution: ExecutionSettings, measure_until: float):
+        super().__init__(folder, (), execution)
+        self._measure_until = measure_until
+
+    def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
+        _replace()
+        _own.tally = _Tally(self._measure_until)
+        return super().checkpoints(run, budget)
+
+    def save(self, run: Run, entry: dict[str, Any], state: Mapping[str, Any] | None) -> None:
+        super().save(run, entry, state)
+        tally, key = _own.tally, self.key(run)
+        record, *others = (self.folder / f"{key}.{suffix}" for suffix in ("json", "pt"))
+        kept = 2 * record.stat().st_size + sum(file.stat().st_size for file in others if file.exists())
+        entry["cost"] = {
+            "seconds": entry["seconds"] - tally.spent + tally.reckoned,
+            "epochs": tally.epochs,
+            "disk": kept,
+            "from_macs": tally.from_macs,
+            "problem": entry["record"].get("reason"),
+        }
+
+
+@dataclass
+class _Tally:
+    """What the trainers of a run have spent on their rehearsal, and what they would spend on the real thing."""
+
+    measure_until: float
+    spent: float = 0.0
+    reckoned: float = 0.0
+    epochs: int = 0
+    from_macs: bool = False
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Whatever happens here is part of the rehearsal and not of the run."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent += time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """Seconds of an epoch or an evaluation, its MACs over all images, the hooks, and what it returned."""
+
+    seconds: float
+    macs: float
+    hooks: tuple[type, ...]
+    returned: dict[str, float]
+
+
+# a worker process rehearses many runs; on a GPU, threads do
+_own = threading.local()
+_known: dict[tuple, _Timing] = {}
+_shapes: WeakKeyDictionary[BatchSource, torch.Size] = WeakKeyDictionary()
+_EPOCH, _EVALUATE = Trainer._epoch, Trainer.evaluate
+
+
+def _replace() -> None:
+    """From here on, every trainer of this process is rehearsed, however a paper makes it."""
+    Trainer._epoch, Trainer.evaluate = _rehearsed_epoch, _rehearsed_evaluate
+
+
+def _restore() -> None:
+    Trainer._epoch, Trainer.evaluate = _EPOCH, _EVALUATE
+
+
+def _rehearsed_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> dict[str, float]:
+    first = trainer.iteration
+    found = _timing(trainer, trainer.batches, "train", lambda: _time_epoch(trainer, learning_rates))
+    _own.tally.epochs += 1
+    trainer.iteration = first + len(learning_rates)
+    return found | {"lr": learning_rates[-1]}
+
+
+def _rehearsed_evaluate(trainer: Trainer, batches: BatchSource | None = None) -> dict[str, float]:
+    source = trainer.validation if batches is None else batches
+    return _timing(trainer, source, "evaluate", lambda: _time_evaluation(trainer, source))
+
+
+def _timing(trainer: Trainer, source: BatchSource, what: str, measure) -> dict[str, float]:
+    """Add the time of an epoch or an evaluation to the run's; returns what it would return."""
+    tally = _own.tally
+    with tally.instead():
+        hooks = tuple(type(hook) for hook in trainer.hooks)
+        shapes = tuple((*p.shape, p.requires_grad) for p in trainer.model.parameters())
+        batch = _batch_shape(source)
+        key = (what, shapes, hooks, type(trainer.optimizer), len(source), batch)
+        alike = [timing for other, timing in _known.items() if other[0] == what]
+        if key in _known:
+            found = _known[key]
+        else:
+            layers = counting.layer_costs(trainer.model, batch[1:])
+            macs = max(1, sum(layer.macs for layer in layers)) * batch[0] * len(source)
+            if alike and time.time() > tally.measure_until:
+                nearest = min(alike, key=lambda t: (t.hooks != hooks, abs(math.log(t.macs / macs))))
+                found = replace(nearest, seconds=nearest.seconds * macs / nearest.macs)
+                tally.from_macs = True
+            else:
+                seconds, returned = measure()
+                found = _known[key] = _Timing(seconds, macs, hooks, returned)
+    tally.reckoned += found.seconds
+    return dict(found.returned)
+
+
+def _batch_shape(source: BatchSource) -> torch.Size:
+    if source not in _shapes:
+        _shapes[source] = next(iter(source.epoch(0)))[0].shape
+    return _shapes[source]
+
+
+# ------------------------------------------------------------------------------------------ timing
+
+
+@dataclass(eq=False)
+class _First:
+    """The first `count` batches of each epoch, cut to `images` images; `ready` is when the first one was there."""
+
+    source: BatchSource
+    count: int
+    images: int | None = None
+    ready: float = field(default=0.0, init=False)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, (images, labels) in enumerate(islice(self.source.epoch(number), self.count)):
+            if not index:
+                self.ready = time.perf_counter()
+            yield images[: self.images], labels[: self.images]
+
+
+def _now(trainer: Trainer) -> float:
+    if trainer.compute.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    return time.perf_counter()
+
+
+def _time_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> tuple[float, dict[str, float]]:
+    """Seconds of the epoch that would begin now, and the row that its first iterations give."""
+    whole, first, per_epoch = trainer.batches, trainer.iteration, len(learning_rates)
+
+    def timed(count: int) -> tuple[float, float, dict[str, float]]:
+        """Seconds until the first batch, seconds of an iteration, row."""
+        trainer.batches, trainer.iteration = _First(whole, count), first
+        begun = _now(trainer)
+        try:
+            row = _EPOCH(trainer, learning_rates[:count])
+            ready = trainer.batches.ready
+        finally:
+            trainer.batches = whole
+        return ready - begun, (_now(trainer) - ready) / count, row
+
+    # a pass that is to be replayed on a GPU is recorded after some others
+    timed(min(8 if trainer.compute.recorded else 1, per_epoch))
+    before, each, row = timed(min(2, per_epoch))
+    if (enough := min(int(TIMED_SECONDS / each), per_epoch)) > 2:
+        before, each, row = timed(enough)
+    return before + each * per_epoch, row
+
+
+def _time_evaluation(trainer: Trainer, source: BatchSource) -> tuple[float, dict[str, float]]:
+    """Seconds of an evaluation on all batches of `source`, and the scores on the first."""
+    size, *image = _batch_shape(source)
+    timed = size
+    if trainer.compute.device.type == "cpu":
+        macs = sum(layer.macs for layer in counting.layer_costs(trainer.model, image))
+        timed = min(size, max(1, int(EVALUATED_MACS / max(1, macs))))
+    _EVALUATE(trainer, _First(source, 1, timed))
+    part = _First(source, 1, timed)
+    begun = _now(trainer)
+    scores = _EVALUATE(trainer, part)
+    done = _now(trainer)
+    return part.ready - begun + (done - part.ready) * len(source) * size / timed, scores

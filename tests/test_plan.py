@@ -1,0 +1,213 @@
+"""The plan: kinds of runs, rehearsed trainers, and the command in a copy of the project."""
+
+import json
+import shutil
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from project import add_example, copy, params, run
+from torch import nn
+
+from common import rehearsal
+from common.datasets import FixedBatches
+from common.pruning.counting import cost
+from common.rehearsal import kinds
+from common.runs import Outcome, Run, perform
+from common.settings import ExecutionSettings, papers
+from common.training import Hooks, RunFailed, Trainer
+
+EPOCHS, PER_EPOCH = 6, 1000
+
+
+def _run(variant, seed, needs=(), **settings):
+    return Run("fake", variant, "made up", "linear", 0.0, seed, settings, tuple(needs))
+
+
+def test_runs_that_differ_in_the_seed_alone_are_of_one_kind():
+    listed = []
+    for seed in (3, 4):
+        tuning = [_run("tuning", 1000 + trial, rate=0.1) for trial in range(2)]
+        listed.append(_run("pruned", seed, [_run("dense", seed, rate=0.1), *tuning], rate=0.1))
+    listed.append(_run("dense", 5, rate=0.2))
+    found = kinds(listed)
+    assert [(kind.run.variant, [run.seed for run in kind.members]) for kind in found] == [
+        ("dense", [3, 4]),
+        ("tuning", [1000, 1001]),
+        ("pruned", [3, 4]),
+        ("dense", [5]),
+    ]
+    # the pruned run needs as many runs as before; both trials are now the one that is rehearsed
+    assert [need.seed for need in found[2].run.needs] == [3, 1000, 1000]
+
+
+# ------------------------------------------------------------------------------------------ rehearsed trainers
+
+
+class _Shrinking(Hooks):
+    """Halves the hidden layer at the end of the third epoch, and counts what is called."""
+
+    def __init__(self):
+        self.steps, self.epochs = 0, []
+
+    def stepped(self, trainer):
+        self.steps += 1
+
+    def epoch_ended(self, trainer, epoch):
+        self.epochs.append((epoch, trainer.iteration))
+        if epoch == 2:
+            first, last = trainer.model[1], trainer.model[2]
+            first.weight = nn.Parameter(first.weight[:8].detach())
+            first.bias = nn.Parameter(first.bias[:8].detach())
+            last.weight = nn.Parameter(last.weight[:, :8].detach())
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def performed(monkeypatch, tmp_path):
+    """Rehearse one run of a made-up paper in this process: a function of its `execute` and the time to measure."""
+    monkeypatch.setattr(rehearsal, "_known", {})
+
+    def rehearse(execute, measured=True):
+        protocol = SimpleNamespace(execute=execute)
+        monkeypatch.setitem(sys.modules, "replications.fake.protocol", protocol)
+        execution = ExecutionSettings(device="cpu", precision="float32")
+        store = rehearsal._Rehearsal(tmp_path, execution, time.time() + (60 if measured else -1))
+        return perform(_run("dense", 0), store, execution, True)
+
+    yield rehearse
+    rehearsal._restore()
+
+
+def _trainer(hooks=(), width=16):
+    images, labels = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    batches = FixedBatches([(images, labels)] * PER_EPOCH)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, width), nn.Linear(width, 2))
+    return Trainer(model, batches, hooks=hooks, validation=FixedBatches([(images, labels)]))
+
+
+def _outcome(trainer):
+    trainer.fit([0.01] * (EPOCHS * PER_EPOCH), "dense")
+    state = {"model": trainer.model.state_dict(), "ballast": torch.zeros(25_000)}
+    return Outcome(trainer.evaluate(), cost(trainer.model, (1, 2, 2)), trainer.history, state)
+
+
+def test_a_rehearsal_has_all_epochs_and_few_iterations(performed, monkeypatch):
+    monkeypatch.setattr(rehearsal, "TIMED_SECONDS", 0.0)  # two iterations a shape, and one to warm up
+    hook = _Shrinking()
+    trainer = _trainer(hook)
+    entry = performed(lambda run, context: _outcome(trainer))
+    assert entry["cost"]["epochs"] == EPOCHS and not entry["cost"]["from_macs"]
+    assert hook.epochs == [(epoch, (epoch + 1) * PER_EPOCH) for epoch in range(EPOCHS)]
+    assert hook.steps == 2 * 3  # the network had two shapes
+    keys = {"phase", "epoch", "lr", "train_loss", "train_accuracy", "validation_accuracy", "validation_loss"}
+    assert [row["epoch"] for row in entry["curves"]] == list(range(EPOCHS))
+    assert all(set(row) == keys for row in entry["curves"])
+    # 100,000 bytes of state, and the record twice
+    assert 100_000 < entry["cost"]["disk"] < 120_000
+
+
+def test_iterations_that_are_left_out_are_reckoned(performed):
+    def execute(run, context):
+        trainer = _trainer(_Slow())
+        trainer.fit([0.01] * (EPOCHS * PER_EPOCH))
+        return Outcome({}, {}, trainer.history)
+
+    entry = performed(execute)
+    # each iteration sleeps for at least 1 ms
+    assert entry["cost"]["seconds"] > EPOCHS * PER_EPOCH * 0.001 > entry["seconds"]
+
+
+class _Slow(Hooks):
+    def stepped(self, trainer):
+        time.sleep(0.001)
+
+
+def test_what_is_unknown_when_time_is_over_is_reckoned_from_macs(performed):
+    performed(lambda run, context: _outcome(_trainer()))
+    (known,) = (timing for key, timing in rehearsal._known.items() if key[0] == "train")
+    hook = _Counting()
+    entry = performed(lambda run, context: _outcome(_trainer(hook, width=32)), measured=False)
+    assert entry["cost"]["from_macs"] and hook.steps == 0 and len(entry["curves"]) == EPOCHS
+    assert entry["cost"]["seconds"] > EPOCHS * 2 * known.seconds
+
+
+class _Counting(_Shrinking):
+    def epoch_ended(self, trainer, epoch):
+        pass
+
+
+def test_a_run_that_fails_says_why(performed):
+    def execute(run, context):
+        raise RunFailed("made to fail")
+
+    assert performed(execute)["cost"]["problem"] == "made to fail"
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy in which the only paper is the example, without MLflow."""
+    project = copy(tmp_path)
+    for paper in papers():
+        shutil.rmtree(project / "replications" / paper)
+    add_example(project)
+    params(project)
+    (project / "sitecustomize.py").write_text("import sys\nsys.modules['mlflow'] = None\n")
+    return project
+
+
+def _command(project, *command):
+    return run(project, "python", "-m", "replications", *command, PYTHONPATH=str(project))
+
+
+def _cells(result, stage="example"):
+    """runs, done and epochs of a stage, its time to go, and the rest of the output."""
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
+    _, runs, done, epochs, *_ = rows[stage]
+    return runs, done, epochs, " ".join(rows[stage][-4:-2])
+
+
+def test_the_plan_counts_what_is_there_and_what_is_done(project):
+    planned = _command(project, "plan", "--seconds", "300")
+    # three seeds of a dense network trained for two epochs and of one that is masked after it
+    assert _cells(planned)[:3] == ("6", "0", "6") and _cells(planned, "total")[:3] == ("6", "0", "6")
+    assert "kinds of runs" not in planned.stdout and list((project / ".runs").iterdir()) == []
+    assert _command(project, "run", "example").returncode == 0
+    finished = _command(project, "plan", "--seconds", "300")
+    assert _cells(finished) == ("6", "6", "6", "0 s")
+    # as well from the records alone, unless other code has made them
+    shutil.rmtree(project / ".runs")
+    assert _cells(_command(project, "plan", "--seconds", "300"))[1] == "6"
+    beside = project / "results/environment/digits/example.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"code": "0" * 64}))
+    assert _cells(_command(project, "plan", "--seconds", "300"))[1] == "0"
+
+
+def test_a_stage_whose_data_is_missing_says_what_prepares_it(project):
+    file = project / "params.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["profiles"]["digits"]["dataset"] = {"source": "cifar10"}
+    file.write_text(yaml.safe_dump(settings))
+    pipeline = project / "dvc.yaml"
+    stages = yaml.safe_load(pipeline.read_text())
+    stages["stages"]["example"]["deps"].append("data/prepared")
+    pipeline.write_text(yaml.safe_dump(stages))
+    result = _command(project, "plan", "--seconds", "5")
+    assert _cells(result)[:3] == ("6", "?", "?")
+    assert "example: data/prepared/cifar10" in result.stdout
+    assert "`dvc repro data` prepares what it reads" in result.stdout
+
+
+def test_a_run_that_fails_in_rehearsal_counts_as_the_mean_of_the_others(project):
+    params(project, example={"fails": ["fail:pruned-0"]})
+    result = _command(project, "plan", "--seconds", "300")
+    assert _cells(result)[:3] == ("6", "0", "12")
+    remark = "example: 1 of 2 kinds of runs cannot be rehearsed and count as the mean of the others"
+    assert f"{remark} (made to fail)" in result.stdout
