@@ -100,21 +100,18 @@ def _is_known(kind: Kind, costs: Mapping[str, Cost]) -> bool:
 
 
 def plan(params: str, profile_name: str | None, seconds: float, results: Path) -> str:
-    """What to print for a profile, after a rehearsal of about `seconds` seconds. Raises SettingsError."""
+    """What to print for a profile, after a rehearsal of about `seconds` seconds (0: none). Raises SettingsError."""
     profiles = {paper: load(paper, params, profile_name) for paper in papers()}
     profile = next(iter(profiles.values()))
     stages = [stage(paper, own, results) for paper, own in profiles.items()]
-    begun = time.perf_counter()
-    costs = rehearsal.rehearse(
-        {stage.paper: stage.kinds for stage in stages if not stage.missing}, profile.execution, seconds
-    )
-    took = time.perf_counter() - begun
+    begun, costs = time.perf_counter(), {}
+    if seconds > 0:
+        ready = {stage.paper: stage.kinds for stage in stages if not stage.missing}
+        costs = rehearsal.rehearse(ready, profile.execution, seconds)
+    took = f"rehearsed in {time.perf_counter() - begun:.0f} s" if costs else "not rehearsed"
     workers, _ = _workers(profile.execution, max(stage.runs for stage in stages) or 1)
     machine = environment((), Compute.choose(profile.execution.device))["machine"]
-    title = (
-        f"profile {profile.name} on {machine['device']}, {machine['cores']} cores, {workers} runs at once; "
-        f"rehearsed in {took:.0f} s"
-    )
+    title = f"profile {profile.name} on {machine['device']}, {machine['cores']} cores, {workers} runs at once; {took}"
     table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)
     return "\n".join([title, "", *table, "", *_remarks(stages, costs)]).rstrip()
 
@@ -168,6 +165,7 @@ def _remarks(stages: Sequence[Stage], costs: Mapping[str, Cost]) -> list[str]:
     for stage in stages:
         if stage.missing:
             found.append(f"{stage.paper}: {stage.missing}")
+        if stage.missing or not costs:
             continue
         all_costs = [costs.get(kind.run.settings_hash) for kind in stage.kinds]
         late = sum(cost is None for cost in all_costs)

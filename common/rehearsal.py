@@ -9,6 +9,7 @@ iterations (`Hooks.stepped`) happens only at those that are trained, and the tim
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import tempfile
@@ -25,9 +26,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from common.datasets import Dataset
 from common.pruning import counting
 from common.runs import (
     SCRATCH,
+    Context,
     OutOfTime,
     Run,
     RunCheckpoints,
@@ -126,6 +129,10 @@ class _Rehearsal(Store):
     def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
         _replace()
         _own.tally = _Tally(self._measure_until)
+        with _own.tally.instead():
+            # what each process does once, when it first gets there
+            importlib.import_module(f"replications.{run.paper}.protocol")
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0).step()
         return super().checkpoints(run, budget)
 
     def save(self, run: Run, entry: dict[str, Any], state: Mapping[str, Any] | None) -> None:
@@ -176,16 +183,23 @@ class _Timing:
 _own = threading.local()
 _known: dict[tuple, _Timing] = {}
 _shapes: WeakKeyDictionary[BatchSource, torch.Size] = WeakKeyDictionary()
-_EPOCH, _EVALUATE = Trainer._epoch, Trainer.evaluate
+_EPOCH, _EVALUATE, _DATASET = Trainer._epoch, Trainer.evaluate, Context.dataset
 
 
 def _replace() -> None:
     """From here on, every trainer of this process is rehearsed, however a paper makes it."""
     Trainer._epoch, Trainer.evaluate = _rehearsed_epoch, _rehearsed_evaluate
+    Context.dataset = _unreckoned_dataset
 
 
 def _restore() -> None:
-    Trainer._epoch, Trainer.evaluate = _EPOCH, _EVALUATE
+    Trainer._epoch, Trainer.evaluate, Context.dataset = _EPOCH, _EVALUATE, _DATASET
+
+
+def _unreckoned_dataset(context: Context, settings: Any) -> Dataset:
+    # a process loads it once for all its runs
+    with _own.tally.instead():
+        return _DATASET(context, settings)
 
 
 def _rehearsed_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> dict[str, float]:

@@ -130,7 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
     plan.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     plan.add_argument("--profile", help="profile to use in place of the one that the file selects")
     plan.add_argument(
-        "--seconds", type=float, default=60.0, help="how long the rehearsal may take (default: %(default)s)"
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="how long the rehearsal may take; 0 only counts runs (default: %(default)s)",
     )
     take = commands.add_parser("import", help="take in the results of another machine without training")
     take.add_argument("folder", type=Path, help="a copy of its folder `results`")

@@ -167,27 +167,25 @@ def _command(project, *command):
 
 
 def _cells(result, stage="example"):
-    """runs, done and epochs of a stage, its time to go, and the rest of the output."""
+    """Runs, done and epochs of a stage."""
     assert result.returncode == 0, result.stderr
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
-    _, runs, done, epochs, *_ = rows[stage]
-    return runs, done, epochs, " ".join(rows[stage][-4:-2])
+    return tuple(rows[stage][1:4])
 
 
 def test_the_plan_counts_what_is_there_and_what_is_done(project):
     planned = _command(project, "plan", "--seconds", "300")
     # three seeds of a dense network trained for two epochs and of one that is masked after it
-    assert _cells(planned)[:3] == ("6", "0", "6") and _cells(planned, "total")[:3] == ("6", "0", "6")
+    assert _cells(planned) == ("6", "0", "6") and _cells(planned, "total") == ("6", "0", "6")
     assert "kinds of runs" not in planned.stdout and list((project / ".runs").iterdir()) == []
     assert _command(project, "run", "example").returncode == 0
-    finished = _command(project, "plan", "--seconds", "300")
-    assert _cells(finished) == ("6", "6", "6", "0 s")
+    assert _cells(_command(project, "plan", "--seconds", "0")) == ("6", "6", "?")
     # as well from the records alone, unless other code has made them
     shutil.rmtree(project / ".runs")
-    assert _cells(_command(project, "plan", "--seconds", "300"))[1] == "6"
+    assert _cells(_command(project, "plan", "--seconds", "0"))[:2] == ("6", "6")
     beside = project / "results/environment/digits/example.json"
     beside.write_text(json.dumps(json.loads(beside.read_text()) | {"code": "0" * 64}))
-    assert _cells(_command(project, "plan", "--seconds", "300"))[1] == "0"
+    assert _cells(_command(project, "plan", "--seconds", "0"))[:2] == ("6", "0")
 
 
 def test_a_stage_whose_data_is_missing_says_what_prepares_it(project):
@@ -199,8 +197,8 @@ def test_a_stage_whose_data_is_missing_says_what_prepares_it(project):
     stages = yaml.safe_load(pipeline.read_text())
     stages["stages"]["example"]["deps"].append("data/prepared")
     pipeline.write_text(yaml.safe_dump(stages))
-    result = _command(project, "plan", "--seconds", "5")
-    assert _cells(result)[:3] == ("6", "?", "?")
+    result = _command(project, "plan", "--seconds", "0")
+    assert _cells(result) == ("6", "?", "?")
     assert "example: data/prepared/cifar10" in result.stdout
     assert "`dvc repro data` prepares what it reads" in result.stdout
 
@@ -208,6 +206,6 @@ def test_a_stage_whose_data_is_missing_says_what_prepares_it(project):
 def test_a_run_that_fails_in_rehearsal_counts_as_the_mean_of_the_others(project):
     params(project, example={"fails": ["fail:pruned-0"]})
     result = _command(project, "plan", "--seconds", "300")
-    assert _cells(result)[:3] == ("6", "0", "12")
+    assert _cells(result) == ("6", "0", "12")
     remark = "example: 1 of 2 kinds of runs cannot be rehearsed and count as the mean of the others"
     assert f"{remark} (made to fail)" in result.stdout
