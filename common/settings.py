@@ -111,7 +111,9 @@ class DatasetSettings(Strict):
     @property
     def prepared(self) -> Path:
         """The array file that `python -m common.prepare` makes of it; training reads only this."""
-        names = {"source", "path", "size", "streamed", "test", "train_per_class", "split_seed"}
+        names = {"source", "path", "size", "streamed"}
+        if self.source in ("caltech101", "folder"):  # may have no test split of their own
+            names |= {"test", "train_per_class", "split_seed"}
         what = self.model_dump(include=names)
         return Path("data/prepared") / f"{self.source}-{digest(what)[:12]}.npz"
 
