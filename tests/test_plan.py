@@ -14,8 +14,9 @@ from torch import nn
 
 from common import rehearsal
 from common.datasets import FixedBatches
+from common.planning import Expected, Stage
 from common.pruning.counting import cost
-from common.rehearsal import kinds
+from common.rehearsal import Cost, kinds
 from common.runs import Outcome, Run, perform
 from common.settings import ExecutionSettings, papers
 from common.training import Hooks, RunFailed, Trainer
@@ -147,6 +148,19 @@ def test_a_run_that_fails_says_why(performed):
     assert performed(execute)["cost"]["problem"] == "made to fail"
 
 
+def test_kinds_without_a_cost_count_as_the_mean_of_the_others():
+    rates = {"dense": 0.1, "failed": 0.2, "late": 0.3}
+    runs = [_run(name, seed, rate=rate) for name, rate in rates.items() for seed in (0, 1)]
+    dense, failed, late = kinds([*runs, _run("dense", 2, rate=0.1)])
+    stage = Stage("fake", [dense, failed, late], done={runs[0].settings_hash, runs[2].settings_hash})
+    costs = {
+        dense.run.settings_hash: Cost(3.0, 10, 100),
+        failed.run.settings_hash: Cost(1.0, 1, 1, problem="x"),
+    }
+    assert Expected.of(stage, costs) == Expected(epochs=70, seconds=21.0, left=15.0, disk=700)
+    assert Expected.of(stage, {}) is None
+
+
 # ------------------------------------------------------------------------------------------ the command
 
 
@@ -201,11 +215,3 @@ def test_a_stage_whose_data_is_missing_says_what_prepares_it(project):
     assert _cells(result) == ("6", "?", "?")
     assert "example: data/prepared/cifar10" in result.stdout
     assert "`dvc repro data` prepares what it reads" in result.stdout
-
-
-def test_a_run_that_fails_in_rehearsal_counts_as_the_mean_of_the_others(project):
-    params(project, example={"fails": ["fail:pruned-0"]})
-    result = _command(project, "plan", "--seconds", "300")
-    assert _cells(result) == ("6", "0", "12")
-    remark = "example: 1 of 2 kinds of runs cannot be rehearsed and count as the mean of the others"
-    assert f"{remark} (made to fail)" in result.stdout
