@@ -230,9 +230,14 @@ def stratified(labels: np.ndarray, counts: Sequence[int], seed: int) -> list[np.
     return parts
 
 
+# of a pass without gradients
+_PASS_IMAGES, _PASS_PIXELS = 2000, 2**22
+
+
 class Batches:
     """The mini-batches of one split of a data set.
 
+    batch_size: None is as many as a pass without gradients takes at once, 2,000 or 4 million pixels.
     len() is the number of iterations of an epoch (a last partial batch is kept). `epoch(e)` yields pairs of
     normalised images [B, C, H, W] of `dtype` in channels-last memory, and labels [B].
     """
@@ -241,7 +246,7 @@ class Batches:
         self,
         dataset: Dataset,
         split: str,
-        batch_size: int,
+        batch_size: int | None = None,
         *,
         seed: int = 0,
         shuffle: bool = False,
@@ -249,7 +254,9 @@ class Batches:
         dtype: torch.dtype = torch.float32,
     ):
         self.images, self.labels = dataset.images[split], dataset.labels[split]
-        self.batch_size, self.seed, self.shuffle, self.dtype = batch_size, seed, shuffle, dtype
+        height, width = self.images.shape[1:3]
+        self.batch_size = batch_size or max(1, min(_PASS_IMAGES, _PASS_PIXELS // (height * width)))
+        self.seed, self.shuffle, self.dtype = seed, shuffle, dtype
         self._augment = augment
         self.augmentation = dataset.augmentation if augment else AugmentationSettings()
         device = self.images.device

@@ -50,7 +50,6 @@ from common.training import Compute, Hooks, RunFailed, Trainer, out_of_memory
 
 SCRATCH = Path(".runs")
 CHECKPOINT_SECONDS = 60.0
-EVALUATION_BATCH = 2000
 # everything whose change can change a result; tracking, statistics and report are not among it
 _CODE = (
     "settings.py",
@@ -181,7 +180,7 @@ class Context:
             model,
             batches,
             hooks=hooks,
-            validation=datasets.Batches(data, "validation", EVALUATION_BATCH),
+            validation=datasets.Batches(data, "validation"),
             seed=seed,
             compute=self.compute,
             checkpoints=self.checkpoints and self.checkpoints.of_next_trainer(),
@@ -192,7 +191,7 @@ class Context:
         """test_accuracy, test_loss, validation_accuracy and validation_loss of the trainer's network as it is now."""
         found = {}
         for split in ("validation", "test"):
-            scores = trainer.evaluate(datasets.Batches(data, split, EVALUATION_BATCH))
+            scores = trainer.evaluate(datasets.Batches(data, split))
             found |= {f"{split}_{name}": value for name, value in scores.items()}
         return found
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common import datasets
-from common.datasets import Batches, DataError, load, stratified
+from common.datasets import SPLITS, Batches, DataError, Dataset, load, stratified
 from common.prepare import prepare, write
 from common.settings import AugmentationSettings, DatasetSettings
 
@@ -70,6 +70,22 @@ def test_batches_normalise_and_keep_the_last_partial_batch():
     expected = (data.images["train"][:4].float() / 255 - 0.5) / 0.25
     torch.testing.assert_close(x, expected.permute(0, 3, 1, 2))
     assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_part_of_the_test_split_is_stratified_and_the_rest_stays(npz):
+    whole = load(npz())
+    part = load(npz().model_copy(update={"test": 4}))
+    assert len(whole.labels["test"]) > len(part.labels["test"]) == 4
+    assert part.labels["test"].bincount().max() <= 2
+    assert torch.equal(part.images["train"], whole.images["train"])
+
+
+@pytest.mark.parametrize("side, expected", [(8, 2000), (32, 2000), (224, 83)])
+def test_passes_without_gradients_take_as_many_images_as_memory_should_hold(side, expected):
+    images = {split: torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(3, side, side, 1) for split in SPLITS}
+    labels = {split: torch.zeros(3, dtype=torch.int64) for split in SPLITS}
+    data = Dataset("made up", images, labels, 1, mean=(0.0,), std=(1.0,))
+    assert Batches(data, "test").batch_size == expected
 
 
 def test_an_epoch_is_a_pure_function_of_seed_and_number():

@@ -55,7 +55,7 @@ def runs(profile: Profile) -> list[Run]:
     """The dense network, every control and every contender, at each target and seed."""
     settings = profile.paper
     data = {"data": profile.dataset.model_dump(mode="json"), "arena": settings.arena.model_dump(mode="json")}
-    base = (profile.dataset.source, settings.arena.architecture)
+    base = (profile.dataset.name, settings.arena.architecture)
     listed = []
     for seed in settings.seeds:
         dense = Run(NAME, "dense", *base, 0.0, seed, data)

@@ -20,7 +20,7 @@ from common.models import Network, architecture, build
 from common.models.chain import MLP
 from common.pruning.counting import cost
 from common.pruning.masks import KeepMasked, Layers, Masks, prunable
-from common.runs import EVALUATION_BATCH, Context, Outcome, Run
+from common.runs import Context, Outcome, Run
 from common.settings import (
     CellSettings,
     Count,
@@ -536,7 +536,7 @@ def _lambda_metrics(
 
 def _energy(model: nn.Module, data: Dataset) -> tuple[dict[str, float], dict[str, Any]]:
     """Directions that hold most of the energy of each convolution's output over the training images."""
-    batches = Batches(data, "train", EVALUATION_BATCH, shuffle=True, augment=True)
+    batches = Batches(data, "train", shuffle=True, augment=True)
     found = measures.convolution_features(model, batches, ("corner", "mean"))
     details = {
         kind: {name: measures.directions(measures.energy(values), ENERGY) for name, values in layers.items()}
@@ -551,5 +551,5 @@ def _at_fixed_threshold(run: Run, trainer: Trainer, data: Dataset) -> dict[str, 
     weights = prunable(trainer.model, run.settings["layers"])
     masks = Masks(method.fixed_threshold(weights, run.settings["fixed_threshold"]))
     masks.apply(trainer.model)
-    scores = trainer.evaluate(Batches(data, "test", EVALUATION_BATCH))
+    scores = trainer.evaluate(Batches(data, "test"))
     return {"threshold_sparsity": masks.sparsity, "threshold_test_accuracy": scores["accuracy"]}

@@ -14,7 +14,7 @@ from common.datasets import Batches, Dataset
 from common.models import build
 from common.pruning.counting import cost
 from common.pruning.masks import KeepMasked, Masks, prunable, squared_norm
-from common.runs import EVALUATION_BATCH, Context, Outcome, Run
+from common.runs import Context, Outcome, Run
 from common.settings import stream
 from common.training import Diverged, Hooks, RunFailed, Trainer
 from replications.imp_slr import baselines, method
@@ -101,7 +101,7 @@ def _execute_during(run: Run, context: Context, data: Dataset) -> Outcome:
         trainer.optimizer.state.clear()
         for group in trainer.optimizer.param_groups:
             group |= {"momentum": settings["momentum"], "weight_decay": settings["weight_decay"]}
-        before = trainer.evaluate(Batches(data, "test", EVALUATION_BATCH))["accuracy"]
+        before = trainer.evaluate(Batches(data, "test"))["accuracy"]
         metrics, more = _prune_and_retrain(run, trainer, data, hook.masks, run.target, settings, rate, before)
         details, total = details | more, total + settings["retrain_epochs"]
     return _outcome(run, context, trainer, data, total, details, metrics)
@@ -182,7 +182,7 @@ def _prune_and_retrain(
         reset_momentum=common["reset_momentum"],
         recalibrate=common["recalibrate"],
     )
-    test, pruned = Batches(data, "test", EVALUATION_BATCH), []
+    test, pruned = Batches(data, "test"), []
     done = method.prune_and_retrain(
         trainer,
         masks,

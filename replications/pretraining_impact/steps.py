@@ -15,7 +15,7 @@ from common import models, schedules
 from common.datasets import Batches, DataError, Dataset
 from common.models import Network
 from common.pruning import channels, counting
-from common.runs import EVALUATION_BATCH, Context, Needed, Outcome, Run
+from common.runs import Context, Needed, Outcome, Run
 from common.settings import stream
 from common.training import Hooks, RunFailed, Trainer
 from replications.pretraining_impact import measures, method, transfer
@@ -288,7 +288,7 @@ def _level(job: _Job) -> Outcome:
     model, initial = job.resumed("model"), job.resumed("initial")
     selection = Selection.model_validate(job.settings["selection"])
     if selection.criterion in method.NEEDS_GRADIENT:
-        _leave_gradient(model, Batches(job.data, "train", EVALUATION_BATCH))
+        _leave_gradient(model, Batches(job.data, "train"))
     original = filter_widths(job.shape.network())
     keep = choose(
         model, job.settings["fraction"], original, selection, initial=initial, generator=job.generator()
@@ -296,7 +296,7 @@ def _level(job: _Job) -> Outcome:
     for network in (model, initial):
         if network is not None:
             channels.remove(network, keep)
-    validation = Batches(job.data, "validation", EVALUATION_BATCH)
+    validation = Batches(job.data, "validation")
     raw = Trainer(model, (), compute=job.context.compute).evaluate(validation)
     trainer = job.train(model, f"level {job.run.target:g}")
     macs = before["training_macs"] + job.training_macs(job.shape.cost(tuple(filter_widths(model)))["macs"])
