@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 
 from benchmarks.measuring import Clock, Finding, Measured, measure
 from common import datasets
@@ -92,7 +92,7 @@ class Bench:
             "precision_of_the_core": self.precision,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
+            "torchvision": importlib.metadata.version("torchvision"),
             "variables": {key: value for key, value in os.environ.items() if key.startswith(set_by_user)},
             "data": "random images of CIFAR's shape" if self.data is None else _described(self.data),
             "quick": self.quick,

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.bench import BATCH, RATE, Bench, random_images, result, train
 from benchmarks.isolation import alone
-from benchmarks.loops import TensorBatches, bare, loader, usual
+from benchmarks.loops import TensorBatches, bare, usual
 from benchmarks.measuring import Finding, Growth
 from common.datasets import Dataset
 from common.models import Network
@@ -62,6 +62,8 @@ def loops(
     rate: float,
 ) -> dict[str, Any]:
     """The core against the usual loops. The goals hold for two CPU cores; over_*: ratios, rate: images/s."""
+    from benchmarks.pil import loader
+
     steps = bench.steps(steps)
     data = bench.dataset(steps)
 
@@ -303,7 +305,7 @@ def peak_memory(bench: Bench, architecture: str) -> dict[str, Any]:
     """The most memory that training takes beyond the loaded libraries: the core against the plain loop."""
     bench.compute  # noqa: B018 - a device that is not there is an error of this process, not of its children
     peaks = {
-        side: alone(peak_of, side, bench, architecture, threads=2) for side in ("plain tensor loop", "core")
+        side: alone(peak_of, side, bench, architecture, threads=1) for side in ("plain tensor loop", "core")
     }
     ratio = peaks["core"] / peaks["plain tensor loop"]
     finding = Finding(

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from torch.utils.data import DataLoader
-from torchvision import transforms
 
 from benchmarks.bench import AUGMENTATION, BATCH, MOMENTUM, RATE, WEIGHT_DECAY
 from common.datasets import Dataset
@@ -70,40 +66,6 @@ class TensorBatches:
         image = torch.arange(count, device=x.device)[:, None, None, None]
         channel = torch.arange(channels, device=x.device)[:, None, None]
         return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-class PilImages(torch.utils.data.Dataset):
-    """Images one by one through PIL, as torchvision's data sets do it."""
-
-    def __init__(self, data: Dataset):
-        self.images: np.ndarray = data.images["train"].cpu().numpy()
-        self.labels: list[int] = data.labels["train"].tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(data.image_shape[1:], padding=_PADDING),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(data.mean, data.std),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
-
-
-def loader(data: Dataset, workers: int, pinned: bool) -> DataLoader:
-    """The usual DataLoader; its worker processes stay from epoch to epoch."""
-    return DataLoader(
-        PilImages(data),
-        BATCH,
-        shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pinned,
-    )
 
 
 def bare(trainer: Trainer, steps: int) -> Callable[[], None]:

@@ -19,12 +19,11 @@ class Comparison:
 
 
 _RESNET, _VGG = {"architecture": "resnet20"}, {"architecture": "vgg16"}
-_SMALL = {"architecture": "resnet8"}
 
 COMPARISONS: dict[str, Comparison] = {
     "loops-resnet20": Comparison(
         "loops",
-        {**_RESNET, "steps": 4, "rounds": 7, "over_plain": 2.3, "over_loader": 2.4, "rate": 1400},
+        {**_RESNET, "steps": 4, "rounds": 6, "over_plain": 2.3, "over_loader": 2.4, "rate": 1400},
         threads=2,
     ),
     "loops-vgg16": Comparison(
@@ -33,22 +32,27 @@ COMPARISONS: dict[str, Comparison] = {
         threads=2,
         quick=False,
     ),
-    "bare-step-resnet20": Comparison("bare_step", {**_RESNET, "steps": 6, "rounds": 9}),
-    "bare-step-vgg16": Comparison("bare_step", {**_VGG, "steps": 2, "rounds": 6}, quick=False),
+    "bare-step-resnet20": Comparison("bare_step", {**_RESNET, "steps": 6, "rounds": 7}),
+    "bare-step-vgg16": Comparison("bare_step", {**_VGG, "steps": 2, "rounds": 4}, quick=False),
     "methods-resnet20": Comparison("methods", {**_RESNET, "steps": 2, "rounds": 21}),
-    "methods-vgg16": Comparison("methods", {**_VGG, "steps": 1, "rounds": 9}, quick=False),
-    "relevance-resnet20": Comparison("relevance", {**_RESNET, "steps": 10, "rounds": 5}),
-    "seeds-together": Comparison("seeds", {**_RESNET, "steps": 12, "rounds": 5}, threads=2),
+    "methods-vgg16": Comparison("methods", {**_VGG, "steps": 1, "rounds": 7}, quick=False),
+    "relevance-resnet20": Comparison("relevance", {**_RESNET, "steps": 10, "rounds": 4}),
+    "seeds-together": Comparison("seeds", {**_RESNET, "steps": 16, "rounds": 3}, threads=2, quick=False),
     "shrunken-resnet20": Comparison("shrunken", {**_RESNET, "steps": 2, "rounds": 9}),
     "shrunken-vgg16": Comparison("shrunken", {**_VGG, "steps": 1, "rounds": 6}, quick=False),
-    "memory-resnet20": Comparison("peak_memory", _RESNET, threads=2),
-    "memory-vgg16": Comparison("peak_memory", _VGG, threads=2, quick=False),
-    "growth-images": Comparison("growth_with_images", {**_RESNET, "sizes": (2, 4, 8), "rounds": 5}),
+    "memory-resnet20": Comparison("peak_memory", _RESNET),
+    "memory-vgg16": Comparison("peak_memory", _VGG, quick=False),
+    "growth-images": Comparison(
+        "growth_with_images", {**_RESNET, "sizes": (2, 4, 8), "rounds": 5}, quick=False
+    ),
     "growth-width": Comparison(
-        "growth_with_width", {**_RESNET, "stems": (8, 16, 32), "steps": 2, "rounds": 5}
+        "growth_with_width", {**_RESNET, "stems": (8, 16, 32), "steps": 2, "rounds": 5}, quick=False
     ),
     "growth-seeds": Comparison(
-        "growth_with_seeds", {**_SMALL, "counts": (2, 4, 8), "steps": 4, "rounds": 3}, threads=2
+        "growth_with_seeds",
+        {"architecture": "resnet8", "counts": (2, 4, 8), "steps": 4, "rounds": 3},
+        threads=2,
+        quick=False,
     ),
 }
 

@@ -16,9 +16,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as command
 from benchmarks import comparisons, isolation, measuring
 from benchmarks.bench import BATCH, Bench, random_images, result
-from benchmarks.loops import TensorBatches, loader
+from benchmarks.loops import TensorBatches
 from benchmarks.measuring import Finding, Growth, Measured, measure
+from benchmarks.pil import loader
 from benchmarks.plan import COMPARISONS
+from common.models import build
 
 
 class Work:
@@ -134,6 +136,15 @@ def test_comparisons_run_on_a_small_network(name):
     for finding in found["findings"]:
         low, high = finding["interval"]
         assert 0 < low <= finding["value"] <= high
+
+
+@pytest.mark.parametrize(
+    ("architecture", "milliseconds"), [("resnet20", 68), ("resnet56", 184), ("vgg16", 120)]
+)
+def test_the_floor_of_an_epoch_on_an_h200(architecture, milliseconds):
+    model = build(architecture, classes=10, image_shape=(3, 32, 32), device="meta")
+    floor = comparisons.floor_seconds(model, random_images(BATCH)) * 50_000
+    assert 1000 * floor == pytest.approx(milliseconds, rel=0.02)
 
 
 def test_the_command_writes_json_and_picture(tmp_path, monkeypatch, capsys):
