@@ -14,13 +14,15 @@ from project import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command
-from benchmarks import comparisons, isolation, measuring
+from benchmarks import bench, comparisons, isolation, measuring
 from benchmarks.bench import BATCH, Bench, random_images, result
 from benchmarks.loops import TensorBatches
 from benchmarks.measuring import Finding, Growth, Measured, measure
 from benchmarks.pil import loader
 from benchmarks.plan import COMPARISONS
+from common.datasets import load
 from common.models import build
+from common.settings import DatasetSettings
 
 
 class Work:
@@ -128,14 +130,40 @@ def test_the_plan_names_functions_that_exist():
         assert callable(getattr(comparisons, comparison.function))
 
 
-@pytest.mark.parametrize("name", ["bare_step", "methods", "relevance", "shrunken"])
-def test_comparisons_run_on_a_small_network(name):
-    bench = Bench(data=None, device="cpu", precision="float32", quick=True)
-    found = getattr(comparisons, name)(bench, "resnet8", steps=2, rounds=3)
-    assert found["rounds"] == 3 and found["images_per_round"] == BATCH
+@pytest.fixture
+def tiny(monkeypatch):
+    """A benchmark with batches of 16 random images."""
+    for module in (bench, comparisons):
+        monkeypatch.setattr(module, "BATCH", 16)
+    return Bench(data=None, device="cpu", precision="float32", quick=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("bare_step", 2), ("methods", 2), ("relevance", 14), ("shrunken", 2)]
+)
+def test_comparisons_run_on_a_small_network(tiny, name, steps):
+    found = getattr(comparisons, name)(tiny, "resnet8", steps=steps, rounds=3)
+    assert found["rounds"] == 3 and found["images_per_round"] == 16 * steps // 2
     for finding in found["findings"]:
         low, high = finding["interval"]
         assert 0 < low <= finding["value"] <= high
+
+
+def test_seeds_are_stages_of_equal_runs_executed_in_two_ways(tiny, monkeypatch):
+    executed = []
+
+    def execute(runs, store, execution, title):
+        executed.append((execution.workers, execution.threads, [run.seed for run in runs]))
+        settings = DatasetSettings.model_validate(runs[0].settings["data"])
+        assert len(load(settings).labels["train"]) == 4 * 16 and not list(store.folder.glob("*"))
+        return [{"record": {"status": "ok"}} for _ in runs]
+
+    monkeypatch.setattr(comparisons, "execute", execute)
+    found = comparisons.seeds(tiny, "resnet8", steps=8, rounds=3)
+    assert found["images_per_round"] == 2 * 4 * 16
+    assert executed[:2] == [(1, 2, [0, 1]), (2, 1, [0, 1])] and len(executed) == 8
+    comparisons.growth_with_seeds(tiny, "resnet8", counts=(1, 3), steps=8, rounds=3)
+    assert [seeds for _, _, seeds in executed[8:10]] == [[0], [0, 1, 2]]
 
 
 @pytest.mark.parametrize(
