@@ -139,10 +139,17 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("bare_step", 2), ("methods", 2), ("relevance", 14), ("shrunken", 2)]
+    ("name", "steps", "goals"),
+    [
+        ("loops", 2, {"over_plain": 1.0, "over_loader": 1.0, "rate": 1.0}),
+        ("bare_step", 2, {}),
+        ("methods", 2, {}),
+        ("relevance", 14, {}),
+        ("shrunken", 2, {}),
+    ],
 )
-def test_comparisons_run_on_a_small_network(tiny, name, steps):
-    found = getattr(comparisons, name)(tiny, "resnet8", steps=steps, rounds=3)
+def test_comparisons_run_on_a_small_network(tiny, name, steps, goals):
+    found = getattr(comparisons, name)(tiny, "resnet8", steps=steps, rounds=3, **goals)
     assert found["rounds"] == 3 and found["images_per_round"] == 16 * steps // 2
     for finding in found["findings"]:
         low, high = finding["interval"]
