@@ -34,12 +34,14 @@ class Bench:
     """The options of a benchmark.
 
     data: source and path of DatasetSettings; None for random images of CIFAR's shape. quick: fewer rounds and steps.
+    batch: images of a batch.
     """
 
     data: Mapping[str, str] | None
     device: str
     precision: str
     quick: bool
+    batch: int = BATCH
 
     @cached_property
     def compute(self) -> Compute:
@@ -70,10 +72,10 @@ class Bench:
     def dataset(self, steps: int) -> Dataset:
         """Training images for `steps` full batches, augmented as usual for CIFAR, on the device. Raises DataError."""
         if self.data is None:
-            found = random_images(steps * BATCH)
+            found = random_images(steps * self.batch, self.batch)
         else:
             settings = DatasetSettings(
-                **self.data, train=steps * BATCH, validation=BATCH, augmentation=AUGMENTATION
+                **self.data, train=steps * self.batch, validation=self.batch, augmentation=AUGMENTATION
             )
             found = datasets.load(settings)
         return found.to(self.compute.device)
@@ -100,7 +102,7 @@ class Bench:
 
     def trainer(self, model: Network, data: Dataset, **options: Any) -> Trainer:
         """The core, on the shuffled and augmented training images. options: as for Trainer."""
-        batches = Batches(data, "train", BATCH, shuffle=True, augment=True)
+        batches = Batches(data, "train", self.batch, shuffle=True, augment=True)
         return Trainer(
             model,
             batches,
@@ -127,12 +129,12 @@ def train(trainer: Trainer) -> None:
     trainer.fit([RATE] * len(trainer.batches))
 
 
-def random_images(count: int) -> Dataset:
-    """`count` images of CIFAR's shape with random pixels and labels, and as many more as a batch to validate and test."""
+def random_images(count: int, others: int = BATCH) -> Dataset:
+    """`count` images of CIFAR's shape with random pixels and labels, and `others` each to validate and test."""
     random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (count + 2 * BATCH, 32, 32, 3), dtype=np.uint8)
+    pixels = random.integers(0, 256, (count + 2 * others, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(len(pixels)) % CLASSES
-    cuts = np.split(np.arange(len(pixels)), [count, count + BATCH])
+    cuts = np.split(np.arange(len(pixels)), [count, count + others])
     parts = dict(zip(datasets.SPLITS, cuts, strict=True))
     return datasets.make_dataset("random", parts, pixels, labels, CLASSES, 255.0, AUGMENTATION)
 

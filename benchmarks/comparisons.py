@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench import BATCH, RATE, Bench, random_images, result, train
-from benchmarks.isolation import alone
+from benchmarks.bench import RATE, Bench, random_images, result, train
+from benchmarks.isolation import Apart, alone
 from benchmarks.loops import TensorBatches, bare, usual
 from benchmarks.measuring import Finding, Growth
 from common.datasets import Dataset
@@ -37,6 +37,8 @@ from replications.pruning_from_scratch.protocol import TrainingSettings
 SPARSITY = 0.9
 KEPT_CHANNELS = 0.5
 SCORING_SHARE = 0.1
+THREADS = 2
+"""Of each side whose throughput is compared on a CPU."""
 LINEAR = 1.1
 """Growth counts as linear up to this exponent."""
 STAGE_PAPER = "pruning_from_scratch"
@@ -61,23 +63,19 @@ def loops(
     over_loader: float,
     rate: float,
 ) -> dict[str, Any]:
-    """The core against the usual loops. The goals hold for two CPU cores; over_*: ratios, rate: images/s."""
-    from benchmarks.pil import loader
-
+    """The core against the usual loops, each in a process of its own: the core's as a stage's workers are, the others' as
+    Python starts them. The goals hold for two CPU cores; over_*: ratios, rate: images/s."""
     steps = bench.steps(steps)
-    data = bench.dataset(steps)
-
-    def usual_network() -> Network:
-        return bench.network(architecture, data).to(bench.compute.device)
-
-    core = bench.trainer(bench.network(architecture, data), data)
-    sides: dict[str, Callable[[], Any]] = {
-        f"DataLoader + PIL, {workers} workers": usual(usual_network(), loader(data, workers, bench.on_gpu))
-        for workers in (0, 2)
-    }
-    loaders = list(sides)
-    sides |= {"plain tensor loop": usual(usual_network(), TensorBatches(data)), "core": lambda: train(core)}
-    measured = bench.measure(sides, rounds, steps * BATCH)
+    loaders = {f"DataLoader + PIL, {workers} workers": (usual_epoch, workers) for workers in (0, 2)}
+    sides = {**loaders, "plain tensor loop": (usual_epoch, None), "core": (core_epoch,)}
+    with contextlib.ExitStack() as stack:
+        epochs = {
+            side: stack.enter_context(
+                Apart(make, bench, architecture, steps, *own, threads=THREADS, tuned=make is core_epoch)
+            )
+            for side, (make, *own) in sides.items()
+        }
+        measured = bench.measure(epochs, rounds, steps * bench.batch)
     best = min(loaders, key=lambda side: np.median(measured.wall[side]))
     goals = [{}, {}, {}] if bench.on_gpu else [{"at_least": goal} for goal in (over_loader, over_plain, rate)]
     findings = [
@@ -95,15 +93,34 @@ def loops(
         ),
     ]
     if bench.on_gpu:
-        floor = floor_seconds(core.model, data) * measured.images
+        data = bench.dataset(1)
+        floor = floor_seconds(bench.network(architecture, data), data) * measured.images
         findings.append(
             Finding.of(f"{architecture}: core, of an H200's floor", "share", floor / measured.wall["core"])
         )
     what = (
-        f"{architecture}, batch {BATCH}, crops and flips on all sides: the core ({bench.precision}, channels last) against "
+        f"{architecture}, batch {bench.batch}, crops and flips on all sides: the core ({bench.precision}, channels last) against "
         "float32 loops in contiguous tensors"
     )
     return result(what, measured, "wall", findings)
+
+
+def usual_epoch(bench: Bench, architecture: str, steps: int, workers: int | None) -> Callable[[], None]:
+    """An epoch of the usual loop, over a DataLoader with so many workers, or over tensors in memory (None)."""
+    data = bench.dataset(steps)
+    model = bench.network(architecture, data).to(bench.compute.device)
+    if workers is None:
+        return usual(model, TensorBatches(data, bench.batch))
+    from benchmarks.pil import loader
+
+    return usual(model, loader(data, bench.batch, workers, bench.on_gpu))
+
+
+def core_epoch(bench: Bench, architecture: str, steps: int) -> Callable[[], None]:
+    """An epoch of the core."""
+    data = bench.dataset(steps)
+    trainer = bench.trainer(bench.network(architecture, data), data)
+    return lambda: train(trainer)
 
 
 def floor_seconds(model: Network, data: Dataset) -> float:
@@ -123,7 +140,7 @@ def bare_step(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[
     data = bench.dataset(steps)
     core, twin = (bench.trainer(bench.network(architecture, data), data) for _ in range(2))
     sides = {"bare step": bare(twin, steps), "core": lambda: train(core)}
-    measured = bench.measure(sides, rounds, steps * BATCH)
+    measured = bench.measure(sides, rounds, steps * bench.batch)
     shares = measured.ratios("bare step", "core", bench.clock)
     finding = Finding.of(f"{architecture}: core, of its bare step", "share", shares, at_least=0.95)
     what = f"{architecture}: an epoch of the core against as many steps on one fixed batch"
@@ -175,7 +192,7 @@ def methods(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[st
         "gates": gated(),
     }
     sides = {name: lambda trainer=trainer: train(trainer) for name, trainer in trainers.items()}
-    measured = bench.measure(sides, rounds, steps * BATCH)
+    measured = bench.measure(sides, rounds, steps * bench.batch)
     goals = {"masks": {"at_most": 1.01}, "HALO penalty": {"at_most": 1.03}, "gates": {}}
     findings = [
         Finding.of(
@@ -204,7 +221,7 @@ def relevance(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[
         "epoch": lambda: train(core),
         "relevance scores": lambda: Ranking().scores(core.model, names, batches, 0),
     }
-    measured = bench.measure(sides, rounds, steps * BATCH)
+    measured = bench.measure(sides, rounds, steps * bench.batch)
     label = f"{architecture}: relevance scores of {SCORING_SHARE:.0%} of the images"
     finding = Finding.of(label, "cost", measured.ratios("relevance scores", "epoch", bench.clock))
     what = f"{architecture}: scores for one pruning event (float32) over one epoch of training ({bench.precision})"
@@ -228,7 +245,7 @@ def shrunken(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[s
         "shrunken": bench.trainer(small, data),
     }
     sides = {name: lambda trainer=trainer: train(trainer) for name, trainer in trainers.items()}
-    measured = bench.measure(sides, rounds, steps * BATCH)
+    measured = bench.measure(sides, rounds, steps * bench.batch)
     speed = measured.ratios("masked", "shrunken", bench.clock)
     finding = Finding.of(f"{architecture}: shrunken over masked, half the channels", "speed", speed)
     macs = [cost(model, data.image_shape)["macs"] for model in (whole, small)]
@@ -246,13 +263,13 @@ def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs:
     for letter, tensors in (("x", data.images), ("y", data.labels)):
         parts = {split: tensor.cpu().numpy() for split, tensor in tensors.items()}
         arrays[f"{letter}_train"] = np.concatenate([parts["train"], parts["validation"]])
-        arrays[f"{letter}_test"] = parts["test"][:BATCH]
+        arrays[f"{letter}_test"] = parts["test"][: bench.batch]
     np.savez(file, **arrays)
     settings = {
-        "data": {"source": "npz", "path": str(file), "validation": BATCH},
+        "data": {"source": "npz", "path": str(file), "validation": bench.batch},
         "options": {},
         "expansion": 1.25,
-        "training": TrainingSettings(epochs=epochs, batch_size=BATCH, learning_rate=RATE).model_dump(
+        "training": TrainingSettings(epochs=epochs, batch_size=bench.batch, learning_rate=RATE).model_dump(
             mode="json"
         ),
     }
@@ -285,7 +302,7 @@ def seeds(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[str,
             "one by one": lambda: stage(count, **one_by_one),
             "together": lambda: stage(count, **together),
         }
-        measured = bench.measure(sides, rounds, count * epochs * steps * BATCH)
+        measured = bench.measure(sides, rounds, count * epochs * steps * bench.batch)
     goal = {"at_least": 1.5} if bench.on_gpu else {}
     speed = measured.ratios("one by one", "together", "wall")
     finding = Finding.of(f"{architecture}: {count} seeds together over one by one", "speed", speed, **goal)
@@ -305,13 +322,14 @@ def peak_memory(bench: Bench, architecture: str) -> dict[str, Any]:
     """The most memory that training takes beyond the loaded libraries: the core against the plain loop."""
     bench.compute  # noqa: B018 - a device that is not there is an error of this process, not of its children
     peaks = {
-        side: alone(peak_of, side, bench, architecture, threads=1) for side in ("plain tensor loop", "core")
+        side: alone(peak_of, side, bench, architecture, threads=1, tuned=side == "core")
+        for side in ("plain tensor loop", "core")
     }
     ratio = peaks["core"] / peaks["plain tensor loop"]
     finding = Finding(
         f"{architecture}: core over a plain tensor loop", "memory", ratio, (ratio, ratio), at_most=1.0
     )
-    what = f"{architecture}, batch {BATCH}: peak memory of training" + (
+    what = f"{architecture}, batch {bench.batch}: peak memory of training" + (
         "" if bench.on_gpu else " beyond the libraries"
     )
     return {"what": what, "peak_bytes": peaks, "findings": [finding.plain()]}
@@ -319,13 +337,15 @@ def peak_memory(bench: Bench, architecture: str) -> dict[str, Any]:
 
 def peak_of(side: str, bench: Bench, architecture: str) -> int:
     """Peak memory in bytes of two epochs of three batches; to be called in a process of its own."""
-    data = random_images(3 * BATCH).to(bench.compute.device)
+    data = random_images(3 * bench.batch, bench.batch).to(bench.compute.device)
     before = 0 if bench.on_gpu else _peak()
     if side == "core":
         core = bench.trainer(bench.network(architecture, data), data)
         epoch = lambda: train(core)
     else:
-        epoch = usual(bench.network(architecture, data).to(bench.compute.device), TensorBatches(data))
+        epoch = usual(
+            bench.network(architecture, data).to(bench.compute.device), TensorBatches(data, bench.batch)
+        )
     for _ in range(2):
         epoch()
     return (torch.cuda.max_memory_allocated() if bench.on_gpu else _peak()) - before
@@ -348,7 +368,7 @@ def growth_with_images(
     trainers = {}
     for count in steps:
         data = bench.dataset(count)
-        trainers[count * BATCH] = bench.trainer(bench.network(architecture, data), data)
+        trainers[count * bench.batch] = bench.trainer(bench.network(architecture, data), data)
     what = f"{architecture}: seconds of an epoch by the number of images"
     return _growth(bench, what, f"{architecture}: time by images", trainers, rounds)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from benchmarks.bench import AUGMENTATION, BATCH, MOMENTUM, RATE, WEIGHT_DECAY
+from benchmarks.bench import AUGMENTATION, MOMENTUM, RATE, WEIGHT_DECAY
 from common.datasets import Dataset
 from common.training import Trainer
 
@@ -43,7 +43,8 @@ def usual(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Callabl
 class TensorBatches:
     """Normalised float32 images [N, C, H, W], padded once, in memory; cropped and flipped batch by batch, in random order."""
 
-    def __init__(self, data: Dataset):
+    def __init__(self, data: Dataset, batch: int):
+        self.batch = batch
         images, self.labels = data.images["train"], data.labels["train"]
         mean, std = (torch.tensor(values, device=images.device) for values in (data.mean, data.std))
         # black borders, as PIL's crops have them
@@ -53,7 +54,7 @@ class TensorBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.labels), device=self.labels.device)
-        for index in order.split(BATCH):
+        for index in order.split(self.batch):
             yield self._augmented(self.images[index]), self.labels[index]
 
     def _augmented(self, x: Tensor) -> Tensor:

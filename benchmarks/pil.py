@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from benchmarks.bench import AUGMENTATION, BATCH
+from benchmarks.bench import AUGMENTATION
 from common.datasets import Dataset
 
 
@@ -35,11 +35,11 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def loader(data: Dataset, workers: int, pinned: bool) -> DataLoader:
+def loader(data: Dataset, batch: int, workers: int, pinned: bool) -> DataLoader:
     """The usual DataLoader; its worker processes stay from epoch to epoch."""
     return DataLoader(
         PilImages(data),
-        BATCH,
+        batch,
         shuffle=True,
         num_workers=workers,
         persistent_workers=workers > 0,

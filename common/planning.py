@@ -12,7 +12,7 @@ from pathlib import Path
 from common import pipeline, rehearsal
 from common.datasets import DataError
 from common.rehearsal import Cost, Kind
-from common.runs import SCRATCH, Run, Store, _workers, code_digest, environment
+from common.runs import SCRATCH, Run, Store, code_digest, environment, training_slots
 from common.settings import Profile, load, papers
 from common.training import Compute
 
@@ -109,7 +109,7 @@ def plan(params: str, profile_name: str | None, seconds: float, results: Path) -
         ready = {stage.paper: stage.kinds for stage in stages if not stage.missing}
         costs = rehearsal.rehearse(ready, profile.execution, seconds)
     took = f"rehearsed in {time.perf_counter() - begun:.0f} s" if costs else "not rehearsed"
-    workers, _ = _workers(profile.execution, max(stage.runs for stage in stages) or 1)
+    workers, _ = training_slots(profile.execution, max(stage.runs for stage in stages) or 1)
     machine = environment((), Compute.choose(profile.execution.device))["machine"]
     title = f"profile {profile.name} on {machine['device']}, {machine['cores']} cores, {workers} runs at once; {took}"
     table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)

@@ -44,7 +44,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import datasets
+from common import datasets, processes
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, canonical, digest
 from common.training import Compute, Hooks, RunFailed, Trainer, out_of_memory
 
@@ -415,7 +415,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _start_process(execution: ExecutionSettings) -> None:
+def prepare_process(execution: ExecutionSettings) -> None:
     """Make a process that trains repeatable, and single-threaded unless the settings say otherwise."""
     torch.set_num_threads(execution.threads)
     # weights that a penalty drives to zero pass through denormal numbers, which are slow
@@ -438,7 +438,7 @@ def _keep_memory() -> None:
 
 def _start_worker(execution: ExecutionSettings) -> None:
     """Prepare a worker process and let it end with its parent."""
-    _start_process(execution)
+    prepare_process(execution)
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -512,7 +512,7 @@ def execute(
             finished(entry)
     todo = [run for run in ordered if run.settings_hash not in entries]
     if todo:
-        workers, devices = _workers(execution, len(todo))
+        workers, devices = training_slots(execution, len(todo))
         done = len(ordered) - len(todo)
         quiet = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=len(ordered), initial=done, desc=title, unit="run", mininterval=quiet) as bar:
@@ -529,7 +529,7 @@ def execute(
     return [entries[run.settings_hash] for run in ordered]
 
 
-def _workers(execution: ExecutionSettings, most: int) -> tuple[int, list[str]]:
+def training_slots(execution: ExecutionSettings, most: int) -> tuple[int, list[str]]:
     """How many runs train at once, and on which GPU each (none: on the CPU)."""
     device = Compute.choose(execution.device, execution.precision).device
     if device.type == "cuda":
@@ -576,17 +576,13 @@ class _Scheduler:
 
     def _pool(self, workers: int) -> Executor:
         if self.devices:
-            _start_process(self.execution)
+            prepare_process(self.execution)
             devices: queue.SimpleQueue[str] = queue.SimpleQueue()
             for device in self.devices:
                 devices.put(device)
             return ThreadPoolExecutor(workers, initializer=_start_thread, initargs=(devices,))
-        # workers come from a process that has imported torch once
-        forks = "forkserver" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if forks else "spawn")
-        if forks:
-            context.set_forkserver_preload([__name__])
-        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(self.execution,))
+        start = processes.context()
+        return ProcessPoolExecutor(workers, start, initializer=_start_worker, initargs=(self.execution,))
 
     def _drain(self, pool: Executor, workers: int, waiting: list[Run]) -> None:
         while waiting or self.running:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -123,7 +123,7 @@ class ExecutionSettings(Strict):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and matrix products; `auto` is bfloat16 on a GPU that has it, else float32."""
+    """Of convolutions and matrix products; `auto` is bfloat16 on a GPU that has it and on a CPU with AMX, else float32."""
     compilation: Literal["auto", "record", "compile", "off"] = "auto"
     """`record`: each pass is replayed from a CUDA graph; `auto` is that on a GPU and nothing on a CPU."""
     deterministic: bool = True
@@ -220,7 +220,9 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel], where: str) -> 
     if problem["type"] == "missing":
         return f"{key}: missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
-    return f"{key} = {problem['input']!r}: {message}"
+    # the input of a rule about a whole table is that table, which the user can look up
+    value = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" = {problem['input']!r}"
+    return f"{key}{value}: {message}"
 
 
 def _is_tag(part: str) -> bool:
@@ -236,10 +238,16 @@ def _is_tag(part: str) -> bool:
 def _fields_at(model: type[BaseModel], loc: tuple) -> list[str]:
     for part in loc:
         field = model.model_fields.get(part) if isinstance(part, str) else None
-        annotation = field.annotation if field else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        if field and (inner := _model_in(field.annotation)):
+            model = inner
     return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings object that a field holds, also one of a list or an optional one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 class Profile(Strict):

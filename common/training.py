@@ -104,10 +104,11 @@ class Compute:
 
     @classmethod
     def choose(cls, device: str = "auto", precision: str = "auto", compilation: str = "auto") -> Compute:
-        """The fastest sound choice for this machine.
+        """What `auto` stands for on this machine, and the rest as it is asked for.
 
-        `auto` precision is bfloat16 on a GPU that has it, else float32; `auto` compilation is a recorded graph on a GPU
-        and nothing on a CPU, where neither way gains. Raises SettingsError when the device or the number format is not there.
+        `auto` precision is bfloat16 on a GPU that has it and on a CPU with matrix units for it (AMX), else float32.
+        `auto` compilation is a recorded graph on a GPU and nothing on a CPU, where neither way gains. Raises
+        SettingsError when the device or the number format is not there.
         """
         cuda = torch.cuda.is_available()
         if device.startswith("cuda") and not cuda:
@@ -127,7 +128,8 @@ class Compute:
             raise SettingsError(
                 "execution.compilation = 'record': a CPU has no graphs to record; use 'auto', 'compile' or 'off'"
             )
-        half = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+        fast = torch.cuda.is_bf16_supported() if on_gpu else _has_amx()
+        half = precision == "bfloat16" or (precision == "auto" and fast)
         return cls(
             chosen,
             torch.bfloat16 if half else None,
@@ -147,6 +149,11 @@ class Compute:
         return torch.autocast(
             self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
         )
+
+
+def _has_amx() -> bool:
+    """Whether the processor multiplies matrices in bfloat16; False where torch is too old to tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 class RecordingFailed(Exception):
@@ -397,6 +404,13 @@ class Trainer:
                 logits = self._network()(images)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] in float32 of a batch [B, C, H, W], with the weights that hooks put in place.
+
+        The network stays in training or evaluation mode, whichever it is in.
+        """
+        return self._forward(images, self._effective())
+
     def _network(self) -> nn.Module:
         """The model, compiled where that was chosen; a hook may have put another model in its place."""
         if not self.compute.compiled:
@@ -412,7 +426,7 @@ class Trainer:
         device = self.compute.device
         loss, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
         for images, labels in (batches if batches is not None else self.validation).epoch(0):
-            logits = self._forward(images, self._effective())
+            logits = self.logits(images)
             loss += cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
             count += len(labels)

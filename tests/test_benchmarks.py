@@ -14,12 +14,13 @@ from project import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command
-from benchmarks import bench, comparisons, isolation, measuring
+from benchmarks import comparisons, isolation, measuring
 from benchmarks.bench import BATCH, Bench, random_images, result
 from benchmarks.loops import TensorBatches
 from benchmarks.measuring import Finding, Growth, Measured, measure
 from benchmarks.pil import loader
 from benchmarks.plan import COMPARISONS
+from common import processes
 from common.datasets import load
 from common.models import build
 from common.settings import DatasetSettings
@@ -108,7 +109,7 @@ def test_growth_finds_exponent_and_line():
 def test_both_usual_loops_see_every_image_once_an_epoch():
     data = random_images(2 * BATCH)
     brightness = []
-    for batches in (TensorBatches(data), loader(data, workers=0, pinned=False)):
+    for batches in (TensorBatches(data, BATCH), loader(data, BATCH, workers=0, pinned=False)):
         images, labels = zip(*batches)
         assert [tuple(x.shape) for x in images] == [(BATCH, 3, 32, 32)] * 2
         counted = sum(y.bincount(minlength=10) for y in labels)
@@ -120,9 +121,28 @@ def test_both_usual_loops_see_every_image_once_an_epoch():
 
 def test_a_process_of_its_own_has_its_threads_and_passes_errors_on():
     assert isolation.alone(os.getenv, "OMP_NUM_THREADS", threads=3) == "3"
+    for tuned, wanted in ((True, processes.ENVIRONMENT["GOMP_SPINCOUNT"]), (False, None)):
+        assert isolation.alone(os.getenv, "GOMP_SPINCOUNT", threads=1, tuned=tuned) == wanted
     with pytest.raises(FileNotFoundError):
         isolation.alone(os.listdir, "/nowhere", threads=1)
     assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_side_apart_is_made_once_and_called_again_and_again(tmp_path):
+    file = tmp_path / "calls"
+    with isolation.Apart(appending, file, threads=1, tuned=False) as side:
+        side()
+        side()
+    made, *calls = file.read_text().split()
+    assert calls == ["called", "called"] and int(made) != os.getpid()
+    with pytest.raises(FileNotFoundError):
+        isolation.Apart(appending, tmp_path / "no folder" / "calls", threads=1, tuned=False)
+
+
+def appending(file):
+    """A function that adds to the file, which begins with the number of the process."""
+    file.write_text(f"{os.getpid()}\n")
+    return lambda: file.open("a").write("called\n")
 
 
 def test_the_plan_names_functions_that_exist():
@@ -131,11 +151,9 @@ def test_the_plan_names_functions_that_exist():
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny():
     """A benchmark with batches of 16 random images."""
-    for module in (bench, comparisons):
-        monkeypatch.setattr(module, "BATCH", 16)
-    return Bench(data=None, device="cpu", precision="float32", quick=True)
+    return Bench(data=None, device="cpu", precision="float32", quick=True, batch=16)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _fit(trainer, epochs=5):
 def _logits(trainer, training):
     images, _ = next(iter(_batches(seed=5).epoch(0)))
     trainer.model.train(training)
-    return trainer._forward(images, trainer._effective())
+    return trainer.logits(images)
 
 
 # ----------------------------------------------------------------------------------- narrowing while training

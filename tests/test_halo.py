@@ -268,7 +268,7 @@ def test_the_trial_is_chosen_by_validation_alone():
 
     def scored(validation, test):
         return [
-            Needed({"metrics": {"validation_accuracy": v, "test_accuracy": t}}, None)
+            Needed({"metrics": {"validation_accuracy": v, "test_accuracy": t}, "details": {}}, None)
             for v, t in zip(validation, test)
         ]
 
@@ -285,6 +285,28 @@ def test_a_trial_that_diverges_is_scored_and_loses():
     trial = _find(runs, "halo", 0.0).needs[0]
     outcome = _executed(trial, {})
     assert "diverged" in outcome.details and outcome.metrics["validation_accuracy"] < 0.3
+
+
+@pytest.mark.parametrize("variant", ["magnitude-one-shot", "magnitude-iterative"])
+def test_a_trial_of_fine_tuning_that_diverges_is_scored_and_loses(variant):
+    trials = {name: of * 2 for name, of in SINGLE.items()} | {"fine_tuning": [1e30, 0.01]}
+    changes = {
+        "tuning_target": 0.95,
+        "fine_tuning": {"epochs": 1, "one_shot": (0.95,), "rounds": (0.9, 0.95)},
+    }
+    runs, done = protocol.runs(_profile(trials=trials, variants=[variant], **changes)), {}
+    run = _find(runs, variant, 0.95)
+    assert _executed(run, done).details["chosen"] == 0.01
+    lost = [done[r.settings_hash] for r in runs if r.variant == f"tuning-{variant}-0" and r.target == 0.95]
+    assert all("diverged" in outcome.details and outcome.metrics["training_epochs"] for outcome in lost)
+    wild = {**SINGLE, "fine_tuning": [1e30]}
+    (run,) = [
+        r
+        for r in protocol.runs(_profile(trials=wild, variants=["magnitude-one-shot"], **changes))
+        if r.target
+    ]
+    with pytest.raises(Diverged):
+        _executed(run, {})
 
 
 def test_fine_tuning_keeps_pruned_weights_at_zero_and_rounds_go_on_from_one_another():

@@ -255,7 +255,7 @@ def test_the_finished_network_computes_what_the_method_trained(name):
     opened(hook)
     images = next(trainer.batches.epoch(0))[0]
     with torch.no_grad():
-        before = trainer._forward(images, trainer._effective())
+        before = trainer.logits(images)
         masks = hook.finish(trainer)
         after = trainer.model(images)
     assert torch.allclose(before, after, atol=1e-5)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import relu
 
 from common.models import ARCHITECTURES, build
+from common.models.network import Conv2d
 from common.pruning.counting import cost
 from common.settings import SettingsError
 
@@ -114,6 +115,17 @@ def test_branches_of_a_resnet_may_be_narrowed_by_widths():
     logits = model(torch.randn(4, *DIGITS))
     logits.sum().backward()
     assert logits.shape == (4, 10) and model.layer1[0].conv1.weight.grad is not None
+
+
+def test_convolutions_in_groups_stay_in_float32_on_a_cpu():
+    depthwise, pointwise = Conv2d(4, 4, 3, groups=4, bias=False), Conv2d(4, 4, 1, bias=False)
+    for layer in (depthwise, pointwise):
+        nn.init.normal_(layer.weight)
+    x = torch.randn(2, 4, 5, 5)
+    wanted = nn.functional.conv2d(x, depthwise.weight, groups=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(depthwise(x), wanted)
+        assert pointwise(x).dtype == torch.bfloat16
 
 
 def test_an_empty_branch_leaves_the_skip():

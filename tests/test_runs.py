@@ -293,7 +293,7 @@ def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, m
     results = []
     for place in ("processes", "threads"):
         if place == "threads":
-            monkeypatch.setattr("common.runs._workers", lambda execution, most: (3, ["cpu"] * 3))
+            monkeypatch.setattr("common.runs.training_slots", lambda execution, most: (3, ["cpu"] * 3))
             monkeypatch.setattr("common.runs._start_thread", lambda devices: None)
         store = Store(tmp_path / place, ("equal_footing",))
         entries = execute(_example_runs(4, arena=arena), store, ExecutionSettings(device="cpu"), "test")

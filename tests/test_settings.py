@@ -2,11 +2,13 @@
 
 import pytest
 import yaml
+from pydantic import model_validator
 
 from common.settings import (
     DatasetSettings,
     PaperSettings,
     SettingsError,
+    Strict,
     Targets,
     canonical,
     digest,
@@ -18,9 +20,21 @@ from common.settings import (
 )
 
 
+class Item(Strict):
+    name: str
+    options: dict[str, int] = {}
+
+
 class Example(PaperSettings):
     targets: Targets = (0.5,)
     dataset: DatasetSettings = DatasetSettings()
+    items: tuple[Item, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_item_at_most(self):
+        if self.items and len(self.items) > 1:
+            raise ValueError("items must be one")
+        return self
 
 
 @pytest.mark.parametrize(
@@ -35,6 +49,7 @@ class Example(PaperSettings):
         ({"dataset": {"source": "stl10"}}, ["a.dataset.source = 'stl10'", "'digits'", "'cifar10'"]),
         ({"dataset": {"sorce": "digits"}}, ["a.dataset.sorce", "did you mean 'source'"]),
         ({"seeds": [0], "targets": [float("nan")]}, ["a.targets[0] = nan"]),
+        ({"items": [{"nam": "x"}]}, ["a.items[0].nam: unknown key", "allowed: name, options", "'name'"]),
         ([1], ["a = [1]", "must be a table"]),
     ],
 )
@@ -44,6 +59,12 @@ def test_a_wrong_value_is_named_with_what_is_allowed(values, parts):
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_rule_about_a_whole_table_does_not_repeat_the_table():
+    with pytest.raises(SettingsError) as error:
+        validated(Example, {"items": [{"name": "x"}, {"name": "y"}]}, "f.yaml: a")
+    assert str(error.value) == "f.yaml: a: items must be one"
 
 
 def test_every_wrong_value_is_named_not_only_the_first():

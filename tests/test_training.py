@@ -206,6 +206,13 @@ def test_a_missing_gpu_is_named():
     assert Compute.choose("auto", "float32").device.type == "cpu"
 
 
+@pytest.mark.parametrize(("capabilities", "chosen"), [({"amx_bf16": True}, torch.bfloat16), ({}, None)])
+def test_auto_precision_on_a_cpu_depends_on_its_matrix_units(monkeypatch, capabilities, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert Compute.choose("cpu").autocast is chosen
+    assert Compute.choose("cpu", "float32").autocast is None
+
+
 def test_the_fast_mode_is_equivalent_in_accuracy_over_seeds():
     """bfloat16 and kernels of free choice against float32 in a fixed order: within 2 points, by two one-sided tests."""
     data = load(DatasetSettings())

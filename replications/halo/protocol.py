@@ -55,6 +55,8 @@ PENALISED: dict[str, tuple[Kind, method.Coupling]] = {
     "halo-official": ("halo", "official"),
 }
 ONE_SHOT, ITERATIVE = "magnitude-one-shot", "magnitude-iterative"
+# begins the names of runs from which a setting is chosen
+TRIAL = "tuning-"
 Variant = Literal[
     "none", "l1", "sws", "sws-official", "mcp", "halo", "halo-official",
     "magnitude-one-shot", "magnitude-iterative",
@@ -248,11 +250,11 @@ class _Plan:
         found = []
         for number, trial in enumerate(self._trials(variant)):
             for seed in self.settings.tuning_seeds:
-                name = f"tuning-{variant}-{number}"
+                name = f"{TRIAL}{variant}-{number}"
                 if variant in PENALISED:
                     found.append(self._training(name, variant, seed, [trial], role="trial", target=target))
                     continue
-                dense = self._training("tuning-none", "none", seed)
+                dense = self._training(f"{TRIAL}none", "none", seed)
                 if variant == ONE_SHOT:
                     found.append(self._fine_tuning(name, target, seed, dense, [trial]))
                 else:
@@ -377,25 +379,44 @@ def _fine_tune(run: Run, context: Context, data: Dataset) -> Outcome:
     start, *trials = context.needs
     rate = _chosen(run, trials)
     trainer = _restored(run, context, data)
+    epochs = start.record["metrics"]["training_epochs"]
+    if "diverged" in start.record["details"]:
+        return _lost(context, trainer, data, epochs, start.record["details"]["diverged"])
     # of the weights that earlier rounds have left; rounded, because 0.4999... of an even number is one less
     share = round(1 - (1 - run.target) / (1 - run.settings["from"]), 12)
     found = _cut(run, trainer.model, share)
     trainer.hooks = (KeepMasked(Masks(found.kept)),)
-    trainer.fit([rate] * (run.settings["epochs"] * len(trainer.batches)), "fine-tuning")
+    try:
+        trainer.fit([rate] * (run.settings["epochs"] * len(trainer.batches)), "fine-tuning")
+    except Diverged as reason:
+        if not run.variant.startswith(TRIAL):
+            raise
+        return _lost(context, trainer, data, epochs, str(reason))
     metrics, details = _measured(context, trainer, data, found)
-    metrics["training_epochs"] = start.record["metrics"]["training_epochs"] + trainer.epochs_done
+    metrics["training_epochs"] = epochs + trainer.epochs_done
     state = {"model": trainer.model.state_dict()}
     costs = cost(trainer.model, data.image_shape)
     return Outcome(metrics, costs, trainer.history, state, details | {"chosen": rate})
 
 
+def _lost(context: Context, trainer: Trainer, data: Dataset, epochs: float, reason: str) -> Outcome:
+    """A trial of fine-tuning that has diverged, in this round or an earlier one, scored as it is."""
+    metrics = context.scores(trainer, data) | {"training_epochs": epochs}
+    state = {"model": trainer.model.state_dict()}
+    costs = cost(trainer.model, data.image_shape)
+    return Outcome(metrics, costs, trainer.history, state, {"diverged": reason})
+
+
 def _chosen(run: Run, tuning: Sequence[Any]) -> Any:
-    """The trial with the best mean validation accuracy; of equal ones the first."""
+    """The trial with the best mean validation accuracy, of equal ones the first; none that has diverged, if any has not."""
     trials = run.settings["trials"]
     if len(trials) < 2:
         return trials[0] if trials else None
     each = len(tuning) // len(trials)
-    scores = [need.record["metrics"]["validation_accuracy"] for need in tuning]
+    scores = [
+        -1.0 if "diverged" in need.record["details"] else need.record["metrics"]["validation_accuracy"]
+        for need in tuning
+    ]
     means = [sum(scores[i * each : (i + 1) * each]) / each for i in range(len(trials))]
     return trials[means.index(max(means))]
 

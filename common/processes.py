@@ -1,0 +1,47 @@
+"""The processes that train on a CPU: what they inherit, and the one from which they are forked.
+
+Nothing here loads torch, so that a command can set this up before it does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+
+# what every run needs; a package that is not installed is passed over
+_SHARED = ["common.runs", "torch._dynamo", "sklearn.datasets"]
+
+
+ENVIRONMENT = {
+    # threads spin for some ten microseconds, as long as a gap between kernels, and then sleep: without spinning a step
+    # on two threads takes half as long again, with the default ten times as long beside another busy process
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "10000",
+    # large blocks of memory come in huge pages, where the system offers them
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""What OpenMP and the C library read once, when a process starts."""
+
+
+def set_environment() -> None:
+    """Let this process, as far as torch is not loaded yet, and all that it starts have `ENVIRONMENT`; what the user has
+    set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def context() -> BaseContext:
+    """How worker processes are started: forked from one that has loaded what they share, where the system has that."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(_SHARED)
+    return found
+
+
+def prepare() -> None:
+    """Let the process from which workers are forked load what they share while this one goes on."""
+    if context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
