@@ -86,7 +86,7 @@ class Bench:
 
     def environment(self) -> dict[str, Any]:
         """The machine and the libraries, as far as they bear on speed, and what is trained on."""
-        set_by_user = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MALLOC_", "KMP_", "LD_PRELOAD", "PYTORCH_")
+        set_by_user = ("OMP_WAIT_", "GOMP_", "GLIBC_", "MALLOC_", "KMP_", "LD_PRELOAD", "PYTORCH_")
         return {
             "device": torch.cuda.get_device_name(self.compute.device) if self.on_gpu else "CPU",
             "cpu": _cpu_model(),
