@@ -37,8 +37,6 @@ from replications.pruning_from_scratch.protocol import TrainingSettings
 SPARSITY = 0.9
 KEPT_CHANNELS = 0.5
 SCORING_SHARE = 0.1
-THREADS = 2
-"""Of each side whose throughput is compared on a CPU."""
 LINEAR = 1.1
 """Growth counts as linear up to this exponent."""
 STAGE_PAPER = "pruning_from_scratch"
@@ -64,14 +62,15 @@ def loops(
     rate: float,
 ) -> dict[str, Any]:
     """The core against the usual loops, each in a process of its own: the core's as a stage's workers are, the others' as
-    Python starts them. The goals hold for two CPU cores; over_*: ratios, rate: images/s."""
-    steps = bench.steps(steps)
+    Python starts them, with as many threads as this one. The goals hold for two CPU cores; over_*: ratios, rate:
+    images/s."""
+    steps, threads = bench.steps(steps), torch.get_num_threads()
     loaders = {f"DataLoader + PIL, {workers} workers": (usual_epoch, workers) for workers in (0, 2)}
     sides = {**loaders, "plain tensor loop": (usual_epoch, None), "core": (core_epoch,)}
     with contextlib.ExitStack() as stack:
         epochs = {
             side: stack.enter_context(
-                Apart(make, bench, architecture, steps, *own, threads=THREADS, tuned=make is core_epoch)
+                Apart(make, bench, architecture, steps, *own, threads=threads, tuned=make is core_epoch)
             )
             for side, (make, *own) in sides.items()
         }
