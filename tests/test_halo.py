@@ -118,6 +118,31 @@ def test_lambdas_stay_in_single_precision_and_keep_the_weights_layout():
     assert lambdas.dtype == torch.float32 and lambdas.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_large_tensors_that_take_their_steps_alone_take_the_same_steps(monkeypatch):
+    def trained():
+        torch.manual_seed(0)
+        model, batches = _problem()
+        halo = method.HALO(method.penalised(model, "conv"), 0.02, 0.05, method.LambdaTraining([0.1] * 3))
+        Trainer(model, batches, hooks=halo).fit([0.1] * 3)
+        return len(halo.parts()), [*halo.lambdas, *model.parameters()]
+
+    parts, together = trained()
+    assert parts == 1
+    monkeypatch.setattr(method, "_LARGE_TENSOR", 1)
+    parts, alone = trained()
+    assert parts == 2
+    torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
+def test_lambdas_follow_the_memory_format_that_the_trainer_gives_the_weights():
+    model = build("resnet8", classes=3, image_shape=(1, 8, 8))
+    batches = FixedBatches([(torch.randn(6, 1, 8, 8), torch.arange(6) % 3)])
+    halo = method.HALO(method.penalised(model, "conv"), 1e-3, 1e-3, method.LambdaTraining([0.1]))
+    Trainer(model, batches, hooks=halo, compute=Compute.choose("cpu", "float32")).fit([0.1])
+    assert [part.stride() for part in halo.lambdas] == [weight.stride() for weight in halo.tensors]
+    assert halo.lambdas[1].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_penalty_that_is_not_finite_stops_the_run():
     model, batches = _problem()
     halo = method.HALO(method.penalised(model, "conv"), 0.1, 0.1, method.LambdaTraining([0.1] * 2))

@@ -1,5 +1,6 @@
 """Networks: their sizes as published, construction from widths, initial values, names, and bad input."""
 
+import itertools
 import math
 import re
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from common.models import ARCHITECTURES, build
+from common.models import ARCHITECTURES, build, small_maps
 from common.models.network import Conv2d
 from common.pruning.counting import cost
 from common.settings import SettingsError
@@ -115,6 +116,55 @@ def test_branches_of_a_resnet_may_be_narrowed_by_widths():
     logits = model(torch.randn(4, *DIGITS))
     logits.sum().backward()
     assert logits.shape == (4, 10) and model.layer1[0].conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (5, 5)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 2), (1, 0)])
+def test_matrix_products_are_the_convolution_with_its_gradients(kernel, stride, padding):
+    torch.manual_seed(0)
+    for size in itertools.product((1, 2, 5), (2, 3)):
+        if any(n + 2 * p < k for n, p, k in zip(size, padding, kernel)):
+            continue
+        x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(4, 3, *kernel, dtype=torch.float64, requires_grad=True)
+        wanted = nn.functional.conv2d(x, weight, None, stride, padding)
+        found = small_maps.convolve(x, weight, stride, padding)
+        torch.testing.assert_close(found, wanted)
+        direction = torch.randn_like(wanted)
+        gradients = [torch.autograd.grad(y, (x, weight), direction) for y in (found, wanted)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_small_maps_take_matrix_products_in_bfloat16(monkeypatch):
+    torch.manual_seed(0)
+    conv = Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
+    nn.init.normal_(conv.weight, 0, 0.03)
+    nn.init.normal_(conv.bias)
+    x = torch.randn(4, 128, 4, 4).to(memory_format=torch.channels_last)
+
+    def trained(inputs):
+        inputs = inputs.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(inputs)
+        assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+        found = torch.autograd.grad(y.float().square().sum(), (inputs, conv.weight, conv.bias))
+        # torch's fused SGD reads weights and gradients as if their memory were laid out alike
+        assert found[1].stride() == conv.weight.stride()
+        return y, *found
+
+    calls = []
+    convolve = small_maps.convolve
+    monkeypatch.setattr(small_maps, "convolve", lambda *a: calls.append(a) or convolve(*a))
+    ours = trained(x)
+    assert len(calls) == 1
+    monkeypatch.setattr(small_maps, "pays", lambda *_: False)
+    for mine, theirs in zip(ours, trained(x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.01 * theirs.detach().abs().max().item())
+    monkeypatch.undo()
+    assert not small_maps.pays(torch.empty(4, 128, 5, 5), conv.weight)
+    assert not small_maps.pays(torch.empty(80, 128, 4, 4), conv.weight)  # more activations than weights
+    assert len(calls) == 1
 
 
 def test_convolutions_in_groups_stay_in_float32_on_a_cpu():

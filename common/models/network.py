@@ -10,14 +10,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from common.models import small_maps
+
 Fill = Literal["fan_out", "fan_in", "normal", "torch"]
 
 
 class Conv2d(nn.Conv2d):
     """A convolution that is created without values (`initialise` fills it) and may have no channels.
 
-    Without input channels its output is zero; without output channels [B, 0, H, W]. In groups it stays in float32
-    on a CPU, whose bfloat16 kernels for that are three times slower.
+    Without input channels its output is zero; without output channels [B, 0, H, W]. Under autocast on a CPU it goes
+    around slow bfloat16 kernels: in groups it stays in float32, and small maps go through `small_maps`.
     """
 
     def reset_parameters(self) -> None:
@@ -25,12 +27,21 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.in_channels and self.out_channels:
-            if self.groups > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-                with torch.autocast("cpu", enabled=False):
-                    return super().forward(x.float())
+            if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+                return self._in_lower_precision(x)
             return super().forward(x)
         sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
         return x.new_zeros(len(x), self.out_channels, *((n + 2 * p - k) // s + 1 for n, p, k, s in sizes))
+
+    def _in_lower_precision(self, x: Tensor) -> Tensor:
+        if self.groups > 1:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        if not small_maps.pays(x, self.weight):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu")
+        y = small_maps.convolve(x.to(dtype), self.weight.to(dtype), self.stride, self.padding)
+        return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
 
 
 class BatchNorm2d(nn.BatchNorm2d):

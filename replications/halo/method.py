@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,9 @@ TargetMode = Literal["L1", "L2"]
 
 # lambdas beyond this leave their weight practically without a penalty
 LARGE_LAMBDA = 2.0
+_ALL = slice(None)
+_LARGE_TENSOR = 2**18
+"""Entries of a tensor that takes its step alone on a CPU, so that what is computed from it is still in the caches."""
 
 
 def penalised(model: nn.Module, layers: Layers) -> list[nn.Parameter]:
@@ -70,7 +74,7 @@ class Penalty(Hooks):
 
     @torch.no_grad()
     def gradients_ready(self, trainer: Trainer) -> None:
-        self._add(self.weight_gradients())
+        torch._foreach_add_([w.grad for w in self.tensors], self.weight_gradients())
 
     @torch.no_grad()
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
@@ -81,9 +85,6 @@ class Penalty(Hooks):
 
     def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
         self.log = list(state["log"])
-
-    def _add(self, gradients: list[Tensor]) -> None:
-        torch._foreach_add_([w.grad for w in self.tensors], gradients)
 
     def _norm(self) -> Tensor:
         """Sum of all |w|."""
@@ -156,29 +157,42 @@ class _Shrinkage(Penalty):
     def _initial(self) -> list[Tensor]:
         raise NotImplementedError
 
-    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Derivatives for the weights and for the lambdas, both at the current values."""
+    def accumulate(self, part: slice, of_weights: list[Tensor], of_lambdas: list[Tensor]) -> None:
+        """Add the derivatives for a part of the weights, and for its lambdas, at the current values."""
         raise NotImplementedError
+
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Derivatives for the weights and for the lambdas, at the current values."""
+        found = tuple([torch.zeros_like(tensor) for tensor in own] for own in (self.tensors, self.lambdas))
+        self.accumulate(_ALL, *found)
+        return found
+
+    def parts(self) -> list[slice]:
+        """Which tensors take their step together; what comes first has no part in the derivatives of the others."""
+        return [_ALL]
 
     def weight_gradients(self) -> list[Tensor]:
         return self.gradients()[0]
 
     def epoch_started(self, trainer: Trainer, epoch: int) -> None:
-        # the trainer may have moved the network since the lambdas were made
-        device = self.tensors[0].device
-        self.lambdas = [part.to(device) for part in self.lambdas]
-        self._momenta = [part.to(device) for part in self._momenta]
+        # the trainer may have moved the network, or changed its memory format, since the lambdas were made
+        self.lambdas, self._momenta = self._placed(self.lambdas), self._placed(self._momenta)
         if self.training.psi_by_epoch is not None:
             self.psi = self.training.psi_by_epoch[epoch]
 
+    def _placed(self, own: list[Tensor]) -> list[Tensor]:
+        """Tensors of the shapes of the lambdas, on the device of the weights and in their memory format."""
+        return [new.copy_(old) for new, old in zip(self._initial(), own, strict=True)]
+
     @torch.no_grad()
     def gradients_ready(self, trainer: Trainer) -> None:
-        of_weights, of_lambdas = self.gradients()
-        self._add(of_weights)
-        torch._foreach_mul_(self._momenta, self.training.momentum)
-        torch._foreach_add_(self._momenta, of_lambdas)
-        torch._foreach_add_(self._momenta, self.lambdas, alpha=self.training.weight_decay)
-        torch._foreach_add_(self.lambdas, self._momenta, alpha=-self.training.rates[trainer.iteration])
+        for part in self.parts():
+            lambdas, momenta = self.lambdas[part], self._momenta[part]
+            torch._foreach_mul_(momenta, self.training.momentum)
+            self.accumulate(part, [w.grad for w in self.tensors[part]], momenta)
+            if self.training.weight_decay:
+                torch._foreach_add_(momenta, lambdas, alpha=self.training.weight_decay)
+            torch._foreach_add_(lambdas, momenta, alpha=-self.training.rates[trainer.iteration])
 
     def statistics(self) -> dict[str, float]:
         sizes = torch.cat([part.flatten() for part in self.lambdas]).abs()
@@ -243,21 +257,24 @@ class HALO(_Shrinkage):
     def value(self) -> Tensor:
         return sum(self.terms())
 
-    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        of_weights = torch._foreach_sign(self.tensors)
-        torch._foreach_div_(of_weights, torch._foreach_mul(self.lambdas, self.lambdas))
-        of_lambdas = torch._foreach_mul(of_weights, self.tensors)
-        torch._foreach_div_(of_lambdas, self.lambdas)
-        torch._foreach_mul_(of_lambdas, -2 * self.xi)
-        torch._foreach_mul_(of_weights, self.xi)
-        signs = torch._foreach_sign(self.lambdas)
+    def parts(self) -> list[slice]:
+        if self.target or self.tensors[0].device.type != "cpu":
+            return [_ALL]
+        cuts = [i for i, tensor in enumerate(self.tensors) if i and tensor.numel() >= _LARGE_TENSOR]
+        return [slice(*ends) for ends in pairwise([0, *cuts, len(self.tensors)])]
+
+    def accumulate(self, part: slice, of_weights: list[Tensor], of_lambdas: list[Tensor]) -> None:
+        weights, lambdas = self.tensors[part], self.lambdas[part]
+        pulls = torch._foreach_sign(weights)
+        torch._foreach_div_(pulls, torch._foreach_mul(lambdas, lambdas))
+        torch._foreach_add_(of_weights, pulls, alpha=self.xi)
+        torch._foreach_mul_(pulls, weights)
+        torch._foreach_addcdiv_(of_lambdas, pulls, lambdas, value=-2 * self.xi)
+        signs = torch._foreach_sign(lambdas)
         if self.target:
             excess = self._excess()
-            torch._foreach_mul_(signs, self.psi * (2 * excess if self.mode == "L2" else excess.sign()))
-        else:
-            torch._foreach_mul_(signs, self.psi)
-        torch._foreach_add_(of_lambdas, signs)
-        return list(of_weights), list(of_lambdas)
+            torch._foreach_mul_(signs, 2 * excess if self.mode == "L2" else excess.sign())
+        torch._foreach_add_(of_lambdas, signs, alpha=self.psi)
 
 
 class SWS(_Shrinkage):
@@ -276,11 +293,12 @@ class SWS(_Shrinkage):
     def value(self) -> Tensor:
         return sum(self.terms())
 
-    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+    def accumulate(self, part: slice, of_weights: list[Tensor], of_lambdas: list[Tensor]) -> None:
         (shared,) = self.lambdas
-        of_weights = torch._foreach_sign(self.tensors)
-        torch._foreach_mul_(of_weights, self.xi / shared.square())
-        return list(of_weights), [2 * self.psi * shared - 2 * self.xi * self._norm() / shared**3]
+        signs = torch._foreach_sign(self.tensors)
+        torch._foreach_mul_(signs, self.xi / shared.square())
+        torch._foreach_add_(of_weights, signs)
+        of_lambdas[0] += 2 * self.psi * shared - 2 * self.xi * self._norm() / shared**3
 
 
 # ------------------------------------------------------------------------------------------ schedules
