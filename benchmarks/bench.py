@@ -34,7 +34,7 @@ class Bench:
     """The options of a benchmark.
 
     data: source and path of DatasetSettings; None for random images of CIFAR's shape. quick: fewer rounds and steps.
-    batch: images of a batch.
+    batch: images of a batch. compilation: of the core, as in ExecutionSettings.
     """
 
     data: Mapping[str, str] | None
@@ -42,11 +42,12 @@ class Bench:
     precision: str
     quick: bool
     batch: int = BATCH
+    compilation: str = "auto"
 
     @cached_property
     def compute(self) -> Compute:
         """How the core trains here. Raises SettingsError."""
-        return Compute.choose(self.device, self.precision)
+        return Compute.choose(self.device, self.precision, self.compilation)
 
     @property
     def on_gpu(self) -> bool:

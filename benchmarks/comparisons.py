@@ -6,8 +6,10 @@ import contextlib
 import io
 import re
 import resource
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,37 +62,40 @@ def loops(
     over_plain: float,
     over_loader: float,
     rate: float,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """The core against the usual loops, each in a process of its own: the core's as a stage's workers are, the others' as
     Python starts them, with as many threads as this one. The goals hold for two CPU cores; over_*: ratios, rate:
-    images/s."""
+    images/s. compiled: on a CPU that has a compiler, the core is also measured with `compilation: compile`."""
     steps, threads = bench.steps(steps), torch.get_num_threads()
-    loaders = {f"DataLoader + PIL, {workers} workers": (usual_epoch, workers) for workers in (0, 2)}
-    sides = {**loaders, "plain tensor loop": (usual_epoch, None), "core": (core_epoch,)}
+    loaders = {f"DataLoader + PIL, {workers} workers": (usual_epoch, bench, workers) for workers in (0, 2)}
+    cores = {"core": (core_epoch, bench)}
+    if compiled and not bench.on_gpu and shutil.which("g++"):
+        cores["core, compiled"] = core_epoch, replace(bench, compilation="compile")
+    sides = {**loaders, "plain tensor loop": (usual_epoch, bench, None), **cores}
     with contextlib.ExitStack() as stack:
         epochs = {
             side: stack.enter_context(
-                Apart(make, bench, architecture, steps, *own, threads=threads, tuned=make is core_epoch)
+                Apart(make, of, architecture, steps, *own, threads=threads, tuned=make is core_epoch)
             )
-            for side, (make, *own) in sides.items()
+            for side, (make, of, *own) in sides.items()
         }
         measured = bench.measure(epochs, rounds, steps * bench.batch)
     best = min(loaders, key=lambda side: np.median(measured.wall[side]))
     goals = [{}, {}, {}] if bench.on_gpu else [{"at_least": goal} for goal in (over_loader, over_plain, rate)]
-    findings = [
-        Finding.of(
-            f"{architecture}: core over {best}", "speed", measured.ratios(best, "core", "wall"), **goals[0]
-        ),
-        Finding.of(
-            f"{architecture}: core over a plain tensor loop",
-            "speed",
-            measured.ratios("plain tensor loop", "core", "wall"),
-            **goals[1],
-        ),
-        Finding.of(
-            f"{architecture}: core", "throughput", measured.images / measured.wall["core"], **goals[2]
-        ),
-    ]
+    findings = []
+    for core in cores:
+        label, wall = f"{architecture}: {core}", measured.wall[core]
+        findings += [
+            Finding.of(f"{label} over {best}", "speed", measured.ratios(best, core, "wall"), **goals[0]),
+            Finding.of(
+                f"{label} over a plain tensor loop",
+                "speed",
+                measured.ratios("plain tensor loop", core, "wall"),
+                **goals[1],
+            ),
+            Finding.of(label, "throughput", measured.images / wall, **goals[2]),
+        ]
     if bench.on_gpu:
         data = bench.dataset(1)
         floor = floor_seconds(bench.network(architecture, data), data) * measured.images

@@ -23,7 +23,15 @@ _RESNET, _VGG = {"architecture": "resnet20"}, {"architecture": "vgg16"}
 COMPARISONS: dict[str, Comparison] = {
     "loops-resnet20": Comparison(
         "loops",
-        {**_RESNET, "steps": 4, "rounds": 6, "over_plain": 2.3, "over_loader": 2.4, "rate": 1400},
+        {
+            **_RESNET,
+            "steps": 4,
+            "rounds": 6,
+            "over_plain": 2.3,
+            "over_loader": 2.4,
+            "rate": 1400,
+            "compiled": True,
+        },
         threads=2,
     ),
     "loops-vgg16": Comparison(
