@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from common import datasets, processes
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, canonical, digest
-from common.training import Compute, Hooks, RunFailed, Trainer, out_of_memory
+from common.training import Compute, Hooks, RunFailed, Trainer, out_of_memory, release_memory
 
 SCRATCH = Path(".runs")
 CHECKPOINT_SECONDS = 60.0
@@ -389,8 +389,8 @@ def perform(
             if not out_of_memory(error):
                 raise
             reason = f"out of memory on {compute.device} outside training; lower its batch size or width"
-        if reason and compute.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if reason:
+            release_memory(compute.device)
     record = _record(run, "failed" if outcome is None else "ok", outcome, reason)
     state = outcome.state if outcome and keep_state else None
     seconds = round(time.perf_counter() - begun, 3)

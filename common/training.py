@@ -163,10 +163,19 @@ class RecordingFailed(Exception):
 def _record_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Record `run` as a CUDA graph; returns its replay, and what `run` returned: tensors that a replay fills."""
     graph = torch.cuda.CUDAGraph()
-    # other threads, which train other networks, go on allocating meanwhile
-    with _RECORDER, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # a stream of its own, since the default one belongs to the first GPU that recorded; other threads, which train
+    # other networks, go on allocating meanwhile
+    own = torch.cuda.Stream()
+    with _RECORDER, torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
         outcome = run()
     return graph.replay, outcome
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that is kept for later back to a GPU; it must not happen while another thread records."""
+    if device.type == "cuda":
+        with _RECORDER:
+            torch.cuda.empty_cache()
 
 
 class Recording:
@@ -364,7 +373,6 @@ class Trainer:
         places = [p.data_ptr() for group in self.optimizer.param_groups for p in group["params"]]
         if self._recording is None or self._recording.places != places:
             self._recording = Recording(self.model, places, self._pass)
-        self.optimizer.zero_grad(set_to_none=True)
         try:
             return self._recording(images, labels)
         except RecordingFailed as failure:
@@ -377,8 +385,7 @@ class Trainer:
         self._recording = None
         fitting = len(labels) // 2
         while fitting:
-            if self.compute.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(self.compute.device)
             try:
                 self._pass(images[:fitting], labels[:fitting], self._effective())
                 break

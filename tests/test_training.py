@@ -325,6 +325,14 @@ def test_what_cannot_be_recorded_is_trained_without(monkeypatch, capsys):
         Compute.choose("cpu", "float32", "record")
 
 
+def test_no_memory_is_given_back_while_a_thread_records(monkeypatch):
+    alone = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(training._RECORDER.locked()))
+    training.release_memory(torch.device("cuda"))
+    training.release_memory(torch.device("cpu"))
+    assert alone == [True]
+
+
 class _Hungry(nn.Module):
     """A network that has memory for `most` images."""
 
