@@ -107,8 +107,8 @@ class Compute:
         """What `auto` stands for on this machine, and the rest as it is asked for.
 
         `auto` precision is bfloat16 on a GPU that has it and on a CPU with matrix units for it (AMX), else float32.
-        `auto` compilation is a recorded graph on a GPU and nothing on a CPU, where neither way gains. Raises
-        SettingsError when the device or the number format is not there.
+        `auto` compilation is a recorded graph on a GPU and nothing on a CPU, where torch.compile pays for long runs of
+        some architectures only. Raises SettingsError when the device or the number format is not there.
         """
         cuda = torch.cuda.is_available()
         if device.startswith("cuda") and not cuda:
