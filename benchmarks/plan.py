@@ -26,7 +26,7 @@ COMPARISONS: dict[str, Comparison] = {
         {
             **_RESNET,
             "steps": 4,
-            "rounds": 6,
+            "rounds": 12,
             "over_plain": 2.3,
             "over_loader": 2.4,
             "rate": 1400,
