@@ -1,6 +1,6 @@
 """`python -m benchmarks`: measure, and write benchmark.json and benchmark.png.
 
-Without --data: the prepared CIFAR-10 if `python -m common.prepare` or the pipeline has made it, else random images.
+Without --data: the prepared CIFAR-10 if `python -m common.stage.prepare` or the pipeline has made it, else random images.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.isolation import alone
 from benchmarks.picture import draw, words
 from benchmarks.plan import COMPARISONS, environment, perform
+from common.core.loading import prepared_file
 from common.settings import DatasetSettings, SettingsError
 
 
@@ -82,7 +83,7 @@ def measure_all(names: Sequence[str], options: dict[str, Any], out: Path) -> Non
 def _data(file: Path | None) -> dict[str, str] | None:
     if file is not None:
         return {"source": "npz", "path": str(file)}
-    return {"source": "cifar10"} if DatasetSettings(source="cifar10").prepared.exists() else None
+    return {"source": "cifar10"} if prepared_file(DatasetSettings(source="cifar10")).exists() else None
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import Clock, Finding, Measured, measure
-from common import datasets
-from common.datasets import Batches, Dataset
-from common.models import Network, build
+from common.core import loading
+from common.core.compute import Compute
+from common.core.data import SPLITS, Batches, Dataset
+from common.core.models import Network, build
+from common.core.trainer import Trainer
 from common.settings import AugmentationSettings, DatasetSettings
-from common.training import Compute, Trainer
 
 BATCH = 128
 CLASSES = 10
@@ -78,7 +79,7 @@ class Bench:
             settings = DatasetSettings(
                 **self.data, train=steps * self.batch, validation=self.batch, augmentation=AUGMENTATION
             )
-            found = datasets.load(settings)
+            found = loading.load(settings)
         return found.to(self.compute.device)
 
     def network(self, architecture: str, data: Dataset, **options: Any) -> Network:
@@ -136,8 +137,8 @@ def random_images(count: int, others: int = BATCH) -> Dataset:
     pixels = random.integers(0, 256, (count + 2 * others, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(len(pixels)) % CLASSES
     cuts = np.split(np.arange(len(pixels)), [count, count + others])
-    parts = dict(zip(datasets.SPLITS, cuts, strict=True))
-    return datasets.make_dataset("random", parts, pixels, labels, CLASSES, 255.0, AUGMENTATION)
+    parts = dict(zip(SPLITS, cuts, strict=True))
+    return loading.make_dataset("random", parts, pixels, labels, CLASSES, 255.0, AUGMENTATION)
 
 
 def result(

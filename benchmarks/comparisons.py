@@ -21,14 +21,16 @@ from benchmarks.bench import RATE, Bench, random_images, result, train
 from benchmarks.isolation import Apart, alone
 from benchmarks.loops import TensorBatches, bare, usual
 from benchmarks.measuring import Finding, Growth
-from common.datasets import Dataset
-from common.models import Network
-from common.pruning import channels
-from common.pruning.counting import cost, layer_costs
-from common.pruning.masks import KeepMasked, Masks
-from common.runs import Run, Store, execute
+from common.core.data import Dataset
+from common.core.models import Network
+from common.core.pruning import channels
+from common.core.pruning.counting import cost, layer_costs
+from common.core.pruning.masks import KeepMasked, Masks
+from common.core.run import Run
+from common.core.trainer import Trainer
 from common.settings import ExecutionSettings
-from common.training import Trainer
+from common.stage.scheduler import execute
+from common.stage.store import Store
 from replications.feature_relevance.gradual import Ranking
 from replications.feature_relevance.method import prunable_layers
 from replications.feature_relevance.protocol import scoring_batches
@@ -283,7 +285,7 @@ def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs:
         with TemporaryDirectory() as results, contextlib.redirect_stderr(io.StringIO()):
             entries = execute(
                 runs,
-                Store(Path(results), [STAGE_PAPER]),
+                Store(Path(results)),
                 ExecutionSettings(device=bench.device, precision=bench.precision, **execution),
                 "benchmark",
             )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from benchmarks.bench import AUGMENTATION, MOMENTUM, RATE, WEIGHT_DECAY
-from common.datasets import Dataset
-from common.training import Trainer
+from common.core.data import Dataset
+from common.core.trainer import Trainer
 
 _PADDING = AUGMENTATION.crop_padding
 _WARM_UP = 3

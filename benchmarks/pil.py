@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks.bench import AUGMENTATION
-from common.datasets import Dataset
+from common.core.data import Dataset
 
 
 class PilImages(torch.utils.data.Dataset):

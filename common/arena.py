@@ -1,6 +1,6 @@
 """Equal footing: one network, one data set and one budget of training epochs for every method.
 
-A paper takes part by an entry in `CONTENDERS` of its protocol: a name, and a function that gets a `Contest`, trains for
+A paper takes part by an entry in `CONTENDERS` of its `contender.py`: a name, and a function that gets a `Contest`, trains for
 `arena.epochs` epochs in total (search and retraining included), leaves a network with the share `keep` of the dense
 network's parameters, and returns `contest.outcome(trainer)`.
 """
@@ -15,14 +15,15 @@ from typing import Any
 
 from torch import nn
 
-from common import schedules
-from common.datasets import Dataset
-from common.models import Network, build
-from common.pruning.counting import cost
-from common.pruning.masks import prunable
-from common.runs import Context, Outcome, Run
-from common.settings import Count, Rate, Share, Strict, stream
-from common.training import Hooks, RunFailed, Trainer
+from common.core import schedules
+from common.core.data import Dataset
+from common.core.identity import stream
+from common.core.models import Network, build
+from common.core.pruning.counting import cost
+from common.core.pruning.masks import prunable
+from common.core.run import Context, Outcome, Run
+from common.core.trainer import Hooks, RunFailed, Trainer
+from common.settings import Count, Rate, Share, Strict
 
 _BACKWARD_AND_FORWARD = 3  # training costs about three forward passes
 

@@ -1,15 +1,8 @@
-"""Settings: `params.yaml` becomes typed, validated objects, and every error names file, key, value and what is allowed.
-
-Also here, because everything else builds on them: the canonical text and digest of a settings object (the identity
-of a run) and named random streams.
-"""
+"""Settings: `params.yaml` becomes typed, validated objects, and every error names file, key, value and what is allowed."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +17,10 @@ PARAMS_FILE = "params.yaml"
 
 class SettingsError(Exception):
     """Settings that cannot be used; the message is one clear line."""
+
+
+class DataError(SettingsError):
+    """Data that is missing, damaged or of the wrong shape; the message names it in one line."""
 
 
 class Strict(BaseModel):
@@ -108,15 +105,6 @@ class DatasetSettings(Strict):
         """What messages call this data."""
         return self.path or self.source
 
-    @property
-    def prepared(self) -> Path:
-        """The array file that `python -m common.prepare` makes of it; training reads only this."""
-        names = {"source", "path", "size", "streamed"}
-        if self.source in ("caltech101", "folder"):  # may have no test split of their own
-            names |= {"test", "train_per_class", "split_seed"}
-        what = self.model_dump(include=names)
-        return Path("data/prepared") / f"{self.source}-{digest(what)[:12]}.npz"
-
 
 class ExecutionSettings(Strict):
     """How runs are executed. All but `workers` can change the last digits of a result."""
@@ -151,35 +139,6 @@ class CellSettings(Strict):
     """In place of the profile's data set."""
     settings: dict[str, Any] = {}
     """Settings of the paper that are others here, each as a whole."""
-
-
-def canonical(value: Any) -> str:
-    """The one JSON text of `value`: sorted keys, no spaces, no NaN.
-
-    Raises ValueError for NaN or infinity, TypeError for what JSON cannot hold.
-    """
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of the canonical text, 64 hexadecimal characters."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-def stream(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for the random stream called `names` of `seed`.
-
-    Streams are independent of one another, so adding one shifts nothing.
-    """
-    text = canonical([seed, *names]).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-
-
-def papers() -> list[str]:
-    """Names of the papers: the folders of `replications/` that hold a protocol."""
-    return sorted(p.parent.name for p in (ROOT / "replications").glob("*/protocol.py"))
 
 
 def hint(name: str, known: list[str]) -> str:
@@ -289,62 +248,13 @@ def read_yaml(file: str | os.PathLike) -> Any:
         raise SettingsError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
-def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None = None) -> Profile:
-    """The validated settings of `paper` in `profile` (default: the one that the file selects).
-
-    A paper without an entry in the profile gets its own defaults. Raises SettingsError.
-    """
-    known = papers()
-    if paper not in known:
-        raise SettingsError(f"unknown paper {paper!r}; {hint(paper, known)}")
-    blocks, name = _profile_blocks(file, profile)
-    block = blocks[name] or {}
-    where = f"{file}: profiles.{name}"
-    if not isinstance(block, Mapping):
-        raise SettingsError(f"{where} = {block!r}: must be a table")
-    allowed = ["dataset", "execution", *known]
-    for key in block:
-        if key not in allowed:
-            raise SettingsError(f"{where}.{key}: unknown key; {hint(key, allowed)}")
-    settings = importlib.import_module(f"replications.{paper}.protocol").Settings
-    return Profile(
-        name=name,
-        dataset=validated(DatasetSettings, block.get("dataset") or {}, f"{where}.dataset"),
-        execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
-        paper=validated(settings, block.get(paper) or {}, f"{where}.{paper}"),
-    )
-
-
-def profile_datasets(
-    file: str | os.PathLike = PARAMS_FILE, profile: str | None = None
-) -> list[DatasetSettings]:
-    """Every data set that a profile's papers read, each once. Raises SettingsError."""
-    found: dict[str, DatasetSettings] = {}
-
-    def walk(value: Any) -> None:
-        if isinstance(value, DatasetSettings):
-            found.setdefault(str(value.prepared), value)
-        elif isinstance(value, BaseModel):
-            for name in type(value).model_fields:
-                walk(getattr(value, name))
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                walk(item)
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                walk(item)
-
-    for paper in papers():
-        walk(load(paper, file, profile))
-    return list(found.values())
-
-
 def selected_profile(file: str | os.PathLike = PARAMS_FILE) -> str:
     """The name of the profile that the file selects. Raises SettingsError."""
-    return _profile_blocks(file, None)[1]
+    return profile_blocks(file, None)[1]
 
 
-def _profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mapping[str, Any], str]:
+def profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mapping[str, Any], str]:
+    """The blocks of all profiles, and the name of `profile` or else of the one that the file selects."""
     content = read_yaml(file)
     top = ["profile", "profiles"]
     if not isinstance(content, Mapping):

@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from common import processes
 from common.settings import PARAMS_FILE
+from common.stage import processes
 
 
 def _time_budget(text: str) -> float:

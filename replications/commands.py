@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import importing, pipeline, planning, runs
-from common.settings import SettingsError, load
-from common.training import Compute
+from common.core.compute import Compute
+from common.settings import SettingsError
+from common.stage import importing, pipeline, plan
+from common.stage.papers import load
+from common.stage.records import environment, write_results
+from common.stage.scheduler import execute
+from common.stage.store import SCRATCH, OutOfTime, StageError, Store, TimeBudget, write_atomically
 
 if TYPE_CHECKING:
-    from common.tracking import StageLog
+    from common.stage.tracking import StageLog
 
 RESULTS = Path("results")
 
@@ -24,15 +28,15 @@ def status(command: Callable[[], None]) -> int:
     """The exit status of a command: 2 with one line on stderr if it cannot go on, 3 if its time is spent."""
     try:
         command()
-    except runs.OutOfTime as stop:
+    except OutOfTime as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return 3
-    except (SettingsError, runs.StageError) as error:
+    except (SettingsError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(
-            f"error: {error.filename}: {error.strerror}; finished runs are kept in {runs.SCRATCH}",
+            f"error: {error.filename}: {error.strerror}; finished runs are kept in {SCRATCH}",
             file=sys.stderr,
         )
         return 2
@@ -41,7 +45,7 @@ def status(command: Callable[[], None]) -> int:
 
 def print_plan(params: str, profile_name: str | None, seconds: float) -> None:
     """Print what a profile costs on this machine. Raises SettingsError."""
-    print(planning.plan(params, profile_name, seconds, RESULTS))
+    print(plan.plan(params, profile_name, seconds, RESULTS))
 
 
 def run_paper(paper: str, params: str, profile_name: str | None, ends: float) -> None:
@@ -52,22 +56,20 @@ def run_paper(paper: str, params: str, profile_name: str | None, ends: float) ->
     begun = time.perf_counter()
     profile = load(paper, params, profile_name)
     planned = pipeline.planned(paper, profile)
-    code = pipeline.code_folders(paper)
-    store = runs.Store(runs.SCRATCH / profile.name / paper, code, profile.execution)
-    environment = runs.environment(
-        code, Compute.choose(profile.execution.device, profile.execution.precision)
-    )
-    with _tracking(paper, profile.name, environment) as log:
-        entries = runs.execute(planned, store, profile.execution, paper, log.add, runs.TimeBudget(ends))
-        records = runs.write_results(profile, paper, entries, RESULTS)
+    store = Store(SCRATCH / profile.name / paper, profile.execution)
+    compute = Compute.choose(profile.execution.device, profile.execution.precision)
+    about = environment(planned, compute)
+    with _tracking(paper, profile.name, about) as log:
+        entries = execute(planned, store, profile.execution, paper, log.add, TimeBudget(ends))
+        records = write_results(profile, paper, entries, RESULTS)
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
-    environment |= {"seconds": {entry["record"]["settings_hash"]: entry["seconds"] for entry in entries}}
-    environment |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
+    about |= {"seconds": {entry["record"]["settings_hash"]: entry["seconds"] for entry in entries}}
+    about |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
     # by which an import on another machine knows that they are whole
     files = (records, records.with_suffix(".curves.jsonl"))
-    environment |= {"sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
+    about |= {"sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
     beside = RESULTS / "environment" / profile.name / f"{paper}.json"
-    runs.write_atomically(beside, json.dumps(environment, indent=1, sort_keys=True).encode())
+    write_atomically(beside, json.dumps(about, indent=1, sort_keys=True).encode())
     for record in (entry["record"] for entry in entries if entry["record"]["status"] != "ok"):
         print(
             f"failed: {paper}/{record['variant']} seed {record['seed']}: {record['reason']}", file=sys.stderr
@@ -112,7 +114,7 @@ class _NoTracking:
 
 def _tracking(paper: str, profile: str, environment: dict):
     try:
-        from common.tracking import StageLog
+        from common.stage.tracking import StageLog
     except ModuleNotFoundError as missing:
         print(f"{missing.name} is not installed here: nothing is logged to MLflow", file=sys.stderr)
         return _NoTracking()

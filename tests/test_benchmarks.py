@@ -20,10 +20,10 @@ from benchmarks.loops import TensorBatches
 from benchmarks.measuring import Finding, Growth, Measured, measure
 from benchmarks.pil import loader
 from benchmarks.plan import COMPARISONS
-from common import processes
-from common.datasets import load
-from common.models import build
+from common.core.loading import load
+from common.core.models import build
 from common.settings import DatasetSettings
+from common.stage import processes
 
 
 class Work:

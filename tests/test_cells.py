@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import datasets
-from common import prepare as preparing
-from common.runs import Store, in_order, perform
-from common.settings import (
-    ROOT,
-    DatasetSettings,
-    ExecutionSettings,
-    Profile,
-    SettingsError,
-    profile_datasets,
-    validated,
-)
+from common.core import loading
+from common.core.loading import prepared_file
+from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.stage import prepare as preparing
+from common.stage.papers import profile_datasets
+from common.stage.scheduler import in_order, perform
+from common.stage.store import Store
 
 PHOTOS = {"source": "folder", "path": "data/photos", "size": 16, "streamed": True, "validation": 4}
 IMP_SLR = {
@@ -75,7 +70,7 @@ def _runs(paper, **changes):
 def photos(tmp_path, monkeypatch):
     """24 training and 12 test images of two classes, streamed."""
     monkeypatch.chdir(tmp_path)
-    datasets.fingerprint.cache_clear()
+    loading.fingerprint.cache_clear()
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
         for bright, name in enumerate(("day", "night")):
@@ -85,7 +80,7 @@ def photos(tmp_path, monkeypatch):
                 pixels = rng.integers(0, 100, (20, 24, 3), np.uint8) + np.uint8(150 * bright)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     settings = DatasetSettings(**PHOTOS)
-    preparing.write(settings.prepared, preparing.prepare(settings))
+    preparing.write(prepared_file(settings), preparing.prepare(settings))
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -95,13 +90,13 @@ def test_a_cell_with_its_own_data_and_settings_runs_to_its_records(paper, photos
     assert {run.seed for run in runs if run.dataset == "digits"} == {0}
     own = [run for run in runs if run.dataset == "photos"]
     assert len(own) == len(runs) / 2 and all(run.settings["data"]["streamed"] for run in own)
-    store = Store(tmp_path / "runs", [paper])
+    store = Store(tmp_path / "runs")
     needed = {need.settings_hash for run in own for need in run.needs}
     for run in own:
         record = perform(run, store, execution, run.settings_hash in needed)["record"]
         assert record["status"] == "ok", record
         assert record["dataset"] == "photos" and record["data"] == [
-            datasets.fingerprint(DatasetSettings(**PHOTOS))
+            loading.fingerprint(DatasetSettings(**PHOTOS))
         ]
         assert 0 <= record["metrics"]["test_accuracy"] <= 1
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.models import ChannelGroup, build
-from common.pruning import channels
-from common.pruning.counting import cost
+from common.core.models import ChannelGroup, build
+from common.core.pruning import channels
+from common.core.pruning.counting import cost
 
 DIGITS, MNIST, SMALL = (1, 8, 8), (1, 28, 28), (3, 16, 16)
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.models import build
-from common.pruning.counting import cost, layer_costs
+from common.core.models import build
+from common.core.pruning.counting import cost, layer_costs
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 

@@ -1,16 +1,19 @@
 """Data sets: splits, digests, augmentation, and data that is damaged or wrong."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common import datasets
-from common.datasets import SPLITS, Batches, DataError, Dataset, load, stratified
-from common.prepare import prepare, write
-from common.settings import AugmentationSettings, DatasetSettings
+from common.core import loading
+from common.core import streamed as streaming
+from common.core.data import SPLITS, Batches, Dataset, stratified
+from common.core.loading import load, prepared_file
+from common.settings import AugmentationSettings, DataError, DatasetSettings
+from common.stage.prepare import prepare, write
 
 
 def test_digits_are_split_by_class_without_overlap():
@@ -33,7 +36,7 @@ def test_the_split_is_fixed_and_follows_its_seed():
 
 
 def test_changed_digits_are_noticed(monkeypatch):
-    monkeypatch.setattr(datasets, "DIGITS_SHA256", "0" * 64)
+    monkeypatch.setattr(loading, "DIGITS_SHA256", "0" * 64)
     with pytest.raises(DataError, match="damaged or changed"):
         load(DatasetSettings())
 
@@ -59,7 +62,7 @@ def _ramp(count=6, size=5, channels=3):
     images = torch.arange(count * size * size * channels).reshape(count, size, size, channels).remainder(251)
     split = {"train": images.to(torch.uint8)}
     labels = {"train": torch.arange(count)}
-    return datasets.Dataset("ramp", split, labels, count, 255.0, (0.5,) * channels, (0.25,) * channels)
+    return Dataset("ramp", split, labels, count, 255.0, (0.5,) * channels, (0.25,) * channels)
 
 
 def test_batches_normalise_and_keep_the_last_partial_batch():
@@ -90,7 +93,7 @@ def test_passes_without_gradients_take_as_many_images_as_memory_should_hold(side
 
 def test_an_epoch_is_a_pure_function_of_seed_and_number():
     data = _ramp()
-    data = datasets.replace(data, augmentation=AugmentationSettings(crop_padding=2, flip=True, rotation=15))
+    data = replace(data, augmentation=AugmentationSettings(crop_padding=2, flip=True, rotation=15))
     make = lambda seed: Batches(data, "train", 4, seed=seed, shuffle=True, augment=True)  # noqa: E731
     again = [torch.cat([x for x, _ in make(0).epoch(3)]) for _ in range(2)]
     assert torch.equal(*again)
@@ -99,10 +102,8 @@ def test_an_epoch_is_a_pure_function_of_seed_and_number():
 
 
 def test_every_crop_is_a_window_of_the_padded_image():
-    data = datasets.replace(
-        _ramp(), augmentation=AugmentationSettings(crop_padding=2, flip=True), mean=(0,) * 3
-    )
-    data = datasets.replace(data, std=(1.0,) * 3)
+    data = replace(_ramp(), augmentation=AugmentationSettings(crop_padding=2, flip=True), mean=(0,) * 3)
+    data = replace(data, std=(1.0,) * 3)
     padded = torch.nn.functional.pad(data.images["train"].permute(0, 3, 1, 2), (2, 2, 2, 2))
     windows = padded.unfold(2, 5, 1).unfold(3, 5, 1)
     seen = set()
@@ -128,7 +129,7 @@ def _arrays(**changes):
 def npz(tmp_path, monkeypatch):
     """Settings for a local .npz with the given arrays, in an otherwise empty working folder."""
     monkeypatch.chdir(tmp_path)
-    datasets.fingerprint.cache_clear()
+    loading.fingerprint.cache_clear()
 
     def make(**changes):
         np.savez("mine.npz", **_arrays(**changes))
@@ -161,9 +162,9 @@ def test_local_npz_is_loaded(npz):
     settings = npz(y_train=(np.arange(40) % 4).astype(np.uint8))
     data = load(settings)
     assert data.classes == 4 and data.image_shape == (3, 8, 8)
-    assert [len(data.labels[s]) for s in datasets.SPLITS] == [32, 8, 10]
+    assert [len(data.labels[s]) for s in SPLITS] == [32, 8, 10]
     assert np.array_equal(data.images["test"].numpy(), _arrays()["x_test"])
-    assert datasets.fingerprint(settings) == hashlib.sha256(open("mine.npz", "rb").read()).hexdigest()
+    assert loading.fingerprint(settings) == hashlib.sha256(open("mine.npz", "rb").read()).hexdigest()
     with pytest.raises(DataError, match="nowhere.npz: the array file of nowhere.npz is not there"):
         load(DatasetSettings(source="npz", path="nowhere.npz"))
 
@@ -171,18 +172,18 @@ def test_local_npz_is_loaded(npz):
 def test_a_missing_or_damaged_prepared_file_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = DatasetSettings(source="cifar10", validation=8)
-    write(settings.prepared, datasets.checked(_arrays(), "cifar10"))
-    assert [len(load(settings).labels[s]) for s in datasets.SPLITS] == [32, 8, 10]
-    content = bytearray(settings.prepared.read_bytes())
+    write(prepared_file(settings), loading.checked(_arrays(), "cifar10"))
+    assert [len(load(settings).labels[s]) for s in SPLITS] == [32, 8, 10]
+    content = bytearray(prepared_file(settings).read_bytes())
     for change, message in ((1, "digest does not match|damaged"), (-900, "damaged")):
         broken = (
             bytes(content[:change]) if change < 0 else bytes(content[:2000]) + b"?" + bytes(content[2001:])
         )
-        settings.prepared.write_bytes(broken)
+        prepared_file(settings).write_bytes(broken)
         with pytest.raises(DataError, match=message):
             load(settings)
-    settings.prepared.unlink()
-    with pytest.raises(DataError, match="cifar10 is not there.*common.prepare"):
+    prepared_file(settings).unlink()
+    with pytest.raises(DataError, match="cifar10 is not there.*common.stage.prepare"):
         load(settings)
 
 
@@ -200,14 +201,14 @@ def _photographs(root, per_class=6, classes=("cat", "dog", "eel")):
 def streamed(tmp_path, monkeypatch):
     """Settings for folders of 18 training and 9 test images that stay on disk."""
     monkeypatch.chdir(tmp_path)
-    datasets.fingerprint.cache_clear()
-    monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 2)
+    loading.fingerprint.cache_clear()
+    monkeypatch.setattr(streaming, "DECODED_AT_ONCE", 2)
     _photographs(tmp_path / "photos" / "train")
     _photographs(tmp_path / "photos" / "val", per_class=3)
     settings = DatasetSettings(
         source="folder", path="photos", size=32, streamed=True, validation=3, augmentation={"flip": True}
     )
-    write(settings.prepared, prepare(settings))
+    write(prepared_file(settings), prepare(settings))
     return settings
 
 
@@ -215,7 +216,7 @@ def test_streamed_images_stand_for_images_in_memory(streamed):
     data = load(streamed).to("cpu")
     assert data.image_shape == (3, 32, 32) and data.classes == 3
     assert {k: len(v) for k, v in data.labels.items()} == {"train": 15, "validation": 3, "test": 9}
-    assert data.digest == load(streamed).digest and len(datasets.fingerprint(streamed)) == 64
+    assert data.digest == load(streamed).digest and len(loading.fingerprint(streamed)) == 64
     small = data.with_train_size(6, seed=1)
     assert torch.bincount(small.labels["train"]).tolist() == [2, 2, 2] and small.digest != data.digest
     batches = Batches(data, "test", 5)
@@ -259,12 +260,12 @@ def test_crops_are_mirrored_only_where_that_is_asked_for(streamed, tmp_path):
     pixels = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2) * 4
     for file in (tmp_path / "photos" / "train").rglob("*.jpeg"):
         Image.fromarray(pixels).save(file, quality=100, comment=str(file).encode())
-    streamed.prepared.unlink()
-    write(streamed.prepared, prepare(streamed))
+    prepared_file(streamed).unlink()
+    write(prepared_file(streamed), prepare(streamed))
 
     def falling(flip):
         augmentation = AugmentationSettings(flip=flip)
-        data = datasets.replace(load(streamed), augmentation=augmentation)
+        data = replace(load(streamed), augmentation=augmentation)
         ((x, _),) = Batches(data, "train", 15, seed=2, augment=True).epoch(0)
         return (x[..., -1] < x[..., 0]).all((1, 2)).sum().item()
 
@@ -289,8 +290,8 @@ def test_a_file_that_breaks_while_training_is_named(streamed, tmp_path):
 def test_an_image_that_cannot_be_decoded_is_named(streamed, tmp_path):
     victim = tmp_path / "photos" / "train" / "eel" / "5.jpeg"
     victim.write_bytes(victim.read_bytes()[:-300])
-    streamed.prepared.unlink()
-    write(streamed.prepared, prepare(streamed))
+    prepared_file(streamed).unlink()
+    write(prepared_file(streamed), prepare(streamed))
     with pytest.raises(DataError, match="eel/5.jpeg: not a readable image"):
         list(Batches(load(streamed), "train", 4).epoch(0))
 

@@ -3,9 +3,10 @@
 import pytest
 
 from common.arena import Arena, Contest
-from common.runs import Context, Needed, Run
+from common.core.compute import Compute
+from common.core.run import Context, Needed, Run
+from common.core.trainer import RunFailed
 from common.settings import DatasetSettings, ExecutionSettings, Profile
-from common.training import Compute, RunFailed
 from replications.equal_footing import protocol
 
 DATA = DatasetSettings(train=120, validation=50)

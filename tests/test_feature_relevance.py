@@ -7,13 +7,17 @@ import torch
 
 from common import settings as common_settings
 from common.arena import Arena, Contest
-from common.datasets import FixedBatches
-from common.models import build
-from common.pruning import channels
-from common.runs import Context, Run, Store, in_order, perform
+from common.core.compute import Compute
+from common.core.data import FixedBatches
+from common.core.models import build
+from common.core.pruning import channels
+from common.core.run import Context, Run
+from common.core.trainer import RunFailed, Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError
-from common.training import Compute, RunFailed, Trainer
+from common.stage.scheduler import in_order, perform
+from common.stage.store import Store
 from replications.feature_relevance import method, protocol
+from replications.feature_relevance.contender import contend
 from replications.feature_relevance.gradual import (
     GradualPruning,
     Pruner,
@@ -286,7 +290,7 @@ def _profile(**paper):
 
 
 def _records(profile, folder):
-    store = Store(folder, protocol.PAPER)
+    store = Store(folder)
     listed = in_order(protocol.runs(profile))
     needed = {need.settings_hash for run in listed for need in run.needs}
     entries = [perform(run, store, profile.execution, run.settings_hash in needed) for run in listed]
@@ -399,7 +403,7 @@ def test_contender_ends_with_few_enough_parameters(architecture):
         {"data": DIGITS.model_dump(mode="json")},
     )
     contest = Contest(run, _context(run), arena)
-    outcome = protocol.contend(contest)
+    outcome = contend(contest)
     assert outcome.cost["parameters"] <= 0.25 * contest.parameters
     assert outcome.cost["parameters"] > 0.2 * contest.parameters
     assert outcome.cost["training_macs"] < 3 * 4 * 100 * outcome.cost["dense_macs"]

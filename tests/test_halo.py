@@ -5,12 +5,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from common.datasets import FixedBatches
-from common.models import build
-from common.pruning.masks import prunable
-from common.runs import Context, Needed
+from common.core.compute import Compute
+from common.core.data import FixedBatches
+from common.core.models import build
+from common.core.pruning.masks import prunable
+from common.core.run import Context, Needed
+from common.core.trainer import Diverged, RunFailed, Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile
-from common.training import Compute, Diverged, RunFailed, Trainer
 from replications.halo import measures, method, protocol
 
 DATA = DatasetSettings(train=90, validation=50, test=60)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from common.datasets import FixedBatches
-from common.pruning.masks import KeepMasked, Masks
-from common.runs import Store, in_order, perform
+from common.core.data import FixedBatches
+from common.core.pruning.masks import KeepMasked, Masks
+from common.core.trainer import Hooks, RunFailed, Trainer
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.stage.scheduler import in_order, perform
+from common.stage.store import Store
 from common.statistics.claims import read
-from common.training import Hooks, RunFailed, Trainer
 from replications.imp_slr import baselines, method, protocol
 
 HISTORY = method.History([0.1] * 20 + [0.01] * 20)
@@ -410,7 +411,7 @@ TINY = {
 
 def outcomes(settings, folder):
     planned = in_order(protocol.runs(settings))
-    store = Store(folder, protocol.PAPER)
+    store = Store(folder)
     needed = {need.settings_hash for run in planned for need in run.needs}
     entries = [perform(run, store, settings.execution, run.settings_hash in needed) for run in planned]
     return {entry["record"]["variant"]: entry for entry in entries}

@@ -11,9 +11,9 @@ import pytest
 from project import add_example, copy, params, run
 
 import replications
-from common import importing
-from common.runs import StageError, code_digest
-from common.settings import papers
+from common.stage import importing
+from common.stage.papers import papers
+from common.stage.store import StageError
 
 FILES = (
     "digits/example.jsonl",
@@ -67,16 +67,14 @@ def project(tmp_path):
 @pytest.fixture
 def inside(project, monkeypatch):
     """This process works in the copy, where the stage has run before: nothing of that may change."""
-    for place in ("common.settings.ROOT", "common.runs.ROOT"):
+    for place in ("common.stage.papers.ROOT", "common.stage.store.ROOT"):
         monkeypatch.setattr(place, project)
     monkeypatch.setattr(replications, "__path__", [str(project / "replications")])
     monkeypatch.chdir(project)
-    code_digest.cache_clear()
     for name in FILES:
         (project / "results" / name).parent.mkdir(parents=True, exist_ok=True)
         (project / "results" / name).write_text("as it was")
     yield project
-    code_digest.cache_clear()
     assert [(project / "results" / name).read_text() for name in FILES] == ["as it was"] * 3
 
 
@@ -175,7 +173,7 @@ def test_curves_of_other_runs_are_refused(inside, folder):
 
 
 def test_another_version_of_the_code_is_refused(inside, folder):
-    training = inside / "common" / "training.py"
+    training = inside / "common" / "core" / "trainer.py"
     training.write_text(training.read_text() + "\n# changed\n")
     assert "example.json: made by other code (digest " in _refused(folder)
 

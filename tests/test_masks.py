@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.datasets import FixedBatches
-from common.pruning.masks import (
+from common.core.data import FixedBatches
+from common.core.pruning.masks import (
     ALLOCATIONS,
     Infeasible,
     KeepMasked,
@@ -19,7 +19,7 @@ from common.pruning.masks import (
     squared_norm,
     uniform_plus_counts,
 )
-from common.training import Trainer
+from common.core.trainer import Trainer
 
 
 def network(dtype=torch.float32):

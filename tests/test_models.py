@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from common.models import ARCHITECTURES, build, small_maps
-from common.models.network import Conv2d
-from common.pruning.counting import cost
+from common.core.models import ARCHITECTURES, build, small_maps
+from common.core.models.network import Conv2d
+from common.core.pruning.counting import cost
 from common.settings import SettingsError
 
 DIGITS, MNIST, CIFAR, IMAGENET = (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224)

@@ -12,14 +12,16 @@ import yaml
 from project import add_example, copy, params, run
 from torch import nn
 
-from common import rehearsal
-from common.datasets import FixedBatches
-from common.planning import Expected, Stage
-from common.pruning.counting import cost
-from common.rehearsal import Cost, kinds
-from common.runs import Outcome, Run, perform
-from common.settings import ExecutionSettings, papers
-from common.training import Hooks, RunFailed, Trainer
+from common.core.data import FixedBatches
+from common.core.pruning.counting import cost
+from common.core.run import Outcome, Run
+from common.core.trainer import Hooks, RunFailed, Trainer
+from common.settings import ExecutionSettings
+from common.stage import rehearsal
+from common.stage.papers import papers
+from common.stage.plan import Expected, Stage
+from common.stage.rehearsal import Cost, kinds
+from common.stage.scheduler import perform
 
 EPOCHS, PER_EPOCH = 6, 1000
 

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from common import prepare as preparing
-from common.datasets import DataError, checked, load
-from common.prepare import canonical, main, prepare, write
-from common.settings import DatasetSettings
+from common.core.loading import checked, load
+from common.settings import DataError, DatasetSettings
+from common.stage import prepare as preparing
+from common.stage.prepare import canonical, main, prepare, write
 
 
 @pytest.fixture(autouse=True)

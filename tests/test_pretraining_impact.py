@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from common import datasets, models
-from common.pruning import channels
-from common.runs import Store, in_order, perform
+from common.core import loading, models
+from common.core.data import Batches
+from common.core.pruning import channels
+from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
-from common.training import Trainer
+from common.stage.scheduler import in_order, perform
+from common.stage.store import Store
 from replications.pretraining_impact import filters, glyphs, measures, method, protocol, steps, transfer
 
 DATA = DatasetSettings(train=120, validation=60, test=200)
@@ -45,7 +47,7 @@ def profile(*arguments, **changes):
 def records(folder, *arguments, **changes):
     """The records of all runs, by (variant, target)."""
     planned = in_order(protocol.runs(profile(*arguments, **changes)))
-    store = Store(folder, ["pretraining_impact"])
+    store = Store(folder)
     found = {}
     for run in planned:
         found[run.variant, run.target] = perform(run, store, CPU, True)["record"]
@@ -111,7 +113,7 @@ def test_the_classes_are_disjoint_from_the_targets_digits():
 def test_the_written_corpus_can_be_loaded(tmp_path):
     file = str(tmp_path / "glyphs.npz")
     assert glyphs.main(["--out", file, "--count", "400", "--test", "100", "--seed", "5"]) == 0
-    data = datasets.load(DatasetSettings(source="npz", path=file, validation=104))
+    data = loading.load(DatasetSettings(source="npz", path=file, validation=104))
     assert data.classes == 84 and data.scale == 16
     assert {split: len(labels) for split, labels in data.labels.items()} == {
         "train": 196,
@@ -182,8 +184,8 @@ def test_a_legacy_rule_that_empties_a_layer_is_refused():
 
 def gradual_fit(removal="at_events", checkpoints=None, **options):
     """A network pruned to 60 % of its filters while it trains, in double precision."""
-    data = datasets.load(DATA)
-    batches = datasets.Batches(data, "train", 40, seed=0, shuffle=True, dtype=torch.float64)
+    data = loading.load(DATA)
+    batches = Batches(data, "train", 40, seed=0, shuffle=True, dtype=torch.float64)
     model = network().double()
     masks = [filters.Masks("after_step")] if removal == "at_end" else []
     events = filters.schedule_events("agp", 12, 0.6, (0.2, 0.8), 2)
@@ -414,7 +416,7 @@ def test_the_defaults_have_eight_seeds_and_every_claimed_variant():
 
 def test_arms_differ_in_their_trunk_alone(tmp_path):
     planned = in_order(protocol.runs(profile(("fine-tuned", "scratch", "fine-tuned-shuffled"))))
-    store = Store(tmp_path, ["pretraining_impact"])
+    store = Store(tmp_path)
     starts = {}
 
     class Stop(Exception):
@@ -534,7 +536,7 @@ def test_the_adam_recipe_follows_the_one_cycle_policy(tmp_path):
 
 
 def test_labels_per_class_are_balanced_and_seeded():
-    data = datasets.load(DATA)
+    data = loading.load(DATA)
     few = steps.labelled(data, None, 3, seed=1)
     assert few.labels["train"].bincount().tolist() == [3] * 10
     again, other = (steps.labelled(data, None, 3, seed=seed).images["train"] for seed in (1, 2))

@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from common import datasets
 from common.arena import Arena, Contest
-from common.runs import Context, Store, in_order, perform
+from common.core import loading
+from common.core.compute import Compute
+from common.core.data import Batches
+from common.core.run import Context
+from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
-from common.training import Compute, Trainer
+from common.stage.scheduler import in_order, perform
+from common.stage.store import Store
 from replications.pruning_from_scratch import bpcp, method, protocol
+from replications.pruning_from_scratch.contender import contend
 from replications.pruning_from_scratch.structure import (
     Layout,
     Ranking,
@@ -34,8 +39,8 @@ def digits_layout(name="digits_vgg"):
 def gate_trainer(layout, **options):
     model = layout.build(seed=1)
     gates = method.Gates(model, layout.gated, weight=0.5, level=0.3)
-    data = datasets.load(DATA)
-    batches = datasets.Batches(data, "train", 40, seed=0, shuffle=True)
+    data = loading.load(DATA)
+    batches = Batches(data, "train", 40, seed=0, shuffle=True)
     return Trainer(model, batches, hooks=gates, optimizer=gates.optimizer(), **options), gates
 
 
@@ -236,7 +241,7 @@ IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dty
 def block_trainer(**options):
     model = residual()
     gates = bpcp.BlockGates(model, weight=0.5, rate=0.1)
-    batches = datasets.Batches(datasets.load(DATA), "train", 40, seed=0, shuffle=True)
+    batches = Batches(loading.load(DATA), "train", 40, seed=0, shuffle=True)
     return Trainer(model, batches, hooks=gates, **options), gates
 
 
@@ -481,7 +486,7 @@ def test_an_architecture_can_have_its_own_data(tmp_path):
     runs = protocol.runs(plan)
     assert [run.dataset for run in runs] == ["digits", "digits", "own", "own"]
     assert runs[2].settings["data"] == DatasetSettings(**own).model_dump(mode="json")
-    assert perform(runs[3], Store(tmp_path, protocol.PAPER), CPU, False)["record"]["status"] == "ok"
+    assert perform(runs[3], Store(tmp_path), CPU, False)["record"]["status"] == "ok"
     same = profile(variants=variants, architectures=[{"name": "digits_vgg", "data": DATA.model_dump()}])
     assert [run.settings_hash for run in protocol.runs(same)] == [run.settings_hash for run in runs[:2]]
     for repeated in ({"name": "digits_vgg"}, {"name": "digits_vgg", "data": {"source": "digits"}}):
@@ -511,7 +516,7 @@ def records(tmp_path_factory):
     """The records of every kind of variant, each run for an epoch or two, by variant and target."""
     everything = ("pfs", "trained-gates", "random-gates", "constant-gates", "uniform")
     variants = {f"{source}-e": [0.6] for source in everything} | {"pfs-b": [0.6], "uniform-b": [0.6]}
-    store = Store(tmp_path_factory.mktemp("runs"), protocol.PAPER)
+    store = Store(tmp_path_factory.mktemp("runs"))
     done = {}
     for run in in_order(protocol.runs(profile(variants=variants))):
         entry = perform(run, store, CPU, keep_state=True)
@@ -563,7 +568,7 @@ def pruned_blocks(tmp_path_factory):
         blocks={"weight": 5.0, "recovery_epochs": 1},
         training={"epochs": 2},
     )
-    store = Store(tmp_path_factory.mktemp("blocks"), protocol.PAPER)
+    store = Store(tmp_path_factory.mktemp("blocks"))
     runs = in_order(protocol.runs(plan))
     done = {(run.variant, run.target): perform(run, store, CPU, keep_state=True) for run in runs}
     assert {entry["record"]["status"] for entry in done.values()} == {"ok"}
@@ -607,7 +612,7 @@ def test_the_larger_recipe_trains(tmp_path):
         training={"epochs": 1, **recipe},
         architectures=[{"name": "mobilenet_t8", "options": {"stem_stride": 2}}],
     )
-    store = Store(tmp_path, protocol.PAPER)
+    store = Store(tmp_path)
     run = protocol.runs(plan)[-1]
     entry = perform(run, store, CPU, keep_state=False)
     assert entry["record"]["details"]["epochs"] == 2
@@ -619,7 +624,7 @@ def test_the_contender_spends_the_epochs_of_the_arena():
     run = protocol.runs(profile())[0]
     run = type(run)(run.paper, "pruning from scratch", run.dataset, "vgg_t8", 0.5, 0, run.settings)
     context = Context(run, Compute.choose("cpu", "float32"), ())
-    outcome = protocol.contend(Contest(run, context, Arena(epochs=4)))
+    outcome = contend(Contest(run, context, Arena(epochs=4)))
     cost = outcome.cost
     assert cost["parameters"] / cost["dense_parameters"] == pytest.approx(0.5, abs=0.02)
     assert [row["phase"] for row in outcome.curves] == ["train"] * 3

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 from synthetic import SEEDS, Maker, claim
 
-from common.report import command, equal_footing, evidence, figures, panels, planning
+from common.report import command, equal_footing, evidence, figures, gathering, panels
 from common.statistics import __main__ as statistics
 from common.statistics.claims import Claim
 from common.statistics.verdicts import VERDICTS
@@ -186,7 +186,7 @@ def test_no_figure_has_more_lines_than_can_be_told_apart(project):
             for g in ET.parse(path).getroot().iter(f"{SVG}g")
             if (g.get("id") or "").startswith("seeds-")
         ]
-        assert 2 <= len(groups) <= planning.MOST_LINES + 1
+        assert 2 <= len(groups) <= gathering.MOST_LINES + 1
 
 
 def test_portions_keep_a_claim_together_and_leave_out_what_none_names():
@@ -196,16 +196,16 @@ def test_portions_keep_a_claim_together_and_leave_out_what_none_names():
         Claim.model_validate(claim("B", "v3", ["v1", "v2"])),
     ]
     claims.append(Claim.model_validate(claim("C", "v0", [f"v{i}" for i in range(4, 10)])))
-    found = planning.portions(variants, claims)
-    named = {variant for entry in claims for variant in planning.used_variants(entry)}
+    found = gathering.portions(variants, claims)
+    named = {variant for entry in claims for variant in gathering.used_variants(entry)}
     assert {variant for portion in found for variant in portion.variants} == named
-    assert all(len(portion.variants) <= planning.MOST_LINES for portion in found)
+    assert all(len(portion.variants) <= gathering.MOST_LINES for portion in found)
     for entry in claims:
-        assert any(set(planning.used_variants(entry)) <= set(portion.variants) for portion in found)
-    wanted = planning.looks(variants, found)
+        assert any(set(gathering.used_variants(entry)) <= set(portion.variants) for portion in found)
+    wanted = gathering.looks(variants, found)
     for portion in found:
-        assert len(set(planning.distinct(portion.variants, wanted).values())) == len(portion.variants)
-    without = planning.portions(variants, [])
+        assert len(set(gathering.distinct(portion.variants, wanted).values())) == len(portion.variants)
+    without = gathering.portions(variants, [])
     assert [variant for portion in without for variant in portion.variants] == variants
 
 
@@ -219,7 +219,7 @@ def test_training_curves_average_over_seeds_and_name_phases(project):
         "digits", *(project / part for part in ("results/digits", "replications", "verdicts.json", "none"))
     )
     paper = next(paper for paper in found.papers if paper.name == "gates")
-    panel = next(p for p in planning.paper_panels(paper, found.curves) if isinstance(p, panels.CurvesPanel))
+    panel = next(p for p in gathering.paper_panels(paper, found.curves) if isinstance(p, panels.CurvesPanel))
     curve = next(curve for curve in panel.curves if curve.label == "gated")
     runs = [
         found.curves[r["settings_hash"]]
@@ -347,7 +347,7 @@ def test_the_page_says_how_to_reproduce(project, page):
 
 
 def test_the_experiment_is_the_one_that_tracking_writes():
-    tree = ast.parse((ROOT / "common" / "tracking.py").read_text())
+    tree = ast.parse((ROOT / "common" / "stage" / "tracking.py").read_text())
     names = {
         t.id: n.value.value
         for n in tree.body

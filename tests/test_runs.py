@@ -13,20 +13,13 @@ import pytest
 import torch
 from project import add_example, copy, environment, params, run
 
-from common.datasets import Batches, load
-from common.runs import (
-    OutOfTime,
-    Run,
-    RunCheckpoints,
-    Store,
-    TimeBudget,
-    execute,
-    in_order,
-    load_checked,
-    save_checked,
-)
+from common.core.data import Batches
+from common.core.loading import load
+from common.core.run import Run
+from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings
-from common.training import Trainer
+from common.stage.scheduler import execute, in_order
+from common.stage.store import OutOfTime, RunCheckpoints, Store, TimeBudget, load_checked, save_checked
 
 STAGE = ("python", "-m", "replications", "run", "example")
 RESULTS = ("results/digits/example.jsonl", "results/digits/example.curves.jsonl")
@@ -38,7 +31,7 @@ def project(tmp_path):
     add_example(project)
     params(project, example={})
     # a stage without tracking is quicker; tests/test_tracking.py looks at MLflow
-    (project / "common" / "tracking.py").write_text("raise ModuleNotFoundError(name='mlflow')\n")
+    (project / "common" / "stage" / "tracking.py").write_text("raise ModuleNotFoundError(name='mlflow')\n")
     return project
 
 
@@ -223,7 +216,7 @@ def test_checked_files_survive_and_show_damage(tmp_path, capsys):
 
 
 def test_two_trainers_of_a_run_keep_their_states_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.runs.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("common.stage.store.CHECKPOINT_SECONDS", -1.0)
     checkpoints = RunCheckpoints(tmp_path / "run.part")
     for number in range(2):
         checkpoints.of_next_trainer().offer(0, lambda n=number: {"trainer": n}, finished=False)
@@ -293,9 +286,11 @@ def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, m
     results = []
     for place in ("processes", "threads"):
         if place == "threads":
-            monkeypatch.setattr("common.runs.training_slots", lambda execution, most: (3, ["cpu"] * 3))
-            monkeypatch.setattr("common.runs._start_thread", lambda devices: None)
-        store = Store(tmp_path / place, ("equal_footing",))
+            monkeypatch.setattr(
+                "common.stage.scheduler.training_slots", lambda execution, most: (3, ["cpu"] * 3)
+            )
+            monkeypatch.setattr("common.stage.scheduler._start_thread", lambda devices: None)
+        store = Store(tmp_path / place)
         entries = execute(_example_runs(4, arena=arena), store, ExecutionSettings(device="cpu"), "test")
         results.append([(entry["record"], entry["curves"]) for entry in entries])
     assert results[0] == results[1]

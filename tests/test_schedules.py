@@ -2,7 +2,7 @@
 
 import pytest
 
-from common import schedules
+from common.core import schedules
 
 EVERY = [
     lambda **o: schedules.constant(0.1, 6, 5, **o),

@@ -4,20 +4,18 @@ import pytest
 import yaml
 from pydantic import model_validator
 
+from common.core.identity import canonical, digest, stream
 from common.settings import (
     DatasetSettings,
     PaperSettings,
     SettingsError,
     Strict,
     Targets,
-    canonical,
-    digest,
-    load,
     read_yaml,
     selected_profile,
-    stream,
     validated,
 )
+from common.stage.papers import load
 
 
 class Item(Strict):

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from project import environment
 
-from common import tracking
+from common.stage import tracking
 
 ENVIRONMENT = {
     "code": "c" * 64,

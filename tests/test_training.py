@@ -7,14 +7,16 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from common import training
-from common.datasets import Batches, FixedBatches, load
-from common.models import build
-from common.pruning import channels
-from common.pruning.masks import KeepMasked, Masks
+from common.core import compute as computing
+from common.core.compute import Compute
+from common.core.data import Batches, FixedBatches
+from common.core.loading import load
+from common.core.models import build
+from common.core.pruning import channels
+from common.core.pruning.masks import KeepMasked, Masks
+from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
 from common.settings import DatasetSettings, SettingsError
 from common.statistics import inference
-from common.training import Compute, Diverged, Hooks, RunFailed, Trainer
 
 
 def _network(dropout=0.0):
@@ -292,7 +294,7 @@ def test_replayed_passes_train_as_plain_ones_do(monkeypatch):
     for recorded in (False, True):
         model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
         stand_in = _StandIn(model)
-        monkeypatch.setattr(training, "_record_graph", stand_in.record)
+        monkeypatch.setattr(computing, "_record_graph", stand_in.record)
         batches = Batches(data, "train", 20, shuffle=True)  # the last of an epoch is smaller
         compute = Compute(torch.device("cpu"), recorded=recorded)
         trainer = Trainer(model, batches, hooks=_ShrinksAndAdds(), compute=compute)
@@ -313,7 +315,7 @@ def test_what_cannot_be_recorded_is_trained_without(monkeypatch, capsys):
     def refuse(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(training, "_record_graph", refuse)
+    monkeypatch.setattr(computing, "_record_graph", refuse)
     losses = []
     for recorded in (False, True):
         trainer = Trainer(_network(), _batches(6), compute=Compute(torch.device("cpu"), recorded=recorded))
@@ -327,9 +329,9 @@ def test_what_cannot_be_recorded_is_trained_without(monkeypatch, capsys):
 
 def test_no_memory_is_given_back_while_a_thread_records(monkeypatch):
     alone = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(training._RECORDER.locked()))
-    training.release_memory(torch.device("cuda"))
-    training.release_memory(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(computing._RECORDER.locked()))
+    computing.release_memory(torch.device("cuda"))
+    computing.release_memory(torch.device("cpu"))
     assert alone == [True]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from common.report import equal_footing, evidence, figures, judged, page, panels, planning
+from common.report import equal_footing, evidence, figures, gathering, judged, page, panels
 
 WORKERS = 4
 """Most processes that draw; with few figures a process costs more than it saves."""
@@ -30,7 +30,7 @@ def report(
     views = {paper.name: judged.views(paper) for paper in found.papers}
     planned: list[tuple[str, panels.Panel]] = [("overview", judged.overview(views))]
     for paper in found.papers:
-        planned += [(paper.name, panel) for panel in planning.paper_panels(paper, found.curves)]
+        planned += [(paper.name, panel) for panel in gathering.paper_panels(paper, found.curves)]
         for claim, parts in judged.panels(paper, full_scale=profile == page.FULL_SCALE).items():
             planned += [(f"{paper.name}/{claim}", panel) for panel in parts]
     footing = f"{evidence.EQUAL_FOOTING}/figures"
@@ -69,7 +69,7 @@ def _rows(papers: Sequence[evidence.Paper]) -> str:
         {name: record[name] for name in identity} | {"test_accuracy": accuracy}
         for paper in papers
         for record in paper.records
-        if record["status"] == "ok" and (accuracy := planning.measured(record, "test_accuracy")) is not None
+        if record["status"] == "ok" and (accuracy := gathering.measured(record, "test_accuracy")) is not None
     ]
     return json.dumps(rows, indent=0) + "\n"
 

@@ -13,8 +13,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from common.report.evidence import EQUAL_FOOTING, Paper
+from common.report.gathering import Looks, Targets, cost_panel, gather, measured, reference
 from common.report.panels import CONFIDENCE, Panel, slug
-from common.report.planning import Looks, Targets, cost_panel, gather, measured, reference
 
 RESAMPLES = 2000
 FEWEST_SEEDS = 5

@@ -16,9 +16,9 @@ from markdown_it import MarkdownIt
 from common.report import equal_footing
 from common.report.evidence import EQUAL_FOOTING, Evidence, Paper
 from common.report.figures import Drawn
+from common.report.gathering import MOST_LINES, Gathered, gather, measured, reference, used_variants
 from common.report.judged import ClaimView
 from common.report.panels import VERDICTS, percent, slug
-from common.report.planning import MOST_LINES, Gathered, gather, measured, reference, used_variants
 from common.statistics.inference import smallest_effect
 
 FULL_SCALE = "paper"

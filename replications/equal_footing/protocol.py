@@ -1,6 +1,6 @@
 """Every paper's method and the controls, at common costs, on the same data, seeds and total training epochs.
 
-The methods are those that the papers' protocols list in `CONTENDERS`; this folder adds the controls. For each method
+The methods are the `CONTENDERS` of each paper's `contender.py`; this folder adds the controls. For each method
 and seed, one more record a target (`<method> @ MACs`) holds the accuracy at that share of the dense network's MACs,
 interpolated between the method's runs.
 """
@@ -8,21 +8,24 @@ interpolated between the method's runs.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from common import schedules
 from common.arena import Arena, Contender, Contest
-from common.pruning.masks import KeepMasked, Masks, prunable, select
-from common.runs import Context, Outcome, Run
-from common.settings import PaperSettings, Profile, Targets, papers, stream
-from common.training import RunFailed
+from common.core import schedules
+from common.core.identity import stream
+from common.core.pruning.masks import KeepMasked, Masks, prunable, select
+from common.core.run import Context, Outcome, Run
+from common.core.trainer import RunFailed
+from common.settings import PaperSettings, Profile, Targets
 
 NAME = "equal_footing"
 AT_MACS = " @ MACs"
+ARENA = "common/arena.py"
 
 
 class Settings(PaperSettings):
@@ -40,15 +43,11 @@ class Settings(PaperSettings):
 def contenders() -> dict[str, tuple[str, Contender]]:
     """The methods that papers enter, by name: the paper and the function."""
     found = {}
-    for paper in papers():
-        if paper != NAME:
-            entries = getattr(importlib.import_module(f"replications.{paper}.protocol"), "CONTENDERS", {})
-            found |= {name: (paper, function) for name, function in entries.items()}
+    for file in sorted(Path(__file__).parent.parent.glob("*/contender.py")):
+        paper = file.parent.name
+        entries = importlib.import_module(f"replications.{paper}.contender").CONTENDERS
+        found |= {name: (paper, function) for name, function in entries.items()}
     return found
-
-
-# the folders whose code determines these runs
-PAPERS = (NAME, *(paper for paper in papers() if paper != NAME))
 
 
 def runs(profile: Profile) -> list[Run]:
@@ -56,15 +55,19 @@ def runs(profile: Profile) -> list[Run]:
     settings = profile.paper
     data = {"data": profile.dataset.model_dump(mode="json"), "arena": settings.arena.model_dump(mode="json")}
     base = (profile.dataset.name, settings.arena.architecture)
+    codes = dict.fromkeys(CONTROLS, (ARENA,))
+    codes |= {method: (ARENA, f"replications/{paper}") for method, (paper, _) in contenders().items()}
     listed = []
     for seed in settings.seeds:
-        dense = Run(NAME, "dense", *base, 0.0, seed, data)
+        dense = Run(NAME, "dense", *base, 0.0, seed, data, code=(ARENA,))
         listed.append(dense)
-        for method in (*CONTROLS, *contenders()):
+        for method, code in codes.items():
             own = {**data, "retraining": settings.retraining} if method in CONTROLS else data
-            points = tuple(Run(NAME, method, *base, target, seed, own) for target in settings.targets)
+            points = tuple(
+                Run(NAME, method, *base, target, seed, own, code=code) for target in settings.targets
+            )
             at_macs = (
-                Run(NAME, method + AT_MACS, *base, t, seed, data, (dense, *points))
+                Run(NAME, method + AT_MACS, *base, t, seed, data, (dense, *points), code)
                 for t in settings.macs_targets
             )
             listed += [*points, *at_macs]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.models import Network
-from common.pruning import channels
-from common.settings import stream
-from common.training import BatchSource, Hooks, Trainer
+from common.core.identity import stream
+from common.core.models import Network
+from common.core.pruning import channels
+from common.core.trainer import BatchSource, Hooks, Trainer
 from replications.feature_relevance import method
 from replications.feature_relevance.method import Allocation, CostTable, Criterion
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from common.models import ChannelGroup, Network
-from common.models.chain import ConvNet
-from common.models.resnet import ResNet
-from common.pruning import channels
-from common.pruning.counting import layer_costs
-from common.training import BatchSource, RunFailed
+from common.core.models import ChannelGroup, Network
+from common.core.models.chain import ConvNet
+from common.core.models.resnet import ResNet
+from common.core.pruning import channels
+from common.core.pruning.counting import layer_costs
+from common.core.trainer import BatchSource, RunFailed
 from replications.feature_relevance.relevance import EPS, relevances
 
 Criterion = Literal["relevance", "random", "l1", "taylor"]

@@ -10,20 +10,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from common import models, schedules
-from common.arena import Contest
-from common.datasets import Batches, Dataset, load
-from common.models import Network
-from common.models.resnet import ResNet
-from common.pruning import channels
-from common.pruning.counting import cost
-from common.runs import Context, Outcome, Run
+from common.core import models, schedules
+from common.core.data import Batches, Dataset
+from common.core.identity import stream
+from common.core.loading import load
+from common.core.models import Network
+from common.core.models.resnet import ResNet
+from common.core.pruning import channels
+from common.core.pruning.counting import cost
+from common.core.run import Context, Outcome, Run
+from common.core.trainer import Hooks, RunFailed, Trainer
 from common.settings import (
     AugmentationSettings,
     CellSettings,
@@ -36,9 +38,7 @@ from common.settings import (
     Strict,
     Targets,
     hint,
-    stream,
 )
-from common.training import Hooks, RunFailed, Trainer
 from replications.feature_relevance import method
 from replications.feature_relevance.gradual import (
     Enough,
@@ -55,8 +55,6 @@ DENSE = "dense"
 # relevance keeps what every layer put out: large images come in smaller batches
 SCORING_BATCH, SCORING_PIXELS = 500, 500 * 32 * 32
 _TRAINING = {"epochs", "batch_size", "learning_rate", "milestones", "momentum", "weight_decay"}
-# the paper's n / E and N1 / E, for trainings of another length
-EVENT_SHARE, LAST_SHARE = 0.105, 0.75
 
 
 class Variant(Strict):
@@ -80,7 +78,7 @@ class ArchitectureSettings(CellSettings):
     """A network, and what is run on it. Data of its own bring their own augmentation."""
 
     name: str
-    """As in common.models."""
+    """As in common.core.models."""
     options: dict[str, Any] = {}
     """Of the network's class."""
     runs: dict[str, Targets]
@@ -466,42 +464,3 @@ def scoring_batches(data: Dataset, share: float) -> Batches:
     chosen = dataclasses.replace(data, images={"train": images}, labels={"train": kept})
     _, height, width = data.image_shape
     return Batches(chosen, "train", min(SCORING_BATCH, max(1, SCORING_PIXELS // (height * width))))
-
-
-# ---------------------------------------------------------------------------------------------- equal footing
-
-
-def contend(contest: Contest) -> Outcome:
-    """Channels go at seven events until the parameters are few enough, spread as the paper spreads them."""
-    arena, model = contest.arena, contest.network()
-    table = method.CostTable(model, contest.data.image_shape)
-    least = 0 if isinstance(model, ResNet) else 1
-    pruner = Pruner(model, Ranking(minimum=least, seed=contest.run.seed), scoring_batches(contest.data, 0.25))
-    budget = contest.keep * contest.parameters
-    narrowest = table.parameters(dict.fromkeys(pruner.layers, least))
-    if narrowest > budget:
-        raise RunFailed(f"{budget:.0f} parameters cannot be met: the narrowest network has {narrowest:.0f}")
-    fraction = _even_fraction(lambda part: table.parameters(table.even(pruner.layers, part)), budget)
-    every = max(1, round(EVENT_SHARE * arena.epochs))
-    epochs = method.pruning_schedule(arena.epochs, every, max(every, round(LAST_SHARE * arena.epochs)))
-    goals = {
-        epoch: table.parameters(table.even(pruner.layers, fraction * (i + 1) / len(epochs)))
-        for i, epoch in enumerate(epochs)
-    } | {epochs[-1]: budget}
-    events = {epoch: until_at_most(table.parameters, most) for epoch, most in goals.items()}
-    hook = GradualPruning(pruner, events, {})
-    trainer = contest.trainer(model, hook)
-    trainer.fit(contest.dense_rates(arena.epochs))
-    return contest.outcome(trainer, sum(forward_macs(hook.log, table, arena.epochs)), events=hook.log)
-
-
-def _even_fraction(spent: Callable[[float], float], budget: float) -> float:
-    """The fraction that every layer loses so that no more than `budget` is spent, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > budget else (low, middle)
-    return high
-
-
-CONTENDERS = {"feature relevance": contend}

@@ -15,9 +15,9 @@ from torch.nn.functional import max_pool2d as pool
 from torch.nn.functional import relu
 from torch.nn.grad import conv2d_input
 
-from common.models import Network
-from common.models.chain import ConvNet
-from common.models.resnet import Block, ResNet
+from common.core.models import Network
+from common.core.models.chain import ConvNet
+from common.core.models.resnet import Block, ResNet
 from common.settings import SettingsError
 
 EPS = 1e-9

@@ -1,8 +1,8 @@
 """HALO on equal footing: the penalty throughout training, one mask at the end, no fine-tuning."""
 
 from common.arena import Contest
-from common.pruning.masks import Masks, prunable
-from common.runs import Outcome
+from common.core.pruning.masks import Masks, prunable
+from common.core.run import Outcome
 from replications.halo.method import HALO, LambdaTraining, cut, penalised
 
 PULL, XI_TO_PSI = 2.0, 0.05

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.training import BatchSource, Hooks, Trainer
+from common.core.trainer import BatchSource, Hooks, Trainer
 
 Features = Literal["corner", "mean"]
 

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.pruning.masks import Layers, prunable
-from common.training import Diverged, Hooks, Trainer
+from common.core.pruning.masks import Layers, prunable
+from common.core.trainer import Diverged, Hooks, Trainer
 
 Coupling = Literal["intended", "official"]
 TargetMode = Literal["L1", "L2"]

@@ -15,12 +15,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from common.datasets import Batches, Dataset
-from common.models import Network, architecture, build
-from common.models.chain import MLP
-from common.pruning.counting import cost
-from common.pruning.masks import KeepMasked, Layers, Masks, prunable
-from common.runs import Context, Outcome, Run
+from common.core.data import Batches, Dataset
+from common.core.identity import stream
+from common.core.models import Network, architecture, build
+from common.core.models.chain import MLP
+from common.core.pruning.counting import cost
+from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
+from common.core.run import Context, Outcome, Run
+from common.core.trainer import Diverged, RunFailed, Trainer
 from common.settings import (
     CellSettings,
     Count,
@@ -33,13 +35,8 @@ from common.settings import (
     Sparsity,
     Strict,
     Targets,
-    stream,
 )
-from common.training import Diverged, RunFailed, Trainer
 from replications.halo import measures, method
-from replications.halo.contender import CONTENDERS
-
-__all__ = ["CONTENDERS", "Settings", "execute", "runs"]
 
 PAPER = "halo"
 
@@ -196,7 +193,7 @@ class Settings(PaperSettings):
 
 
 def network(name: str, classes: int, image_shape: Sequence[int], **options: Any) -> Network:
-    """The paper's form of an architecture; options as for `common.models.build`."""
+    """The paper's form of an architecture; options as for `common.core.models.build`."""
     return build(name, classes=classes, image_shape=image_shape, **OPTIONS.get(name, {}), **options)
 
 

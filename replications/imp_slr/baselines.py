@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.pruning.masks import Allocation, Masks, select, smallest
-from common.training import Hooks, RunFailed, Trainer
+from common.core.pruning.masks import Allocation, Masks, select, smallest
+from common.core.trainer import Hooks, RunFailed, Trainer
 from replications.imp_slr.method import relative_steps
 
 Ranking = Literal["all", "prunable"]

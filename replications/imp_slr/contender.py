@@ -1,8 +1,8 @@
 """IMP with SLR on equal footing: three quarters of the epochs dense, one pruning, the rest retraining."""
 
 from common.arena import Contest
-from common.pruning.masks import KeepMasked, Masks
-from common.runs import Outcome
+from common.core.pruning.masks import KeepMasked, Masks
+from common.core.run import Outcome
 from replications.imp_slr.method import History, Retraining, prune_and_retrain
 
 

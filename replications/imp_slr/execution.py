@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.datasets import Batches, Dataset
-from common.models import build
-from common.pruning.counting import cost
-from common.pruning.masks import KeepMasked, Masks, prunable, squared_norm
-from common.runs import Context, Outcome, Run
-from common.settings import stream
-from common.training import Diverged, Hooks, RunFailed, Trainer
+from common.core.data import Batches, Dataset
+from common.core.identity import stream
+from common.core.models import build
+from common.core.pruning.counting import cost
+from common.core.pruning.masks import KeepMasked, Masks, prunable, squared_norm
+from common.core.run import Context, Outcome, Run
+from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
 from replications.imp_slr import baselines, method
 from replications.imp_slr.settings import RETRAINED, DenseSchedule, percent
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, prunable, squared_norm
-from common.schedules import linear
-from common.training import RunFailed, Trainer
+from common.core.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, prunable, squared_norm
+from common.core.schedules import linear
+from common.core.trainer import RunFailed, Trainer
 
 Schedule = Literal["FT", "LRW", "SLR", "CLR", "LLR", "ALLR", "LLR_min", "LC", "LCT", "LCN"]
 Tunable = Literal["constant", "stepped", "cosine", "linear", "linear_min"]

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from common.models import build
-from common.pruning.masks import Infeasible, layer_counts, prunable
-from common.runs import Run
+from common.core.models import build
+from common.core.pruning.masks import Infeasible, layer_counts, prunable
+from common.core.run import Run
 from common.settings import DatasetSettings, Profile, SettingsError
 from replications.imp_slr import method
-from replications.imp_slr.contender import CONTENDERS
 from replications.imp_slr.execution import execute
 from replications.imp_slr.settings import (
     RETRAINED,
@@ -27,7 +26,7 @@ from replications.imp_slr.settings import (
     percent,
 )
 
-__all__ = ["CONTENDERS", "Settings", "execute", "runs"]
+__all__ = ["Settings", "execute", "runs"]
 
 PAPER = "imp_slr"
 # criteria, lengths and cycles are all compared under this schedule

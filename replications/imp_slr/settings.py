@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from common import schedules
-from common.pruning.masks import Allocation
+from common.core import schedules
+from common.core.pruning.masks import Allocation
 from common.settings import CellSettings, Count, PaperSettings, Rate, Seeds, Share, Strict, Targets
 from replications.imp_slr import baselines, method
 

@@ -3,9 +3,9 @@
 import torch
 
 from common.arena import Contest
-from common.pruning import channels
-from common.pruning.counting import cost
-from common.runs import Outcome
+from common.core.pruning import channels
+from common.core.pruning.counting import cost
+from common.core.run import Outcome
 from replications.pretraining_impact.filters import Selection, choose, filter_widths, fractions_for_reductions
 
 STEPS = 3

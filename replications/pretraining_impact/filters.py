@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.models import ChannelGroup
-from common.pruning import channels
+from common.core.models import ChannelGroup
+from common.core.pruning import channels
+from common.core.trainer import Hooks, Trainer
 from common.settings import SettingsError, Strict
-from common.training import Hooks, Trainer
 from replications.pretraining_impact import method
 
 GRID = 100

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from common import models
-from common.datasets import Dataset, load
-from common.runs import Context, Outcome, Run
+from common.core import models
+from common.core.data import Dataset
+from common.core.loading import load
+from common.core.run import Context, Outcome, Run
 from common.settings import (
     Count,
     DatasetSettings,
@@ -30,10 +31,7 @@ from common.settings import (
     hint,
 )
 from replications.pretraining_impact import method, steps, transfer
-from replications.pretraining_impact.contender import CONTENDERS
 from replications.pretraining_impact.filters import Selection, filter_widths, fractions_for_reductions
-
-__all__ = ["CONTENDERS", "Settings", "execute", "runs"]
 
 PAPER = "pretraining_impact"
 ARMS = ("fine-tuned", "scratch", "scratch-long", "fine-tuned-shuffled")
@@ -156,7 +154,7 @@ class Settings(PaperSettings):
     seeds: Seeds = tuple(range(8))
     architectures: Annotated[tuple[str, ...], Field(min_length=1)] = ("vgg_t8", "mobilenet_t8")
     options: dict[str, dict[str, Any]] = {}
-    """Options of networks by architecture, see common.models."""
+    """Options of networks by architecture, see common.core.models."""
     data: DatasetSettings | None = None
     """What the networks are trained on and pruned for, in place of the profile's data set."""
     corpus: DatasetSettings | None = DatasetSettings(

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common import models, schedules
-from common.datasets import Batches, DataError, Dataset
-from common.models import Network
-from common.pruning import channels, counting
-from common.runs import Context, Needed, Outcome, Run
-from common.settings import stream
-from common.training import Hooks, RunFailed, Trainer
+from common.core import models, schedules
+from common.core.data import Batches, Dataset
+from common.core.identity import stream
+from common.core.models import Network
+from common.core.pruning import channels, counting
+from common.core.run import Context, Needed, Outcome, Run
+from common.core.trainer import Hooks, RunFailed, Trainer
+from common.settings import DataError
 from replications.pretraining_impact import measures, method, transfer
 from replications.pretraining_impact.filters import (
     Gradual,
@@ -75,7 +76,7 @@ class Shape:
 
     @functools.lru_cache(maxsize=4096)
     def cost(self, filters: tuple[int, ...] | None = None) -> dict[str, Any]:
-        """Cost of a network without zeros, beside the unpruned one; see common.pruning.counting."""
+        """Cost of a network without zeros, beside the unpruned one; see common.core.pruning.counting."""
         dense = self.cost() if filters is not None else None
         return counting.cost(self.network(filters), self.image_shape, dense)
 
@@ -192,7 +193,7 @@ class _Job:
             hooks=hooks,
             seed=order,
             compute=self.context.compute,
-            checkpoints=self.context.checkpoints and self.context.checkpoints.of_next_trainer(),
+            checkpoints=self.context.checkpoints and self.context.checkpoints(),
             **options,
         )
         trainer.fit(rates, phase)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.models import ChannelGroup
-from common.models.resnet import PaddedShortcut, ResNet
-from common.pruning.channels import Keep, remove
-from common.settings import stream
-from common.training import Hooks, Trainer
+from common.core.identity import stream
+from common.core.models import ChannelGroup
+from common.core.models.resnet import PaddedShortcut, ResNet
+from common.core.pruning.channels import Keep, remove
+from common.core.trainer import Hooks, Trainer
 
 Cost = Callable[[nn.Module], int]
 

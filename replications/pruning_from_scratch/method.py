@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common import schedules
-from common.training import Hooks, Trainer
+from common.core import schedules
+from common.core.trainer import Hooks, Trainer
 
 REFERENCE_BATCH = 256
 """The batch size for which the cosine recipe states its learning rate."""

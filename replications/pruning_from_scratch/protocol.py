@@ -16,13 +16,13 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from common import datasets, models
-from common.arena import Contest
-from common.datasets import Dataset
-from common.models import Network
-from common.models.resnet import ResNet
-from common.pruning import counting
-from common.runs import Context, Outcome, Run
+from common.core import loading, models
+from common.core.data import Dataset
+from common.core.identity import stream
+from common.core.models import Network
+from common.core.models.resnet import ResNet
+from common.core.run import Context, Outcome, Run
+from common.core.trainer import Hooks, Trainer
 from common.settings import (
     Count,
     DatasetSettings,
@@ -34,9 +34,7 @@ from common.settings import (
     Sparsity,
     Strict,
     Targets,
-    stream,
 )
-from common.training import Hooks, RunFailed, Trainer
 from replications.pruning_from_scratch import bpcp
 from replications.pruning_from_scratch.method import (
     Gates,
@@ -146,7 +144,7 @@ class TrainingSettings(Strict):
 
 
 class ArchitectureSettings(Strict):
-    """A network by its name in common.models, options of its class, and the images that it is trained on."""
+    """A network by its name in common.core.models, options of its class, and the images that it is trained on."""
 
     name: str = "digits_vgg"
     options: dict[str, Any] = {}
@@ -197,7 +195,7 @@ def runs(profile: Profile) -> list[Run]:
                 f"{PAPER}.architectures: must not repeat a network on the same data: {cell[0]} on {cell[1]}"
             )
         cells.add(cell)
-        data = datasets.load(images)
+        data = loading.load(images)
         base = Layout.of(architecture.name, data.classes, data.image_shape, architecture.options)
         _check_budgets(settings, base)
         for seed in settings.seeds:
@@ -526,33 +524,3 @@ def weights_only(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     convolutions = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
     depthwise = {f"{name}.weight" for name, convolution in convolutions if convolution.groups > 1}
     return lambda name, parameter: parameter.ndim > 1 and name not in depthwise
-
-
-# ---------------------------------------------------------------------------------------------- equal footing
-
-
-def contend(contest: Contest) -> Outcome:
-    """Gates on random weights for a quarter of the epochs, then training of the structure they lead to."""
-    arena, data = contest.arena, contest.data
-    epochs = max(1, arena.epochs // 4)
-    wide = Layout.of(arena.architecture, data.classes, data.image_shape).expanded(EXPANSION)
-    model = wide.build(seed=stream(contest.run.seed, "widened network"))
-    options = GateSettings(epochs=epochs, level=contest.keep)
-    _, gates, _ = learned(contest.context, data, wide, model, options)
-
-    def parameters(widths: Sequence[int]) -> int:
-        return sum(parameter.numel() for parameter in contest.shape_of(widths).parameters())
-
-    found = search(Ranking.of(gates.layers()), parameters, contest.parameters, contest.run.target)
-    if found.status == "unreachable":
-        raise RunFailed(
-            f"{contest.run.target:g} of the parameters must go; at most {found.floor:.4f} can be removed"
-        )
-    trainer = contest.trainer(contest.network(found.candidate.widths))
-    trainer.fit(contest.dense_rates(arena.epochs - epochs))
-    macs = counting.cost(trainer.model, data.image_shape)["macs"]
-    spent = wide.cost()["macs"] * epochs + macs * trainer.epochs_done
-    return contest.outcome(trainer, spent, widths=list(found.candidate.widths))
-
-
-CONTENDERS = {"pruning from scratch": contend}

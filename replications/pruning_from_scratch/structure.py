@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common import models
-from common.models.chain import ConvNet
-from common.models.mobilenet import MobileNetV2
-from common.models.resnet import BasicBlock
-from common.pruning import counting
+from common.core import models
+from common.core.models.chain import ConvNet
+from common.core.models.mobilenet import MobileNetV2
+from common.core.models.resnet import BasicBlock
+from common.core.pruning import counting
 from common.settings import SettingsError
 
 Unit = Literal["macs", "parameters"]
@@ -110,7 +110,7 @@ class Layout:
         return [group.norm for group in self.build(device="meta").channel_groups() if group.norm]
 
     def cost(self, widths: Sequence[int] | None = None) -> dict[str, Any]:
-        """`common.pruning.counting.cost` of a network with these gated widths (default: the full ones)."""
+        """`common.core.pruning.counting.cost` of a network with these gated widths (default: the full ones)."""
         key = tuple(self.widths if widths is None else widths)
         if key not in self._counted:
             model = self.build(key, device="meta")

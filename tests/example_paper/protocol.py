@@ -7,10 +7,11 @@ import time
 import torch
 from torch import nn
 
-from common.pruning.counting import cost
-from common.runs import Outcome, Run
-from common.settings import PaperSettings, Rate, Seeds, Targets, stream
-from common.training import RunFailed
+from common.core.identity import stream
+from common.core.pruning.counting import cost
+from common.core.run import Outcome, Run
+from common.core.trainer import RunFailed
+from common.settings import PaperSettings, Rate, Seeds, Targets
 
 
 class Settings(PaperSettings):

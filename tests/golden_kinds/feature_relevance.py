@@ -5,13 +5,13 @@ import math
 import torch
 from torch import nn
 
-from common import schedules
-from common.datasets import FixedBatches
-from common.models import ChannelGroup, build
-from common.models.chain import ConvNet
-from common.models.resnet import BasicBlock, Bottleneck, ResNet
-from common.pruning import channels
-from common.pruning.counting import layer_costs
+from common.core import schedules
+from common.core.data import FixedBatches
+from common.core.models import ChannelGroup, build
+from common.core.models.chain import ConvNet
+from common.core.models.resnet import BasicBlock, Bottleneck, ResNet
+from common.core.pruning import channels
+from common.core.pruning.counting import layer_costs
 from replications.feature_relevance import gradual, method, relevance
 
 

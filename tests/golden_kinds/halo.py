@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from common.datasets import FixedBatches
-from common.pruning.counting import layer_costs
-from common.pruning.masks import prunable
-from common.training import Diverged, Hooks, Trainer
+from common.core.data import FixedBatches
+from common.core.pruning.counting import layer_costs
+from common.core.pruning.masks import prunable
+from common.core.trainer import Diverged, Hooks, Trainer
 from replications.halo import measures, method, protocol
 
 CIFAR, MNIST = "conv", "conv+linear"

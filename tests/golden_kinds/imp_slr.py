@@ -8,12 +8,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from common import schedules
-from common.datasets import FixedBatches
-from common.models import build
-from common.pruning import masks as pruning
-from common.pruning.counting import LayerCost, cost
-from common.training import Hooks, Trainer
+from common.core import schedules
+from common.core.data import FixedBatches
+from common.core.models import build
+from common.core.pruning import masks as pruning
+from common.core.pruning.counting import LayerCost, cost
+from common.core.trainer import Hooks, Trainer
 from replications.imp_slr import baselines, method
 
 TUNABLE = ("constant", "stepped", "cosine", "linear", "linear_min")

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from common import models
-from common.pruning import channels
+from common.core import models
+from common.core.pruning import channels
 from common.statistics import inference
 from replications.pretraining_impact import filters, glyphs, measures, method, transfer
 from replications.pretraining_impact.steps import Shape

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from common.datasets import FixedBatches
-from common.models import architecture
-from common.models.mobilenet import InvertedResidual, Separable
-from common.models.resnet import BasicBlock, Bottleneck
-from common.training import Hooks, Trainer
+from common.core.data import FixedBatches
+from common.core.models import architecture
+from common.core.models.mobilenet import InvertedResidual, Separable
+from common.core.models.resnet import BasicBlock, Bottleneck
+from common.core.trainer import Hooks, Trainer
 from replications.pruning_from_scratch import bpcp, method
 from replications.pruning_from_scratch.structure import (
     Layout,

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.models import small_maps
+from common.core.models import small_maps
 
 Fill = Literal["fan_out", "fan_in", "normal", "torch"]
 

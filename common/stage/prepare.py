@@ -1,4 +1,4 @@
-"""`python -m common.prepare`: bring every data set of a profile into one checked array file each, once.
+"""`python -m common.stage.prepare`: bring every data set of a profile into one checked array file each, once.
 
 The stage `data` of the pipeline. torchvision downloads and verifies its own data sets (into `data/downloads`, which
 survives a broken attempt); image folders are converted, or indexed where they are to be streamed. A local `.npz`
@@ -22,18 +22,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.datasets import (
-    SPLITS,
-    Arrays,
-    DataError,
-    checked,
-    content_digest,
-    load,
-    read_image,
-    reading,
-    stratified,
-)
-from common.settings import PARAMS_FILE, DatasetSettings, SettingsError, profile_datasets, stream
+from common.core.data import SPLITS, stratified
+from common.core.identity import stream
+from common.core.loading import Arrays, checked, content_digest, load, prepared_file
+from common.core.streamed import read_image, reading
+from common.settings import PARAMS_FILE, DataError, DatasetSettings, SettingsError
+from common.stage.papers import profile_datasets
 
 DOWNLOADS = Path("data/downloads")
 CALTECH101_IMAGES = 8677
@@ -42,7 +36,7 @@ CALTECH101_IMAGES = 8677
 def prepare(settings: DatasetSettings) -> Arrays:
     """The arrays of a data set that is not one array file yet, in their canonical order. Raises DataError.
 
-    See `common.datasets.checked`; for streamed images paths and SHA-256 of the files stand in place of pixels.
+    See `common.core.loading.checked`; for streamed images paths and SHA-256 of the files stand in place of pixels.
     """
     arrays = canonical(_SOURCES[settings.source](settings))
     if "y_all" in arrays:
@@ -268,8 +262,8 @@ def write(path: Path, arrays: Arrays) -> None:
 
 def _described(settings: DatasetSettings) -> dict[str, object]:
     """What the manifest says of a data set, which is prepared if it is not yet. Raises DataError."""
-    if not os.path.exists(settings.prepared):
-        write(settings.prepared, prepare(settings))
+    if not (file := prepared_file(settings)).exists():
+        write(file, prepare(settings))
     data = load(settings)
     counts = {split: len(data.labels[split]) for split in SPLITS}
     return {"classes": data.classes, "digest": data.digest, "images": counts}
@@ -277,7 +271,7 @@ def _described(settings: DatasetSettings) -> dict[str, object]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status. What cannot be prepared is named after all else is done."""
-    parser = argparse.ArgumentParser(prog="python -m common.prepare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m common.stage.prepare", description=__doc__)
     parser.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     parser.add_argument("--profile", help="profile to use in place of the one that the file selects")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Learning rates of a whole training run in closed form: one number per iteration.
 
 Lists in place of scheduler objects, because chained schedulers depend on the version of the framework and
-cannot be looked at beforehand. `common.training.Trainer.fit` takes such a list. All functions share
+cannot be looked at beforehand. `common.core.trainer.Trainer.fit` takes such a list. All functions share
 
     rate: the highest learning rate (> 0)
     epochs, per_epoch: length of training, and iterations in an epoch

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.training import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, RunFailed, Trainer
 
 Layers = Literal["conv+linear", "conv"]
 Allocation = Literal["global", "uniform", "uniform_plus", "ERK", "LAMP", "random"]

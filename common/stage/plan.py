@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from common import pipeline, rehearsal
-from common.datasets import DataError
-from common.rehearsal import Cost, Kind
-from common.runs import SCRATCH, Run, Store, code_digest, environment, training_slots
-from common.settings import Profile, load, papers
-from common.training import Compute
+from common.core.compute import Compute
+from common.core.run import Run
+from common.settings import DataError, Profile
+from common.stage import pipeline, rehearsal
+from common.stage.papers import load, papers
+from common.stage.records import machine
+from common.stage.rehearsal import Cost, Kind
+from common.stage.scheduler import training_slots
+from common.stage.store import SCRATCH, Store, code_digest
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,12 @@ def stage(paper: str, profile: Profile, results: Path) -> Stage:
 
 def _done(paper: str, profile: Profile, runs: Sequence[Run], results: Path) -> set[str]:
     """Runs that are kept in the scratch folder, or whose records this code has left in the results."""
-    folders = pipeline.code_folders(paper)
-    store = Store(SCRATCH / profile.name / paper, folders, profile.execution)
+    store = Store(SCRATCH / profile.name / paper, profile.execution)
     planned = {run.settings_hash for run in runs}
     found = {run.settings_hash for run in runs if store.load(run)}
     records = results / profile.name / f"{paper}.jsonl"
     beside = results / "environment" / profile.name / f"{paper}.json"
-    if (
-        records.exists()
-        and beside.exists()
-        and json.loads(beside.read_text())["code"] == code_digest(folders)
-    ):
+    if records.exists() and beside.exists() and json.loads(beside.read_text())["code"] == code_digest(runs):
         found |= {json.loads(line)["settings_hash"] for line in records.read_text().splitlines()}
     return found & planned
 
@@ -110,8 +108,10 @@ def plan(params: str, profile_name: str | None, seconds: float, results: Path) -
         costs = rehearsal.rehearse(ready, profile.execution, seconds)
     took = f"rehearsed in {time.perf_counter() - begun:.0f} s" if costs else "not rehearsed"
     workers, _ = training_slots(profile.execution, max(stage.runs for stage in stages) or 1)
-    machine = environment((), Compute.choose(profile.execution.device))["machine"]
-    title = f"profile {profile.name} on {machine['device']}, {machine['cores']} cores, {workers} runs at once; {took}"
+    here = machine(Compute.choose(profile.execution.device))
+    title = (
+        f"profile {profile.name} on {here['device']}, {here['cores']} cores, {workers} runs at once; {took}"
+    )
     table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)
     return "\n".join([title, "", *table, "", *_remarks(stages, costs)]).rstrip()
 

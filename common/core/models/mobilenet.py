@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from common.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, checked_widths
+from common.core.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, checked_widths
 
 V1_WIDTHS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
 V1_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)

@@ -24,8 +24,9 @@ from matplotlib.ft2font import FT2Font
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from common.runs import write_atomically
-from common.settings import SettingsError, stream
+from common.core.identity import stream
+from common.settings import SettingsError
+from common.stage.store import write_atomically
 
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -200,7 +201,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{options.out}: {options.count} images of {len(characters)} classes, {digest}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from common.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, checked_widths
+from common.core.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, checked_widths
 
 VGG = {
     "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],

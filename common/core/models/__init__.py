@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from common.models.chain import MLP, VGG, ConvNet
-from common.models.mobilenet import MobileNetV1, MobileNetV2
-from common.models.network import ChannelGroup, Fill, Network, Scatter, initialise
-from common.models.resnet import BasicBlock, Block, Bottleneck, ResNet, WideResNet
+from common.core.models.chain import MLP, VGG, ConvNet
+from common.core.models.mobilenet import MobileNetV1, MobileNetV2
+from common.core.models.network import ChannelGroup, Fill, Network, Scatter, initialise
+from common.core.models.resnet import BasicBlock, Block, Bottleneck, ResNet, WideResNet
 from common.settings import SettingsError, hint
 
 __all__ = ["ARCHITECTURES", "Architecture", "ChannelGroup", "Network", "Scatter", "architecture", "build"]

@@ -12,7 +12,15 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
-from common.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, Scatter, checked_widths
+from common.core.models.network import (
+    BatchNorm2d,
+    ChannelGroup,
+    Conv2d,
+    Linear,
+    Network,
+    Scatter,
+    checked_widths,
+)
 
 Shortcut = Literal["A", "B"]
 

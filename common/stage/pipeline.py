@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.runs import Run, in_order
+from common.core.run import Run
 from common.settings import Profile, read_yaml
+from common.stage.papers import protocol
+from common.stage.scheduler import in_order
 
 PIPELINE_FILE = Path("dvc.yaml")
 
@@ -27,14 +28,9 @@ def producers(stage: str) -> dict[str, str]:
 def preparation(stage: str) -> str:
     """The command that makes what a stage depends on."""
     names = dict.fromkeys(producers(stage).values())
-    return f"`dvc repro {' '.join(names)}`" if names else "`python -m common.prepare`"
+    return f"`dvc repro {' '.join(names)}`" if names else "`python -m common.stage.prepare`"
 
 
 def planned(paper: str, profile: Profile) -> list[Run]:
     """Every run of the paper in the profile, needed ones first. Raises SettingsError, DataError."""
-    return in_order(importlib.import_module(f"replications.{paper}.protocol").runs(profile))
-
-
-def code_folders(paper: str) -> tuple[str, ...]:
-    """The folders of `replications` whose code a paper's runs execute; a comparison of papers names several."""
-    return tuple(getattr(importlib.import_module(f"replications.{paper}.protocol"), "PAPERS", (paper,)))
+    return in_order(protocol(paper).runs(profile))

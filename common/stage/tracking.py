@@ -27,7 +27,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from common.settings import digest
+from common.core.identity import digest
 
 EXPERIMENT = "pruning-replications/{paper}"
 _METRICS_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH = 1000, 100, 6000  # limits of the store
@@ -51,7 +51,7 @@ def store_uri() -> str:
 class StageLog:
     """Logs the runs of a stage while it goes on, from a thread of its own; use it as a context manager.
 
-    environment: `code`, `machine` and `versions` as `common.runs.environment` returns them. A run that the store already
+    environment: `code`, `machine` and `versions` as `common.stage.records.environment` returns them. A run that the store already
     holds is passed over. When the store cannot be reached, the stage goes on and `error` says why; runs that were not
     logged are logged the next time the stage is run.
     """

@@ -9,7 +9,6 @@ iterations (`Hooks.stepped`) happens only at those that are trained, and the tim
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 import tempfile
@@ -26,22 +25,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from common.datasets import Dataset
-from common.pruning import counting
-from common.runs import (
-    SCRATCH,
-    Context,
-    OutOfTime,
-    Run,
-    RunCheckpoints,
-    StageError,
-    Store,
-    TimeBudget,
-    execute,
-    in_order,
-)
-from common.settings import ExecutionSettings, digest
-from common.training import BatchSource, Trainer
+from common.core.data import Dataset
+from common.core.identity import digest
+from common.core.pruning import counting
+from common.core.run import Context, Run
+from common.core.trainer import BatchSource, Trainer
+from common.settings import ExecutionSettings
+from common.stage.papers import protocol
+from common.stage.scheduler import execute, in_order
+from common.stage.store import SCRATCH, OutOfTime, RunCheckpoints, StageError, Store, TimeBudget
 
 TIMED_SECONDS = 0.05
 """Iterations are timed for about so long, two at least."""
@@ -123,7 +115,7 @@ class _Rehearsal(Store):
     """A store whose runs are rehearsed: a run begins when it asks for its checkpoints, and ends when it is saved."""
 
     def __init__(self, folder: Path, execution: ExecutionSettings, measure_until: float):
-        super().__init__(folder, (), execution)
+        super().__init__(folder, execution)
         self._measure_until = measure_until
 
     def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
@@ -131,7 +123,7 @@ class _Rehearsal(Store):
         _own.tally = _Tally(self._measure_until)
         with _own.tally.instead():
             # what each process does once, when it first gets there
-            importlib.import_module(f"replications.{run.paper}.protocol")
+            protocol(run.paper)
             torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0).step()
         return super().checkpoints(run, budget)
 

@@ -1,8 +1,7 @@
-"""The training core: the one loop in which every network of the suite is trained.
+"""The one loop in which every network of the suite is trained.
 
 A method takes part through `Hooks`. Learning rates are given as one number per iteration. The loop never waits for
-the device inside an epoch; sums of loss and accuracy are read once at its end. On a GPU the forward and backward pass
-is recorded once as a CUDA graph and replayed, since narrow networks wait for launches otherwise.
+the device inside an epoch; sums of loss and accuracy are read once at its end.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.settings import SettingsError, stream
+from common.core.compute import Compute, Recording, RecordingFailed, out_of_memory, release_memory
+from common.core.identity import stream
 
-_WARM_UP = 3
-"""Passes before one is recorded, in which libraries choose kernels and set up their work space."""
-# drawing from the global generator, and recording a graph, are for one thread at a time
-_GLOBAL_GENERATOR, _RECORDER = threading.Lock(), threading.Lock()
+# drawing from the global generator is for one thread at a time
+_GLOBAL_GENERATOR = threading.Lock()
 
 
 class RunFailed(Exception):
@@ -85,142 +83,6 @@ class Checkpoints(Protocol):
     def load(self, fit: int) -> dict[str, Any] | None: ...
 
     def offer(self, fit: int, state: Callable[[], dict[str, Any]], finished: bool) -> None: ...
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and in which number format training runs.
-
-    autocast: lower precision of convolutions and matrix products; batch norm and the loss stay in float32.
-    recorded: forward and backward passes are replayed from a CUDA graph, recorded anew when a network shrinks.
-    compiled: they go through torch.compile, anew whenever a network changes its shape.
-    """
-
-    device: torch.device
-    autocast: torch.dtype | None = None
-    channels_last: bool = False
-    recorded: bool = False
-    compiled: bool = False
-
-    @classmethod
-    def choose(cls, device: str = "auto", precision: str = "auto", compilation: str = "auto") -> Compute:
-        """What `auto` stands for on this machine, and the rest as it is asked for.
-
-        `auto` precision is bfloat16 on a GPU that has it and on a CPU with matrix units for it (AMX), else float32.
-        `auto` compilation is a recorded graph on a GPU and nothing on a CPU, where torch.compile pays for long runs of
-        some architectures only. Raises SettingsError when the device or the number format is not there.
-        """
-        cuda = torch.cuda.is_available()
-        if device.startswith("cuda") and not cuda:
-            raise SettingsError(
-                f"execution.device = {device!r}: no CUDA device is available; use 'cpu' or 'auto'"
-            )
-        chosen = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
-        on_gpu = chosen.type == "cuda"
-        if on_gpu and (chosen.index or 0) >= torch.cuda.device_count():
-            known = ", ".join(f"'cuda:{i}'" for i in range(torch.cuda.device_count()))
-            raise SettingsError(f"execution.device = {device!r}: no such device; there is {known}")
-        if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
-            raise SettingsError(
-                "execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'"
-            )
-        if compilation == "record" and not on_gpu:
-            raise SettingsError(
-                "execution.compilation = 'record': a CPU has no graphs to record; use 'auto', 'compile' or 'off'"
-            )
-        fast = torch.cuda.is_bf16_supported() if on_gpu else _has_amx()
-        half = precision == "bfloat16" or (precision == "auto" and fast)
-        return cls(
-            chosen,
-            torch.bfloat16 if half else None,
-            channels_last=True,
-            recorded=compilation == "record" or (compilation == "auto" and on_gpu),
-            compiled=compilation == "compile",
-        )
-
-    def place(self, model: nn.Module) -> nn.Module:
-        """`model` on the device, in the memory format of this choice."""
-        return model.to(
-            self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format
-        )
-
-    def precision(self) -> torch.autocast:
-        """The context in which forward passes run."""
-        return torch.autocast(
-            self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
-        )
-
-
-def _has_amx() -> bool:
-    """Whether the processor multiplies matrices in bfloat16; False where torch is too old to tell."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-
-
-class RecordingFailed(Exception):
-    """A pass that CUDA cannot record."""
-
-
-def _record_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record `run` as a CUDA graph; returns its replay, and what `run` returned: tensors that a replay fills."""
-    graph = torch.cuda.CUDAGraph()
-    # a stream of its own, since the default one belongs to the first GPU that recorded; other threads, which train
-    # other networks, go on allocating meanwhile
-    own = torch.cuda.Stream()
-    with _RECORDER, torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
-        outcome = run()
-    return graph.replay, outcome
-
-
-def release_memory(device: torch.device) -> None:
-    """Give memory that is kept for later back to a GPU; it must not happen while another thread records."""
-    if device.type == "cuda":
-        with _RECORDER:
-            torch.cuda.empty_cache()
-
-
-class Recording:
-    """The forward and backward pass of one network, recorded once and replayed for every batch of the same shape.
-
-    run(images, labels) leaves gradients in `.grad` and returns loss and logits. What surrounds a pass (hooks, optimiser,
-    sums) is not recorded, so methods need not know of it. places: addresses of the parameters; a network whose
-    parameters lie elsewhere needs another recording. Raises RecordingFailed.
-    """
-
-    def __init__(
-        self, model: nn.Module, places: list[int], run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    ):
-        self.model, self.places, self._run = model, places, run
-        self._passes = 0
-        self._replay: Callable[[], None] | None = None
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and logits of a batch; they are overwritten by the next one."""
-        if self._replay is None and self._passes >= _WARM_UP:
-            self._start(images, labels)
-        if self._replay is None or images.shape != self._images.shape:
-            self._passes += 1
-            return self._run(images, labels)
-        self._images.copy_(images)
-        self._labels.copy_(labels)
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient  # another pass in between may have put its own there
-        self._replay()
-        return self._outcome
-
-    def _start(self, images: Tensor, labels: Tensor) -> None:
-        self._images, self._labels = images.clone(), labels.clone()
-        try:
-            self._replay, self._outcome = _record_graph(lambda: self._run(self._images, self._labels))
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            raise RecordingFailed(f"the pass cannot be recorded ({str(error).splitlines()[0]})") from None
-        self._gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU or the machine had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Trainer:

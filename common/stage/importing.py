@@ -18,9 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import pipeline
-from common.runs import Run, StageError, code_digest, data_prints
-from common.settings import PARAMS_FILE, canonical, digest, hint, load, papers, selected_profile
+from common.core.identity import canonical, digest
+from common.core.run import Run
+from common.settings import PARAMS_FILE, hint, selected_profile
+from common.stage import pipeline
+from common.stage.papers import load, papers
+from common.stage.store import StageError, code_digest, data_prints
 
 _PENDING, _UNFINISHED = ".import", ".import.tmp"
 _MISSING = object()
@@ -110,7 +113,8 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
             raise StageError(
                 f"{folder / path}: damaged or changed: its SHA-256 is not the one in {folder / beside}"
             )
-    code = code_digest(pipeline.code_folders(paper))
+    runs = pipeline.planned(paper, load(paper, params, profile))
+    code = code_digest(runs)
     if environment["code"] != code:
         raise StageError(
             f"{folder / beside}: made by other code (digest {environment['code'][:12]}, here {code[:12]}); "
@@ -123,7 +127,6 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
         raise StageError(f"{folder / curves}: not the curves of the runs in {records.name}")
     if missing := set(hashes) - set(environment["seconds"]):
         raise StageError(f"{folder / beside}: seconds of run {min(missing)} are missing")
-    runs = pipeline.planned(paper, load(paper, params, profile))
     if problems := list(_problems(rows, runs)):
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise StageError(f"{folder / records}: {'; '.join(problems[:_NAMED])}{more}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from common.models import ChannelGroup
+from common.core.models import ChannelGroup
 from common.settings import hint
 
 Keep = Mapping[str, Sequence[int] | Tensor]
@@ -23,7 +23,7 @@ def groups_of(model: nn.Module) -> list[ChannelGroup]:
     describe = getattr(model, "channel_groups", None)
     if describe is None:
         raise ValueError(
-            f"{type(model).__name__} describes no removable channels: build it with common.models.build, "
+            f"{type(model).__name__} describes no removable channels: build it with common.core.models.build, "
             "or pass its channel groups"
         )
     return describe()

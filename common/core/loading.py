@@ -1,0 +1,219 @@
+"""Where data sets come from: the embedded digits, local arrays, and the checked files that the stage `data` makes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from common.core.data import SPLITS, Dataset, stratified
+from common.core.identity import digest, stream
+from common.core.streamed import ImageFiles
+from common.settings import AugmentationSettings, DataError, DatasetSettings
+
+Arrays = dict[str, np.ndarray]
+DIGITS_SHA256 = "65e5b4619795efb40c1082f4c350c049e4ad552200d369b6ae99e21eef5e72c5"
+DIGITS_TEST = 1000
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load(settings: DatasetSettings) -> Dataset:
+    """The data set that the settings name, split and ready to train on (on the CPU).
+
+    A local `.npz` is read as it is; all else but the embedded digits from the file that `common.stage.prepare` made.
+    Raises DataError naming what is missing, damaged, wrongly shaped or wrongly labelled.
+    """
+    if settings.source == "digits":
+        return _digits(settings)
+    return _split(settings, _local(settings) if settings.source == "npz" else _prepared(settings))
+
+
+@functools.lru_cache(maxsize=64)
+def fingerprint(settings: DatasetSettings) -> str:
+    """SHA-256 of the images and labels that the settings name, before any split. Raises DataError."""
+    if settings.source == "digits":
+        return DIGITS_SHA256
+    if settings.source != "npz":
+        return str(_opened(prepared_file(settings), settings, "sha256")["sha256"])
+    try:
+        with open(settings.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{settings.path}: cannot be read: {error.strerror}") from None
+
+
+def prepared_file(settings: DatasetSettings) -> Path:
+    """The array file that `python -m common.stage.prepare` makes of a data set; training reads only this."""
+    names = {"source", "path", "size", "streamed"}
+    if settings.source in ("caltech101", "folder"):  # may have no test split of their own
+        names |= {"test", "train_per_class", "split_seed"}
+    what = settings.model_dump(include=names)
+    return Path("data/prepared") / f"{settings.source}-{digest(what)[:12]}.npz"
+
+
+def _digits(settings: DatasetSettings) -> Dataset:
+    """The 1,797 handwritten 8x8 digits that scikit-learn carries (UCI optical recognition, test part)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.ascontiguousarray(bunch.images.astype(np.uint8)[..., None])
+    labels = bunch.target.astype(np.int64)
+    found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    if found != DIGITS_SHA256:
+        raise DataError(
+            f"the digits of scikit-learn have SHA-256 {found}, expected {DIGITS_SHA256}: damaged or changed"
+        )
+    test = settings.test or DIGITS_TEST
+    train = settings.train or len(labels) - test - settings.validation
+    parts = stratified(labels, [train, settings.validation, test], stream(settings.split_seed, "digits"))
+    return make_dataset("digits", dict(zip(SPLITS, parts)), images, labels, 10, 16.0, settings.augmentation)
+
+
+def make_dataset(
+    name: str,
+    parts: dict[str, np.ndarray],
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    scale: float,
+    augmentation: AugmentationSettings,
+) -> Dataset:
+    """A Dataset from index sets into one array [N, H, W, C]; mean and std are those of the training images."""
+    pixels = images[parts["train"]].astype(np.float64) / scale
+    return Dataset(
+        name=name,
+        images={split: torch.from_numpy(images[index]) for split, index in parts.items()},
+        labels={split: torch.from_numpy(labels[index].astype(np.int64)) for split, index in parts.items()},
+        classes=classes,
+        scale=scale,
+        mean=tuple(pixels.mean((0, 1, 2)).round(6).tolist()),
+        std=tuple(pixels.std((0, 1, 2)).round(6).tolist()),
+        augmentation=augmentation,
+    )
+
+
+def _opened(path: str | Path, settings: DatasetSettings, *keys: str) -> Arrays:
+    """Arrays of an .npz file, all or those called `keys`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in keys or file.files}
+    except FileNotFoundError:
+        make = (
+            ""
+            if settings.source == "npz"
+            else "; `dvc repro data` or `python -m common.stage.prepare` makes it"
+        )
+        raise DataError(f"{path}: the array file of {settings.origin} is not there{make}") from None
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path}: not a readable .npz file, or damaged: {error}") from None
+
+
+def checked(arrays: Arrays, origin: str) -> Arrays:
+    """x_train, y_train, x_test, y_test (uint8 [N, H, W, C] and int64 [N]), `classes`, and `scale` if it is not 255.
+
+    Images may come as [N, H, W], classes may be absent. origin: what messages call the data. Raises DataError.
+    """
+    for key in ("x_train", "y_train", "x_test", "y_test"):
+        if key not in arrays:
+            raise DataError(f"{origin}: {key} is missing; x_train, y_train, x_test and y_test are needed")
+    labels = arrays["y_train"]
+    count = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 1
+    classes = np.asarray(arrays.get("classes", range(count)), dtype=str)
+    found = {"classes": classes} | {key: arrays[key] for key in ("scale",) if key in arrays}
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        x = x[..., None] if x.ndim == 3 else x
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or len(x) == 0:
+            raise DataError(
+                f"{origin}: x_{split} is {x.dtype} {x.shape}; uint8 [N, height, width, 1 or 3] is needed"
+            )
+        if y.shape != (len(x),) or y.dtype.kind not in "iu":
+            raise DataError(
+                f"{origin}: y_{split} is {y.dtype} {y.shape} for {len(x)} images; a whole number each is needed"
+            )
+        wrong = np.flatnonzero((y < 0) | (y >= len(classes)))
+        if len(wrong):
+            example = f"y_{split}[{wrong[0]}] = {y[wrong[0]]}"
+            raise DataError(
+                f"{origin}: {example}, but there are {len(classes)} classes (0 to {len(classes) - 1})"
+            )
+        found |= {f"x_{split}": x, f"y_{split}": y.astype(np.int64)}
+    absent = set(range(len(classes))) - set(np.unique(found["y_train"]).tolist())
+    if absent:
+        raise DataError(f"{origin}: no training image of class {classes[min(absent)]} (label {min(absent)})")
+    if found["x_train"].shape[1:] != found["x_test"].shape[1:]:
+        shapes = f"{found['x_train'].shape[1:]} and {found['x_test'].shape[1:]}"
+        raise DataError(f"{origin}: training and test images have different shapes, {shapes}")
+    return found
+
+
+def _local(settings: DatasetSettings) -> Arrays:
+    return checked(_opened(settings.path, settings), settings.path)
+
+
+def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes of arrays, 64 hexadecimal characters."""
+    content = hashlib.sha256()
+    for key in sorted(arrays):
+        content.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
+        content.update(np.ascontiguousarray(arrays[key]).tobytes())
+    return content.hexdigest()
+
+
+def _prepared(settings: DatasetSettings) -> Arrays:
+    """What `common.stage.prepare` wrote, checked against the digest in it."""
+    arrays = _opened(prepared_file(settings), settings)
+    if content_digest({k: v for k, v in arrays.items() if k != "sha256"}) != str(arrays.get("sha256")):
+        raise DataError(
+            f"{prepared_file(settings)}: damaged (its digest does not match); delete it and prepare it again"
+        )
+    return arrays
+
+
+def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
+    labels = np.concatenate([arrays["y_train"], arrays["y_test"]])
+    count = len(arrays["y_train"])
+    train = settings.train or count - settings.validation
+    if train < 1:
+        raise DataError(
+            f"{settings.origin}: {settings.validation} validation images leave none of {count} for training"
+        )
+    kept = stratified(
+        arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source)
+    )
+    test = settings.test or len(labels) - count
+    (tested,) = stratified(arrays["y_test"], [test], stream(settings.split_seed, "test-subset"))
+    parts = dict(zip(SPLITS, [*kept, count + tested]))
+    classes = len(arrays["classes"])
+    if settings.streamed:
+        return _streamed(settings, arrays, parts, labels, classes)
+    images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+    scale = float(arrays.get("scale", 255.0))
+    return make_dataset(settings.source, parts, images, labels, classes, scale, settings.augmentation)
+
+
+def _streamed(
+    settings: DatasetSettings, index: Arrays, parts: dict[str, np.ndarray], labels: np.ndarray, classes: int
+) -> Dataset:
+    """The images of a prepared index; normalised as is usual for ImageNet."""
+    root = Path(settings.path)
+    if not root.is_dir():
+        raise DataError(f"{root}: the folder of the streamed images is not there")
+    columns = (
+        np.concatenate([index[f"{name}_train"], index[f"{name}_test"]]) for name in ("paths", "sha256")
+    )
+    files = ImageFiles(root, *columns, settings.size)
+    return Dataset(
+        name=settings.source,
+        images={split: files[chosen] for split, chosen in parts.items()},
+        labels={split: torch.from_numpy(labels[chosen]) for split, chosen in parts.items()},
+        classes=classes,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        augmentation=settings.augmentation,
+    )

@@ -1,0 +1,84 @@
+"""The papers of the project: which there are, their protocols, and their settings in a profile."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+from common.core.loading import prepared_file
+from common.settings import (
+    PARAMS_FILE,
+    ROOT,
+    DatasetSettings,
+    ExecutionSettings,
+    Profile,
+    SettingsError,
+    hint,
+    profile_blocks,
+    validated,
+)
+
+
+def papers() -> list[str]:
+    """Names of the papers: the folders of `replications/` that hold a protocol."""
+    return sorted(p.parent.name for p in (ROOT / "replications").glob("*/protocol.py"))
+
+
+def protocol(paper: str) -> ModuleType:
+    """The module with the paper's `Settings`, `runs` and `execute`."""
+    return importlib.import_module(f"replications.{paper}.protocol")
+
+
+def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None = None) -> Profile:
+    """The validated settings of `paper` in `profile` (default: the one that the file selects).
+
+    A paper without an entry in the profile gets its own defaults. Raises SettingsError.
+    """
+    known = papers()
+    if paper not in known:
+        raise SettingsError(f"unknown paper {paper!r}; {hint(paper, known)}")
+    blocks, name = profile_blocks(file, profile)
+    block = blocks[name] or {}
+    where = f"{file}: profiles.{name}"
+    if not isinstance(block, Mapping):
+        raise SettingsError(f"{where} = {block!r}: must be a table")
+    allowed = ["dataset", "execution", *known]
+    for key in block:
+        if key not in allowed:
+            raise SettingsError(f"{where}.{key}: unknown key; {hint(key, allowed)}")
+    settings = protocol(paper).Settings
+    return Profile(
+        name=name,
+        dataset=validated(DatasetSettings, block.get("dataset") or {}, f"{where}.dataset"),
+        execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
+        paper=validated(settings, block.get(paper) or {}, f"{where}.{paper}"),
+    )
+
+
+def profile_datasets(
+    file: str | os.PathLike = PARAMS_FILE, profile: str | None = None
+) -> list[DatasetSettings]:
+    """Every data set that a profile's papers read, each once. Raises SettingsError."""
+    found: dict[str, DatasetSettings] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, DatasetSettings):
+            found.setdefault(str(prepared_file(value)), value)
+        elif isinstance(value, BaseModel):
+            for name in type(value).model_fields:
+                walk(getattr(value, name))
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                walk(item)
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                walk(item)
+
+    for paper in papers():
+        walk(load(paper, file, profile))
+    return list(found.values())

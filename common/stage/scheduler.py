@@ -1,0 +1,291 @@
+"""Executes runs, several at once, each as soon as what it needs is finished.
+
+A protocol lists `Run`s. Each goes through its paper's `execute` in a worker and leaves one record. Work that several
+runs share is itself a run, which the others list in `needs`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
+from common.core.identity import canonical
+from common.core.run import Context, Needed, Run
+from common.core.trainer import RunFailed
+from common.settings import ExecutionSettings
+from common.stage import processes
+from common.stage.papers import protocol
+from common.stage.records import entry_of, record_of
+from common.stage.store import OutOfTime, StageError, Store, TimeBudget
+
+RUNS_PER_GPU = 8
+"""Narrow networks leave most of a GPU idle: so many are trained on one at once."""
+
+
+def perform(
+    run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget | None = None
+) -> dict[str, Any] | None:
+    """Execute one run in this process and keep it.
+
+    Returns its entry {"record", "curves", "seconds", ...}, or None if the time budget ended before the run did.
+    """
+    begun = time.perf_counter()
+    needs = tuple(Needed(store.load(need)["record"], store.state(need)) for need in run.needs)
+    lost = [(need, n.record) for need, n in zip(run.needs, needs) if n.record["status"] != "ok"]
+    checkpoints = store.checkpoints(run, budget)
+    outcome, reason = None, None
+    if lost:
+        reason = f"it starts from {lost[0][0]}, which failed: {lost[0][1]['reason']}"
+    else:
+        compute = Compute.choose(execution.device, execution.precision, execution.compilation)
+        context = Context(run, compute, needs, checkpoints.of_next_trainer)
+        try:
+            outcome = protocol(run.paper).execute(run, context)
+        except OutOfTime:
+            return None
+        except RunFailed as failure:
+            reason = str(failure)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = f"out of memory on {compute.device} outside training; lower its batch size or width"
+        if reason:
+            release_memory(compute.device)
+    record = record_of(run, "failed" if outcome is None else "ok", outcome, reason)
+    state = outcome.state if outcome and keep_state else None
+    seconds = round(time.perf_counter() - begun, 3)
+    entry = entry_of(record, seconds, outcome.curves if outcome else [], state is not None)
+    store.save(run, entry, state)
+    checkpoints.clear()
+    return entry
+
+
+def prepare_process(execution: ExecutionSettings) -> None:
+    """Make a process that trains repeatable, with memory that it keeps."""
+    make_repeatable(execution)
+    processes.keep_memory()
+
+
+def _start_worker(execution: ExecutionSettings) -> None:
+    """Prepare a worker process and let it end with its parent."""
+    prepare_process(execution)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_own = threading.local()
+
+
+def _start_thread(devices: queue.SimpleQueue[str]) -> None:
+    """Bind a thread that trains on a GPU to that device and to a stream of its own."""
+    _own.device = devices.get()
+    torch.cuda.set_device(_own.device)
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def _work(
+    run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget
+) -> dict[str, Any] | None:
+    if device := getattr(_own, "device", None):
+        execution = execution.model_copy(update={"device": device})
+    return None if budget.spent else perform(run, store, execution, keep_state, budget)
+
+
+def in_order(runs: Sequence[Run]) -> list[Run]:
+    """The runs and all they need, each once, needed ones first.
+
+    Raises ValueError when two different runs bear the same name.
+    """
+    ordered: dict[str, Run] = {}
+
+    def add(run: Run) -> None:
+        if run.settings_hash in ordered:
+            return
+        for need in run.needs:
+            add(need)
+        ordered[run.settings_hash] = run
+
+    for run in runs:
+        add(run)
+    names: dict[str, Run] = {}
+    for run in ordered.values():
+        other = names.setdefault(canonical(run.identity), run)
+        if other is not run:
+            raise ValueError(f"two different runs are called {run}")
+    return list(ordered.values())
+
+
+def execute(
+    runs: Sequence[Run],
+    store: Store,
+    execution: ExecutionSettings,
+    title: str,
+    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+    budget: TimeBudget | None = None,
+) -> list[dict[str, Any]]:
+    """Execute all runs that are not finished yet, several at once, and return the entries of all, in order.
+
+    finished: called with each entry as soon as it is there, also with those of an earlier attempt. budget: when to stop;
+    none by default. A run that fails leaves a `failed` record and the others go on. Raises StageError for what
+    concerns the stage: a full disk, a folder that cannot be written, a defect in the code; and OutOfTime.
+    """
+    ordered = in_order(runs)
+    needed = {need.settings_hash for run in ordered for need in run.needs}
+    entries: dict[str, dict[str, Any]] = {}
+    for run in ordered:
+        if entry := store.finished(run, run.settings_hash in needed):
+            entries[run.settings_hash] = entry
+            finished(entry)
+    todo = [run for run in ordered if run.settings_hash not in entries]
+    if todo:
+        workers, devices = training_slots(execution, len(todo))
+        done = len(ordered) - len(todo)
+        quiet = 1.0 if sys.stderr.isatty() else 15.0
+        with tqdm(total=len(ordered), initial=done, desc=title, unit="run", mininterval=quiet) as bar:
+
+            def done_with(entry: dict[str, Any]) -> None:
+                entries[entry["record"]["settings_hash"]] = entry
+                bar.update()
+                finished(entry)
+
+            scheduler = _Scheduler(
+                store, execution, workers, devices, needed, entries, done_with, budget or TimeBudget()
+            )
+            scheduler.execute(todo)
+    return [entries[run.settings_hash] for run in ordered]
+
+
+def training_slots(execution: ExecutionSettings, most: int) -> tuple[int, list[str]]:
+    """How many runs train at once, and on which GPU each (none: on the CPU)."""
+    device = Compute.choose(execution.device, execution.precision).device
+    if device.type == "cuda":
+        every = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices = every if device.index is None else [str(device)]
+        count = RUNS_PER_GPU * len(devices) if execution.workers == "auto" else execution.workers
+        return min(count, most), [devices[i % len(devices)] for i in range(count)]
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, available // execution.threads) if execution.workers == "auto" else execution.workers
+    return min(count, most), []
+
+
+class _Scheduler:
+    """Gives each run to a worker as soon as what it needs is finished.
+
+    A worker is a process on a CPU, and on a GPU a thread with a stream of its own: kernels of several processes would
+    take turns there.
+    """
+
+    def __init__(self, store, execution, workers, devices, needed, entries, finish, budget):
+        self.store, self.execution, self.workers, self.devices = store, execution, workers, devices
+        self.needed, self.entries, self.finish, self.budget = needed, entries, finish, budget
+        self.running: dict[Future, Run] = {}
+        self.defects: list[str] = []
+
+    def execute(self, todo: list[Run]) -> None:
+        waiting, suspects = list(todo), []
+        while waiting or suspects:
+            # after a worker has died, those that were running go on one by one, so that only the guilty one fails
+            workers, batch = (1, [suspects.pop(0)]) if suspects else (self.workers, waiting)
+            with self._pool(workers) as pool:
+                try:
+                    self._drain(pool, workers, batch)
+                except BrokenProcessPool:
+                    suspects += self._after_a_death(alone=workers == 1)
+                except (OSError, KeyboardInterrupt) as error:
+                    self.budget.ends = 0.0  # threads stop at the end of their epoch
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise StageError(self._stopped(error)) from None
+        if self.defects:
+            raise StageError(f"{len(self.defects)} runs stopped on an error: {'; '.join(self.defects[:3])}")
+        if any(run.settings_hash not in self.entries for run in todo):
+            raise OutOfTime(f"the time budget is spent; {self._kept()}")
+
+    def _pool(self, workers: int) -> Executor:
+        if self.devices:
+            prepare_process(self.execution)
+            devices: queue.SimpleQueue[str] = queue.SimpleQueue()
+            for device in self.devices:
+                devices.put(device)
+            return ThreadPoolExecutor(workers, initializer=_start_thread, initargs=(devices,))
+        start = processes.context()
+        return ProcessPoolExecutor(workers, start, initializer=_start_worker, initargs=(self.execution,))
+
+    def _drain(self, pool: Executor, workers: int, waiting: list[Run]) -> None:
+        while waiting or self.running:
+            if self.budget.spent:
+                waiting.clear()
+            ready = (run for run in waiting if all(need.settings_hash in self.entries for need in run.needs))
+            for run in list(itertools.islice(ready, workers - len(self.running))):
+                waiting.remove(run)
+                keep = run.settings_hash in self.needed
+                future = pool.submit(_work, run, self.store, self.execution, keep, self.budget)
+                self.running[future] = run
+            if not self.running:
+                # what is left needs a run that a defect stopped
+                return waiting.clear()
+            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                self._collect(future)
+
+    def _collect(self, future: Future) -> None:
+        try:
+            entry = future.result()
+        except (BrokenProcessPool, OSError):
+            raise
+        except Exception as error:
+            run = self.running.pop(future)
+            self.defects.append(f"{run}: {type(error).__name__}: {error}")
+            traceback.print_exception(error)
+        else:
+            del self.running[future]
+            if entry is not None:
+                self.finish(entry)
+
+    def _after_a_death(self, alone: bool) -> list[Run]:
+        """The runs that may have killed their worker; one that was alone with it is recorded as failed."""
+        runs = list(self.running.values())
+        self.running.clear()
+        suspects = []
+        for run in runs:
+            entry = self.store.load(run)
+            if entry is None and alone:
+                reason = "its process died (killed, or the machine is out of memory)"
+                entry = entry_of(record_of(run, "failed", reason=reason), 0.0)
+                self.store.save(run, entry, None)
+            if entry is None:
+                suspects.append(run)
+            else:
+                self.finish(entry)
+        return suspects
+
+    def _kept(self) -> str:
+        return f"{len(self.entries)} finished runs are kept in {self.store.folder}; the same command goes on from there"
+
+    def _stopped(self, error: BaseException) -> str:
+        if isinstance(error, OSError):
+            return f"{error.filename or self.store.folder}: {error.strerror or error}; {self._kept()}"
+        return f"interrupted; {self._kept()}"

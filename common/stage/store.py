@@ -1,0 +1,230 @@
+"""Where finished runs are kept, and the state of those that are not finished.
+
+A run is kept in a scratch folder under a key made of everything that determines it, so that an interrupted stage
+resumes where it was, and work that several runs share (a dense network, say) is done once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.core import loading
+from common.core.compute import Compute
+from common.core.identity import canonical, digest
+from common.core.run import Run
+from common.settings import ROOT, DatasetSettings, ExecutionSettings
+
+CONTENDER = "contender.py"
+"""A paper's entry to the comparison on equal footing, on which no run of the paper depends."""
+SCRATCH = Path(".runs")
+CHECKPOINT_SECONDS = 60.0
+
+
+class StageError(Exception):
+    """The stage cannot go on; the message is one clear line. Finished runs are kept."""
+
+
+class OutOfTime(StageError):
+    """The time budget is spent; what is finished is kept, and a started run in the state of its last epoch."""
+
+
+@dataclass
+class TimeBudget:
+    """The moment (`time.time()`) at which training is to stop at the end of the epoch that it is in."""
+
+    ends: float = math.inf
+
+    @property
+    def spent(self) -> bool:
+        return time.time() >= self.ends
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also when the process is killed. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checked(path: Path, content: bytes) -> None:
+    """Write `content` behind a line with its SHA-256, which also shows what a power cut may leave half written."""
+    write_atomically(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def load_checked(path: Path) -> bytes | None:
+    """The content that `save_checked` wrote; None if the file is missing or damaged (then named on stderr)."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    found, _, content = raw.partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() == found:
+        return content
+    print(f"{path}: damaged (its digest does not match); the run is done again", file=sys.stderr)
+    return None
+
+
+def _pack(state: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(content: bytes | None) -> dict[str, Any] | None:
+    return None if content is None else torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+class ScratchCheckpoints:
+    """Checkpoints of the fits of one trainer, written at most once a minute; a fit that is shorter is simply redone."""
+
+    def __init__(self, folder: Path, budget: TimeBudget):
+        self._folder, self._budget = folder, budget
+        self._last = time.monotonic()
+
+    def load(self, fit: int) -> dict[str, Any] | None:
+        """The last state that the fit with this number left, or None."""
+        return _unpack(load_checked(self._folder / f"fit-{fit}.pt"))
+
+    def offer(self, fit: int, state: Callable[[], dict[str, Any]], finished: bool) -> None:
+        """Keep the state if the last one is old enough, or if this ends a fit that has been kept before.
+
+        Raises OutOfTime, with the state kept, when the time budget is spent.
+        """
+        path = self._folder / f"fit-{fit}.pt"
+        old = time.monotonic() - self._last > CHECKPOINT_SECONDS
+        if old or self._budget.spent or (finished and path.exists()):
+            save_checked(path, _pack(state()))
+            self._last = time.monotonic()
+        if self._budget.spent:
+            raise OutOfTime
+
+
+class RunCheckpoints:
+    """The checkpoints of one run; its trainers are numbered in the order in which it makes them."""
+
+    def __init__(self, folder: Path, budget: TimeBudget | None = None):
+        self._folder, self._budget = folder, budget or TimeBudget()
+        self._trainers = itertools.count()
+
+    def of_next_trainer(self) -> ScratchCheckpoints:
+        """Where the next trainer of the run keeps its state."""
+        return ScratchCheckpoints(self._folder / f"trainer-{next(self._trainers)}", self._budget)
+
+    def clear(self) -> None:
+        """Remove all states; called when the run has its record."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------- finished runs
+
+
+class Store:
+    """The scratch folder of a stage's finished runs.
+
+    execution: what the runs are executed with. root: the project whose code they execute, this one by default.
+    """
+
+    def __init__(self, folder: Path, execution: ExecutionSettings | None = None, root: Path | None = None):
+        self.folder, self.root = folder, root
+        execution = execution or ExecutionSettings()
+        compute = Compute.choose(execution.device, execution.precision, execution.compilation)
+        # a GPU gives the same numbers whatever its index
+        self._numerics = [compute.device.type, str(compute.autocast), compute.recorded, compute.compiled]
+        self._numerics += [execution.deterministic, execution.threads, torch.__version__]
+
+    def key(self, run: Run) -> str:
+        """Name under which a run is kept: digest of settings, code, data, number format and torch version."""
+        needs = [self.key(need) for need in run.needs]
+        code = code_digest([run], self.root)
+        return digest([run.settings_hash, [code, self._numerics], data_prints(run), needs])[:32]
+
+    def load(self, run: Run) -> dict[str, Any] | None:
+        """{"record", "curves", "seconds"} of a finished run, or None."""
+        content = load_checked(self.folder / f"{self.key(run)}.json")
+        return None if content is None else json.loads(content)
+
+    def state(self, run: Run) -> dict[str, Any] | None:
+        """What a finished run kept for others."""
+        return _unpack(load_checked(self.folder / f"{self.key(run)}.pt"))
+
+    def save(self, run: Run, entry: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
+        """Keep a finished run. The record comes last: with it, the run counts as finished."""
+        if state is not None:
+            save_checked(self.folder / f"{self.key(run)}.pt", _pack(state))
+        save_checked(self.folder / f"{self.key(run)}.json", canonical(entry).encode())
+
+    def finished(self, run: Run, needed: bool) -> dict[str, Any] | None:
+        """As `load`, but None as well when others need a state that has been lost or damaged."""
+        entry = self.load(run)
+        if entry and needed and entry["has_state"] and self.state(run) is None:
+            return None
+        return entry
+
+    def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
+        """Where the run keeps its state while it trains, and when it stops doing so (default: at its end)."""
+        return RunCheckpoints(self.folder / f"{self.key(run)}.part", budget)
+
+
+def data_prints(run: Run) -> list[str]:
+    """The fingerprints of the data sets that the run's settings name under `data`."""
+    data = run.settings.get("data") or []
+    sources = data if isinstance(data, list) else [data]
+    return [loading.fingerprint(DatasetSettings.model_validate(source)) for source in sources]
+
+
+# ---------------------------------------------------------------------------------------------- code
+
+
+def code_files(paper: str, code: Sequence[str] = (), root: Path | None = None) -> list[Path]:
+    """The files that determine a paper's runs, relative to the project at `root` (default: this one).
+
+    They are the core, what lies directly in the paper's folder, and the files and folders that `code` names, as of a
+    Run. The paper's contender is not among them, unless `code` names its folder. A folder within a paper's folder
+    is not, either: it holds a program with a stage of its own, whose output is in the fingerprint of the data. That
+    no run executes more than this is tested, so files need not be listed anywhere.
+    """
+    root = root or ROOT
+    own = (root / "replications" / paper).glob("*.py")
+    files = {*(root / "common/core").rglob("*.py"), *(file for file in own if file.name != CONTENDER)}
+    for place in code:
+        path = root / place
+        files |= {path} if path.suffix == ".py" else set(path.glob("*.py"))
+    # most __init__.py are empty
+    return sorted(file.relative_to(root) for file in files if file.stat().st_size)
+
+
+def code_digest(runs: Iterable[Run], root: Path | None = None) -> str:
+    """Digest of the files that determine these runs."""
+    return _code_digest(frozenset((run.paper, run.code) for run in runs), root or ROOT)
+
+
+@functools.cache
+def _code_digest(kinds: frozenset[tuple[str, tuple[str, ...]]], root: Path) -> str:
+    files = {file for paper, code in kinds for file in code_files(paper, code, root)}
+    return digest({str(file): hashlib.sha256((root / file).read_bytes()).hexdigest() for file in files})

@@ -1,0 +1,56 @@
+"""Gradual pruning by feature relevance on equal footing: channels go at seven events of one training."""
+
+from collections.abc import Callable
+
+from common.arena import Contest
+from common.core.models.resnet import ResNet
+from common.core.run import Outcome
+from common.core.trainer import RunFailed
+from replications.feature_relevance import method
+from replications.feature_relevance.gradual import (
+    GradualPruning,
+    Pruner,
+    Ranking,
+    forward_macs,
+    until_at_most,
+)
+from replications.feature_relevance.protocol import scoring_batches
+
+# the paper's n / E and N1 / E, for trainings of another length
+EVENT_SHARE, LAST_SHARE = 0.105, 0.75
+
+
+def contend(contest: Contest) -> Outcome:
+    """Channels go at seven events until the parameters are few enough, spread as the paper spreads them."""
+    arena, model = contest.arena, contest.network()
+    table = method.CostTable(model, contest.data.image_shape)
+    least = 0 if isinstance(model, ResNet) else 1
+    pruner = Pruner(model, Ranking(minimum=least, seed=contest.run.seed), scoring_batches(contest.data, 0.25))
+    budget = contest.keep * contest.parameters
+    narrowest = table.parameters(dict.fromkeys(pruner.layers, least))
+    if narrowest > budget:
+        raise RunFailed(f"{budget:.0f} parameters cannot be met: the narrowest network has {narrowest:.0f}")
+    fraction = _even_fraction(lambda part: table.parameters(table.even(pruner.layers, part)), budget)
+    every = max(1, round(EVENT_SHARE * arena.epochs))
+    epochs = method.pruning_schedule(arena.epochs, every, max(every, round(LAST_SHARE * arena.epochs)))
+    goals = {
+        epoch: table.parameters(table.even(pruner.layers, fraction * (i + 1) / len(epochs)))
+        for i, epoch in enumerate(epochs)
+    } | {epochs[-1]: budget}
+    events = {epoch: until_at_most(table.parameters, most) for epoch, most in goals.items()}
+    hook = GradualPruning(pruner, events, {})
+    trainer = contest.trainer(model, hook)
+    trainer.fit(contest.dense_rates(arena.epochs))
+    return contest.outcome(trainer, sum(forward_macs(hook.log, table, arena.epochs)), events=hook.log)
+
+
+def _even_fraction(spent: Callable[[float], float], budget: float) -> float:
+    """The fraction that every layer loses so that no more than `budget` is spent, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > budget else (low, middle)
+    return high
+
+
+CONTENDERS = {"feature relevance": contend}
