@@ -68,7 +68,7 @@ class Bench:
     def measure(self, sides: Mapping[str, Any], rounds: int, images: int | None = None) -> Measured:
         """`measuring.measure`, with a third of the rounds when quick."""
         wait = torch.cuda.synchronize if self.on_gpu else lambda: None
-        # a GPU pass is recorded in the first steps, and a CPU's memory is laid out in the first round
+        # a GPU pass is captured in the first steps, and a CPU's memory is laid out in the first round
         return measure(sides, max(3, rounds // 3) if self.quick else rounds, images, synchronise=wait)
 
     def dataset(self, steps: int) -> Dataset:

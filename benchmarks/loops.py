@@ -72,7 +72,7 @@ class TensorBatches:
 def bare(trainer: Trainer, steps: int) -> Callable[[], None]:
     """`steps` steps on one fixed batch with the trainer's network, optimiser and precision, and nothing else.
 
-    Where the core replays recorded passes, the whole step is one recorded graph.
+    Where the core replays captured passes, the whole step is one captured graph.
     """
     images, labels = next(iter(trainer.batches.epoch(0)))
     model, optimizer = trainer.model.train(), trainer.optimizer
@@ -86,7 +86,7 @@ def bare(trainer: Trainer, steps: int) -> Callable[[], None]:
         cross_entropy(logits.float(), labels).backward()
         optimizer.step()
 
-    once = _recorded(step) if trainer.compute.recorded else step
+    once = _captured(step) if trainer.compute.captured else step
 
     def repeated() -> None:
         for _ in range(steps):
@@ -95,7 +95,7 @@ def bare(trainer: Trainer, steps: int) -> Callable[[], None]:
     return repeated
 
 
-def _recorded(step: Callable[[], None]) -> Callable[[], None]:
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,4 +105,9 @@ def _recorded(step: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(step: Callable[[], None] = step) -> None:
+        # the graph reads the tensors that `step` holds, and does not hold them itself
+        graph.replay()
+
+    return replay

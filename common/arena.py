@@ -66,8 +66,8 @@ class Contest:
         return math.ceil(len(self.data.labels["train"]) / self.arena.batch_size)
 
     def network(self, widths: Sequence[int] | None = None) -> Network:
-        """The network of the arena, or one of other widths, freshly initialised from the run's seed."""
-        return self._build(widths, seed=stream(self.run.seed, "init"))
+        """The network of the arena, or one of other widths, freshly initialised from the run's seed, on its device."""
+        return self.context.compute.place(self._build(widths, seed=stream(self.run.seed, "init")))
 
     def shape_of(self, widths: Sequence[int] | None = None) -> Network:
         """As `network`, without memory or values, for counting."""

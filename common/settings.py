@@ -112,8 +112,8 @@ class ExecutionSettings(Strict):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and matrix products; `auto` is bfloat16 on a GPU that has it and on a CPU with AMX, else float32."""
-    compilation: Literal["auto", "record", "compile", "off"] = "auto"
-    """`record`: each pass is replayed from a CUDA graph; `auto` is that on a GPU and nothing on a CPU."""
+    compilation: Literal["auto", "capture", "compile", "off"] = "auto"
+    """`capture`: each pass is replayed from a CUDA graph; `auto` is that on a GPU and nothing on a CPU."""
     deterministic: bool = True
     """Whether a GPU must sum in a fixed order; false lets it choose faster kernels, and results differ in the last digits."""
     threads: Count = 1

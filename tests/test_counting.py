@@ -1,5 +1,8 @@
 """Counting: against closed forms, torch's own counter, and the conventions of the papers."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -137,3 +140,18 @@ def test_counting_leaves_the_network_as_it_was():
 def test_an_unknown_convention_is_named():
     with pytest.raises(ValueError, match="'exact': must be one of conv_linear, pool_inputs, same_padding"):
         cost(odd_network(), (2, 11, 7), convention="exact")
+
+
+class _Slow(nn.Identity):
+    """Gives other threads a chance in the middle of a pass."""
+
+    def forward(self, x):
+        time.sleep(0.01)
+        return x
+
+
+def test_threads_that_count_the_same_network_do_not_disturb_one_another():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), _Slow(), nn.Conv2d(4, 8, 3))
+    alone = layer_costs(model, (2, 11, 7))
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda _: layer_costs(model, (2, 11, 7)), range(12))) == [alone] * 12

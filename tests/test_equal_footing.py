@@ -1,6 +1,7 @@
 """Equal footing: every contender and control keeps to its parameters and epochs; interpolation does not extrapolate."""
 
 import pytest
+import torch
 
 from common.arena import Arena, Contest
 from common.core.compute import Compute
@@ -83,3 +84,11 @@ def test_all_methods_run_at_all_targets_and_seeds():
     methods = len(_methods())
     points = len(settings.targets) + len(settings.macs_targets)
     assert len(found) == 2 * (1 + methods * points)
+
+
+def test_a_network_of_the_contest_is_where_it_will_train():
+    """Masks made from it before training must lie on the same device; the memory format shows that on a CPU."""
+    model = _contest("dense", 0.5).network()
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
+    assert not all(c.weight.is_contiguous() for c in convolutions)

@@ -1,6 +1,9 @@
 """The training core: SGD, hooks, divergence, checkpoints, determinism."""
 
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -254,16 +257,16 @@ def test_a_compiled_network_trains_alike_also_after_it_has_shrunk():
 
 
 class _StandIn:
-    """What a CUDA graph does, on a CPU: a replay does the recorded work again, in the tensors of the recording."""
+    """What a CUDA graph does, on a CPU: a replay does the captured work again, in the tensors of the capture."""
 
     def __init__(self, model):
-        self.model, self.recordings = model, 0
+        self.model, self.captures = model, 0
 
-    def record(self, run):
-        self.recordings += 1
+    def capture(self, run):
+        self.captures += 1
         before = copy.deepcopy(self.model.state_dict())
         outcome = run()
-        self.model.load_state_dict(before)  # recording computes nothing
+        self.model.load_state_dict(before)  # capturing computes nothing
         gradients = {p: p.grad for p in self.model.parameters()}
 
         def replay():
@@ -291,12 +294,12 @@ class _ShrinksAndAdds(Hooks):
 def test_replayed_passes_train_as_plain_ones_do(monkeypatch):
     data = load(DatasetSettings(train=190))
     trained = []
-    for recorded in (False, True):
+    for captured in (False, True):
         model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
         stand_in = _StandIn(model)
-        monkeypatch.setattr(computing, "_record_graph", stand_in.record)
+        monkeypatch.setattr(computing, "_capture_graph", stand_in.capture)
         batches = Batches(data, "train", 20, shuffle=True)  # the last of an epoch is smaller
-        compute = Compute(torch.device("cpu"), recorded=recorded)
+        compute = Compute(torch.device("cpu"), captured=captured)
         trainer = Trainer(model, batches, hooks=_ShrinksAndAdds(), compute=compute)
         trainer.fit([0.05] * 2 * len(batches))
         masks = Masks.dense(model)
@@ -305,34 +308,78 @@ def test_replayed_passes_train_as_plain_ones_do(monkeypatch):
         trainer.hooks = (KeepMasked(masks),)
         trainer.fit([0.05] * len(batches))
         trained.append((trainer.history, model.state_dict()))
-        assert stand_in.recordings == (2 if recorded else 0)  # once for each shape of the network
+        assert stand_in.captures == (2 if captured else 0)  # once for each shape of the network
     assert trained[0][0] == trained[1][0]
     for one, other in zip(trained[0][1].values(), trained[1][1].values()):
         assert torch.equal(one, other)
 
 
-def test_what_cannot_be_recorded_is_trained_without(monkeypatch, capsys):
+def test_what_cannot_be_captured_is_trained_without(monkeypatch, capsys):
     def refuse(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(computing, "_record_graph", refuse)
+    monkeypatch.setattr(computing, "_capture_graph", refuse)
     losses = []
-    for recorded in (False, True):
-        trainer = Trainer(_network(), _batches(6), compute=Compute(torch.device("cpu"), recorded=recorded))
+    for captured in (False, True):
+        trainer = Trainer(_network(), _batches(6), compute=Compute(torch.device("cpu"), captured=captured))
         trainer.fit([0.1] * 6)
         losses.append(trainer.history[-1]["train_loss"])
     assert losses[0] == losses[1]
-    assert "cannot be recorded (operation not permitted" in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="compilation = 'record': a CPU has no graphs"):
-        Compute.choose("cpu", "float32", "record")
+    assert "cannot be captured (operation not permitted" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="compilation = 'capture': a CPU has no graphs"):
+        Compute.choose("cpu", "float32", "capture")
 
 
-def test_no_memory_is_given_back_while_a_thread_records(monkeypatch):
+def test_threads_share_a_gpu_and_one_that_captures_is_alone(monkeypatch):
+    turns, order = computing.Turns(), []
+    together, capturing = threading.Barrier(2, timeout=10), threading.Event()
+
+    def work():
+        with turns.share():
+            together.wait()  # breaks unless both are inside
+            order.append("worked")
+
+    def capture():
+        with turns.alone():
+            capturing.set()
+            for thread in pair:
+                thread.start()
+            pair[0].join(0.1)
+            with turns.share():  # the pass that is captured
+                order.append("captured")
+
+    pair = [threading.Thread(target=work) for _ in range(2)]
+    capturer = threading.Thread(target=capture)
+    with turns.share():
+        capturer.start()
+        assert not capturing.wait(0.1)
+    capturer.join(10)
+    for thread in pair:
+        thread.join(10)
+    assert order == ["captured", "worked", "worked"]
+
     alone = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(computing._RECORDER.locked()))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(computing.TURNS._capturing))
     computing.release_memory(torch.device("cuda"))
     computing.release_memory(torch.device("cpu"))
-    assert alone == [True]
+    assert alone == [threading.get_ident()]
+
+
+def test_a_trainer_that_is_dropped_frees_its_memory_at_once(monkeypatch):
+    """Reference counting must do it: memory of a GPU does not make the garbage collector run."""
+    model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
+    monkeypatch.setattr(computing, "_capture_graph", lambda run: (lambda: None, run()))
+    trainer = Trainer(model, _batches(6), compute=Compute(torch.device("cpu"), captured=True))
+    trainer.fit([0.1] * 6)
+    assert trainer._capture is not None
+    gone = weakref.ref(trainer)
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 class _Hungry(nn.Module):

@@ -1,13 +1,14 @@
-"""Where and in which number format a step runs, and the recording of its pass as a CUDA graph.
+"""Where and in which number format a step runs, and the capture of its pass in a CUDA graph.
 
-On a GPU the forward and backward pass is recorded once and replayed, since narrow networks wait for launches otherwise.
+On a GPU the forward and backward pass is captured once and replayed, since narrow networks wait for launches otherwise.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,7 @@ from torch import Tensor, nn
 from common.settings import ExecutionSettings, SettingsError
 
 _WARM_UP = 3
-"""Passes before one is recorded, in which libraries choose kernels and set up their work space."""
-# recording a graph is for one thread at a time
-_RECORDER = threading.Lock()
+"""Passes before one is captured, in which libraries choose kernels and set up their work space."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,14 @@ class Compute:
     """Where and in which number format training runs.
 
     autocast: lower precision of convolutions and matrix products; batch norm and the loss stay in float32.
-    recorded: forward and backward passes are replayed from a CUDA graph, recorded anew when a network shrinks.
+    captured: forward and backward passes are replayed from a CUDA graph, captured anew when a network shrinks.
     compiled: they go through torch.compile, anew whenever a network changes its shape.
     """
 
     device: torch.device
     autocast: torch.dtype | None = None
     channels_last: bool = False
-    recorded: bool = False
+    captured: bool = False
     compiled: bool = False
 
     @classmethod
@@ -42,7 +41,7 @@ class Compute:
         """What `auto` stands for on this machine, and the rest as it is asked for.
 
         `auto` precision is bfloat16 on a GPU that has it and on a CPU with matrix units for it (AMX), else float32.
-        `auto` compilation is a recorded graph on a GPU and nothing on a CPU, where torch.compile pays for long runs of
+        `auto` compilation is a captured graph on a GPU and nothing on a CPU, where torch.compile pays for long runs of
         some architectures only. Raises SettingsError when the device or the number format is not there.
         """
         cuda = torch.cuda.is_available()
@@ -59,9 +58,9 @@ class Compute:
             raise SettingsError(
                 "execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'"
             )
-        if compilation == "record" and not on_gpu:
+        if compilation == "capture" and not on_gpu:
             raise SettingsError(
-                "execution.compilation = 'record': a CPU has no graphs to record; use 'auto', 'compile' or 'off'"
+                "execution.compilation = 'capture': a CPU has no graphs to capture; use 'auto', 'compile' or 'off'"
             )
         fast = torch.cuda.is_bf16_supported() if on_gpu else _has_amx()
         half = precision == "bfloat16" or (precision == "auto" and fast)
@@ -69,7 +68,7 @@ class Compute:
             chosen,
             torch.bfloat16 if half else None,
             channels_last=True,
-            recorded=compilation == "record" or (compilation == "auto" and on_gpu),
+            captured=compilation == "capture" or (compilation == "auto" and on_gpu),
             compiled=compilation == "compile",
         )
 
@@ -78,6 +77,10 @@ class Compute:
         return model.to(
             self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format
         )
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The context in which passes run: on a GPU, while no other thread captures a graph."""
+        return TURNS.share() if self.device.type == "cuda" else nullcontext()
 
     def precision(self) -> torch.autocast:
         """The context in which forward passes run."""
@@ -103,50 +106,107 @@ def make_repeatable(execution: ExecutionSettings) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-class RecordingFailed(Exception):
-    """A pass that CUDA cannot record."""
+class Turns:
+    """Threads that train on a GPU do so side by side; one that captures a graph waits for the others and is then alone.
+
+    While a graph is captured the GPU's random generator is in a state in which no other thread can replay a graph or draw
+    numbers, and what waits for the whole device, as libraries do that try out kernels, ends the capture.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharing = 0
+        self._capturing: int | None = None
+        """The thread that captures, or is about to."""
+
+    @contextmanager
+    def share(self) -> Iterator[None]:
+        """Work beside other threads. A thread that captures may do so within."""
+        if self._capturing == threading.get_ident():
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._capturing is None)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Work while no other thread does; not to be called within `share`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._capturing is None)
+            self._capturing = threading.get_ident()
+            self._changed.wait_for(lambda: not self._sharing)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._capturing = None
+                self._changed.notify_all()
 
 
-def _record_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record `run` as a CUDA graph; returns its replay, and what `run` returned: tensors that a replay fills."""
+TURNS = Turns()
+"""Whose turn it is on the GPUs of this process."""
+
+
+class CaptureFailed(Exception):
+    """A pass that CUDA cannot capture."""
+
+
+def _capture_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Capture `run` as a CUDA graph; returns its replay, and what `run` returned: tensors that a replay fills."""
     graph = torch.cuda.CUDAGraph()
-    # a stream of its own, since the default one belongs to the first GPU that recorded; other threads, which train
-    # other networks, go on allocating meanwhile
-    own = torch.cuda.Stream()
-    with _RECORDER, torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+    # the stream of this thread: torch has 32, which it hands out in turn, so that a further one may be another thread's
+    own = torch.cuda.current_stream()
+    if own == torch.cuda.default_stream():
+        own = torch.cuda.Stream()
+    with TURNS.alone(), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
         outcome = run()
-    return graph.replay, outcome
+
+    def replay() -> None:
+        with TURNS.share():
+            graph.replay()
+
+    return replay, outcome
 
 
 def release_memory(device: torch.device) -> None:
-    """Give memory that is kept for later back to a GPU; it must not happen while another thread records."""
+    """Give memory that is kept for later back to a GPU; it must not happen while another thread captures."""
     if device.type == "cuda":
-        with _RECORDER:
+        with TURNS.alone():
             torch.cuda.empty_cache()
 
 
-class Recording:
-    """The forward and backward pass of one network, recorded once and replayed for every batch of the same shape.
+class Capture:
+    """The forward and backward pass of one network, captured once and replayed for every batch of the same shape.
 
-    run(images, labels) leaves gradients in `.grad` and returns loss and logits. What surrounds a pass (hooks, optimiser,
-    sums) is not recorded, so methods need not know of it. places: addresses of the parameters; a network whose
-    parameters lie elsewhere needs another recording. Raises RecordingFailed.
+    What surrounds a pass (hooks, optimiser, sums) is not captured, so methods need not know of it. places: addresses of
+    the parameters; a network whose parameters lie elsewhere needs another capture.
     """
 
-    def __init__(
-        self, model: nn.Module, places: list[int], run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    ):
-        self.model, self.places, self._run = model, places, run
+    def __init__(self, model: nn.Module, places: list[int]):
+        self.model, self.places = model, places
         self._passes = 0
         self._replay: Callable[[], None] | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and logits of a batch; they are overwritten by the next one."""
+    def __call__(
+        self, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a batch; they are overwritten by the next one.
+
+        run: the pass, which leaves gradients in `.grad` and returns loss and logits. It is not kept: a trainer that held
+        itself through it would keep its memory on the GPU after its end. Raises CaptureFailed.
+        """
         if self._replay is None and self._passes >= _WARM_UP:
-            self._start(images, labels)
+            self._start(run, images, labels)
         if self._replay is None or images.shape != self._images.shape:
             self._passes += 1
-            return self._run(images, labels)
+            return run(images, labels)
         self._images.copy_(images)
         self._labels.copy_(labels)
         for parameter, gradient in self._gradients:
@@ -154,14 +214,16 @@ class Recording:
         self._replay()
         return self._outcome
 
-    def _start(self, images: Tensor, labels: Tensor) -> None:
+    def _start(
+        self, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], images: Tensor, labels: Tensor
+    ) -> None:
         self._images, self._labels = images.clone(), labels.clone()
         try:
-            self._replay, self._outcome = _record_graph(lambda: self._run(self._images, self._labels))
+            self._replay, self._outcome = _capture_graph(lambda: run(self._images, self._labels))
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            raise RecordingFailed(f"the pass cannot be recorded ({str(error).splitlines()[0]})") from None
+            raise CaptureFailed(f"the pass cannot be captured ({str(error).splitlines()[0]})") from None
         self._gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.core.compute import Compute, Recording, RecordingFailed, out_of_memory, release_memory
+from common.core.compute import Capture, CaptureFailed, Compute, out_of_memory, release_memory
 from common.core.identity import stream
 
 # drawing from the global generator is for one thread at a time
@@ -121,7 +121,7 @@ class Trainer:
         self.iteration = 0
         self._checkpoints = checkpoints
         self._compiled: tuple[nn.Module, nn.Module] | None = None
-        self._recording: Recording | None = None
+        self._capture: Capture | None = None
         self._fits = 0
         self._draws = any(isinstance(module, _DropoutNd) and module.p for module in model.modules())
 
@@ -195,8 +195,8 @@ class Trainer:
         """One update; returns the loss and the logits of the batch."""
         effective = self._effective()
         try:
-            if self._recordable and not effective:
-                loss, logits = self._recorded(images, labels)
+            if self._capturable and not effective:
+                loss, logits = self._captured(images, labels)
             else:
                 loss, logits = self._pass(images, labels, effective)
         except RuntimeError as error:
@@ -215,36 +215,37 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward pass, which leaves the gradients in `.grad`; returns the loss and the logits."""
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self._forward(images, effective)
-        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        total = loss
-        for hook in self.hooks:
-            if (term := hook.loss(self)) is not None:
-                total = total + term
-        total.backward()
+        with self.compute.turn():
+            logits = self._forward(images, effective)
+            loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            total = loss
+            for hook in self.hooks:
+                if (term := hook.loss(self)) is not None:
+                    total = total + term
+            total.backward()
         return loss.detach(), logits.detach()
 
     @property
-    def _recordable(self) -> bool:
+    def _capturable(self) -> bool:
         """Whether a pass is the same work every time: no term of a hook in the loss, no random numbers."""
         plain = all(type(hook).loss is Hooks.loss for hook in self.hooks)
-        return self.compute.recorded and plain and not self._draws
+        return self.compute.captured and plain and not self._draws
 
-    def _recorded(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # where the parameters lie tells whether the network is still the one that was recorded
+    def _captured(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # where the parameters lie tells whether the network is still the one that was captured
         places = [p.data_ptr() for group in self.optimizer.param_groups for p in group["params"]]
-        if self._recording is None or self._recording.places != places:
-            self._recording = Recording(self.model, places, self._pass)
+        if self._capture is None or self._capture.places != places:
+            self._capture = Capture(self.model, places)
         try:
-            return self._recording(images, labels)
-        except RecordingFailed as failure:
-            print(f"{failure}; training goes on without a recorded graph", file=sys.stderr)
-            self.compute, self._recording = replace(self.compute, recorded=False), None
+            return self._capture(self._pass, images, labels)
+        except CaptureFailed as failure:
+            print(f"{failure}; training goes on without a captured graph", file=sys.stderr)
+            self.compute, self._capture = replace(self.compute, captured=False), None
             return self._pass(images, labels)
 
     def _what_fits(self, images: Tensor, labels: Tensor) -> str:
         """Why a batch cannot be trained on, and the largest half, quarter, ... of it that can."""
-        self._recording = None
+        self._capture = None
         fitting = len(labels) // 2
         while fitting:
             release_memory(self.compute.device)
@@ -278,7 +279,8 @@ class Trainer:
 
         The network stays in training or evaluation mode, whichever it is in.
         """
-        return self._forward(images, self._effective())
+        with self.compute.turn():
+            return self._forward(images, self._effective())
 
     def _network(self) -> nn.Module:
         """The model, compiled where that was chosen; a hook may have put another model in its place."""

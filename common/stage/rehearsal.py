@@ -281,8 +281,8 @@ def _time_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> tuple[floa
             trainer.batches = whole
         return ready - begun, (_now(trainer) - ready) / count, row
 
-    # a pass that is to be replayed on a GPU is recorded after some others
-    timed(min(8 if trainer.compute.recorded else 1, per_epoch))
+    # a pass that is to be replayed on a GPU is captured after some others
+    timed(min(8 if trainer.compute.captured else 1, per_epoch))
     before, each, row = timed(min(2, per_epoch))
     if (enough := min(int(TIMED_SECONDS / each), per_epoch)) > 2:
         before, each, row = timed(enough)

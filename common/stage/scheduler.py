@@ -41,6 +41,8 @@ from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 
 RUNS_PER_GPU = 8
 """Narrow networks leave most of a GPU idle: so many are trained on one at once."""
+STREAMS_PER_GPU = 32
+"""torch has no more; two threads on one stream would be in each other's captures."""
 
 
 def perform(
@@ -186,7 +188,8 @@ def training_slots(execution: ExecutionSettings, most: int) -> tuple[int, list[s
     if device.type == "cuda":
         every = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         devices = every if device.index is None else [str(device)]
-        count = RUNS_PER_GPU * len(devices) if execution.workers == "auto" else execution.workers
+        wanted = RUNS_PER_GPU * len(devices) if execution.workers == "auto" else execution.workers
+        count = min(wanted, STREAMS_PER_GPU * len(devices))
         return min(count, most), [devices[i % len(devices)] for i in range(count)]
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, available // execution.threads) if execution.workers == "auto" else execution.workers

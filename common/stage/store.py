@@ -155,7 +155,7 @@ class Store:
         execution = execution or ExecutionSettings()
         compute = Compute.choose(execution.device, execution.precision, execution.compilation)
         # a GPU gives the same numbers whatever its index
-        self._numerics = [compute.device.type, str(compute.autocast), compute.recorded, compute.compiled]
+        self._numerics = [compute.device.type, str(compute.autocast), compute.captured, compute.compiled]
         self._numerics += [execution.deterministic, execution.threads, torch.__version__]
 
     def key(self, run: Run) -> str:

@@ -7,6 +7,7 @@ batch norm, activations and additions do not. A weight that is zero costs nothin
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -49,6 +50,9 @@ class LayerCost:
         """MACs with non-zero weights only."""
         return self.nonzero * self.positions + self.extra
 
+# hooks and tensors without values are put into the model for a moment
+_COUNTING = threading.Lock()
+
 
 def layer_costs(
     model: nn.Module, image_shape: Sequence[int], convention: Convention = "conv_linear"
@@ -58,14 +62,15 @@ def layer_costs(
     `conv_linear` is exact, also for grouped and unpadded convolutions. `pool_inputs` adds average-pool
     modules at one MAC for each input element (pruning from scratch). `same_padding` is the rule of the
     IMP+SLR release: every convolution has ceil(side / stride) output positions a side, and groups are
-    ignored. The model is neither run nor changed: only shapes go through it. Raises ValueError for an unknown
-    convention.
+    ignored. The model is neither run nor changed: only shapes go through it, of one model at a time, since threads may
+    count the same one. Raises ValueError for an unknown convention.
     """
     if convention not in get_args(Convention):
         raise ValueError(f"convention = {convention!r}: must be one of {', '.join(get_args(Convention))}")
     counted = (nn.Conv2d, nn.Linear) + (_POOLS if convention == "pool_inputs" else ())
     names = {module: name for name, module in model.named_modules() if isinstance(module, counted)}
-    seen = _shapes(model, names, image_shape)
+    with _COUNTING:
+        seen = _shapes(model, names, image_shape)
     return [_cost(name, module, seen[module], convention) for module, name in names.items()]
 
 

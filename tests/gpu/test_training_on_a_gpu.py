@@ -1,0 +1,231 @@
+"""What only a GPU can show: captured passes, several runs at once on streams, memory that runs out."""
+
+import gc
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common.core.data import SPLITS, Batches, make_dataset
+from common.core.models import build
+from common.core.pruning import channels
+from common.core.pruning.masks import KeepMasked, Masks
+from common.runs import Run, Store, execute, prepare_process
+from common.settings import AugmentationSettings, ExecutionSettings
+from common.training import Compute, Hooks, RunFailed, Trainer
+from replications.halo.method import HALO, LambdaTraining, penalised
+from replications.pruning_from_scratch.method import Gates
+from replications.pruning_from_scratch.protocol import TrainingSettings
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+BATCH, RATE = 32, 0.05
+EPOCHS = 3
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    prepare_process(ExecutionSettings(deterministic=True))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _images(count=200, seed=0):
+    """Images whose class shows in their brightness, so that there is something to learn."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 10
+    pixels = random.integers(0, 60, (count, 32, 32, 3)) + 19 * labels[:, None, None, None]
+    return pixels.astype(np.uint8), labels
+
+
+def _data():
+    pixels, labels = _images()
+    parts = dict(zip(SPLITS, np.split(np.arange(len(pixels)), [144, 160]), strict=True))
+    augmentation = AugmentationSettings(crop_padding=4, flip=True)
+    return make_dataset("made up", parts, pixels, labels, 10, 255.0, augmentation).to(torch.device("cuda"))
+
+
+def _network(architecture="resnet8"):
+    return build(architecture, classes=10, image_shape=(3, 32, 32), seed=1)
+
+
+def _masked(model):
+    masks = Masks.dense(model)
+    masks.prune(model, 0.9)
+    masks.apply(model)
+    return {"hooks": KeepMasked(masks)}
+
+
+def _penalised(model):
+    training = LambdaTraining(rates=[RATE] * EPOCHS * 5)
+    return {"hooks": HALO(penalised(model, "conv"), xi=1e-5, psi=1e-3, training=training)}
+
+
+def _gated(model):
+    gates = Gates(model, [g.norm for g in model.channel_groups() if g.norm], weight=0.5, level=0.5)
+    return {"hooks": gates, "optimizer": gates.optimizer()}
+
+
+class _Shrinks(Hooks):
+    """Removes half of the channels after the first epoch."""
+
+    def epoch_ended(self, trainer, epoch):
+        if epoch == 0:
+            widths = zip(trainer.model.channel_groups(), trainer.model.widths)
+            keep = {group.name: torch.arange(width // 2) for group, width in widths}
+            channels.remove(trainer.model, keep, trainer.optimizer)
+
+
+METHODS = {
+    "plain": lambda model: {},
+    "masks": _masked,
+    "HALO": _penalised,
+    "gates": _gated,
+    "shrinking": lambda model: {"hooks": _Shrinks()},
+}
+
+
+def _trained(method, captured, autocast=None, checkpoints=None):
+    compute = Compute(torch.device("cuda"), autocast, channels_last=True, captured=captured)
+    data, model = _data(), compute.place(_network())
+    batches = Batches(data, "train", BATCH, seed=3, shuffle=True, augment=True)
+    trainer = Trainer(
+        model,
+        batches,
+        weight_decay=5e-4,
+        validation=Batches(data, "validation"),
+        compute=compute,
+        checkpoints=checkpoints,
+        **METHODS[method](model),
+    )
+    trainer.fit([RATE] * EPOCHS * len(batches))
+    return trainer
+
+
+def _same(one, other):
+    assert one.history == other.history
+    for key, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_captured_passes_train_as_eager_ones_bit_for_bit_and_again(method, autocast):
+    eager = _trained(method, captured=False, autocast=autocast)
+    _same(_trained(method, captured=False, autocast=autocast), eager)
+    _same(_trained(method, captured=True, autocast=autocast), eager)
+
+
+def test_a_gpu_learns_what_a_cpu_learns():
+    data = _data().to(torch.device("cpu"))
+    losses = []
+    for device in ("cuda", "cpu"):
+        compute = Compute(torch.device(device), channels_last=True, captured=device == "cuda")
+        batches = Batches(data.to(compute.device), "train", BATCH, seed=3, shuffle=True, augment=True)
+        trainer = Trainer(_network(), batches, compute=compute)
+        trainer.fit([RATE] * 4 * len(batches))
+        losses.append([row["train_loss"] for row in trainer.history])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0][-1] < losses[0][0]
+
+
+class _Memory:
+    """Checkpoints in memory, on the CPU as those on a disk; stops the fit after an epoch."""
+
+    def __init__(self, states, stop_after=None):
+        self.states, self.stop_after = states, stop_after
+
+    def load(self, fit):
+        return self.states.get(fit)
+
+    def offer(self, fit, state, finished):
+        buffer = io.BytesIO()
+        torch.save(state(), buffer)
+        buffer.seek(0)
+        self.states[fit] = torch.load(buffer, map_location="cpu", weights_only=True)
+        if self.states[fit]["epochs_of_fit"] == self.stop_after:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("method", ["plain", "masks", "HALO", "gates"])
+def test_a_resumed_fit_equals_an_unbroken_one(method):
+    states = {}
+    with pytest.raises(InterruptedError):
+        _trained(method, captured=True, checkpoints=_Memory(states, stop_after=2))
+    _same(_trained(method, captured=True, checkpoints=_Memory(states)), _trained(method, captured=True))
+
+
+def _stage(tmp_path, name, workers, rates):
+    """Entries of a stage of plain training runs, one for each learning rate."""
+    file = tmp_path / "images.npz"
+    if not file.exists():
+        (x_train, y_train), (x_test, y_test) = _images(200), _images(60, seed=1)
+        np.savez(file, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    runs = []
+    for seed, rate in enumerate(rates):
+        training = TrainingSettings(epochs=EPOCHS, batch_size=BATCH, learning_rate=rate)
+        settings = {
+            "data": {"source": "npz", "path": str(file), "validation": 40},
+            "options": {},
+            "expansion": 1.25,
+            "training": training.model_dump(mode="json"),
+        }
+        runs.append(Run("pruning_from_scratch", "dense", "images", "resnet8", 0.0, seed, settings))
+    execution = ExecutionSettings(device="cuda", precision="bfloat16", workers=workers)
+    store = Store(tmp_path / name, ["pruning_from_scratch"], execution)
+    return execute(runs, store, execution, name)
+
+
+def test_runs_together_leave_the_records_of_runs_alone_and_a_diverging_one_ends_alone(tmp_path):
+    rates = [RATE] * 3 + [1e12] + [RATE] * 4
+    alone, together = (
+        [json.dumps(entry["record"], sort_keys=True) for entry in _stage(tmp_path, name, workers, rates)]
+        for name, workers in (("alone", 1), ("together", 8))
+    )
+    assert together == alone
+    status = [json.loads(record)["status"] for record in together]
+    assert status == ["ok"] * 3 + ["failed"] + ["ok"] * 4
+
+
+def test_many_short_runs_capture_and_replay_side_by_side(tmp_path):
+    """More captures than torch has streams, while other threads replay."""
+    alone, together = (
+        [json.dumps(entry["record"], sort_keys=True) for entry in _stage(tmp_path, name, workers, [RATE] * 48)]
+        for name, workers in (("alone", 1), ("together", 16))
+    )
+    assert together == alone
+    assert {json.loads(record)["status"] for record in together} == {"ok"}
+
+
+def test_a_batch_that_does_not_fit_is_named_with_one_that_does():
+    gc.collect()
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 2**30
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        count = 4096
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        parts = dict(zip(SPLITS, np.split(np.arange(count), [count - 2, count - 1]), strict=True))
+        data = make_dataset("made up", parts, pixels, np.arange(count) % 10, 10, 255.0, AugmentationSettings())
+        compute = Compute(torch.device("cuda"), captured=True)
+        batches = Batches(data.to(compute.device), "train", count)
+        with pytest.raises(RunFailed, match=r"out of memory on cuda.*a batch of \d+ fits"):
+            Trainer(_network("resnet56"), batches, compute=compute).fit([RATE])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+def test_a_network_that_is_dropped_frees_its_memory():
+    _trained("plain", captured=True)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    gc.disable()
+    try:
+        for _ in range(3):
+            _trained("plain", captured=True)
+        assert torch.cuda.memory_allocated() < before + 2**20
+    finally:
+        gc.enable()
