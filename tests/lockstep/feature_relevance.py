@@ -1,0 +1,48 @@
+"""Feature relevance: channels leave after the epochs 2 and 4 of 9, narrowed or behind masks."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from common import schedules
+from common.training import Trainer
+from lockstep import PER_EPOCH, StoredBatches, chain, ended, resnet
+from replications.feature_relevance.gradual import GradualPruning, Pruner, Ranking, until_channels
+
+EPOCHS, EVENTS, TAKEN = 9, (2, 4), 5
+
+
+def _pruned(make, *, physical: bool = True, minimum: int = 1, units: int = 0, **ranking):
+    model = make()
+    pruner = Pruner(copy.deepcopy(model), Ranking(minimum=minimum, **ranking), StoredBatches())
+    enough = dict.fromkeys(EVENTS, until_channels(TAKEN))
+    hook = GradualPruning(pruner, enough, dict.fromkeys(EVENTS, units), physical)
+    trainer = Trainer(model, StoredBatches(), hooks=hook, weight_decay=5e-4)
+    trainer.fit(schedules.multistep(0.1, EPOCHS, PER_EPOCH, [0.5 * EPOCHS, 0.75 * EPOCHS]))
+    removed = {f"removed.{name}": index for name, index in pruner.removed.items()}
+    return ended(trainer.model) | removed
+
+
+def _scores(make, **ranking):
+    """Scores of a network that is not trained, and what an event takes from it."""
+    model = make()
+    pruner = Pruner(model, Ranking(minimum=1, **ranking), StoredBatches())
+    event = pruner.event(model, until_channels(3 * TAKEN))
+    order = {"order": torch.tensor(event.channels)}
+    return {name: values.double() for name, values in event.scored.scores.items()} | order
+
+
+CASES = {
+    "scores-resnet": lambda: _scores(resnet),
+    "scores-resnet-branch-share": lambda: _scores(resnet, branch_share=True, alpha=1.0),
+    "scores-chain": lambda: _scores(chain),
+    "scores-taylor": lambda: _scores(resnet, criterion="taylor"),
+    "scores-l1": lambda: _scores(resnet, criterion="l1"),
+    "relevance-resnet": lambda: _pruned(resnet),
+    "relevance-resnet-masked": lambda: _pruned(resnet, physical=False),
+    "relevance-resnet-per-layer": lambda: _pruned(resnet, allocation="per_layer"),
+    "relevance-chain": lambda: _pruned(chain, units=2),
+    "taylor-resnet": lambda: _pruned(resnet, criterion="taylor"),
+}
