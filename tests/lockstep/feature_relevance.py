@@ -14,15 +14,25 @@ from replications.feature_relevance.gradual import GradualPruning, Pruner, Ranki
 EPOCHS, EVENTS, TAKEN = 9, (2, 4), 5
 
 
+class _Noted(Pruner):
+    """Keeps the scores of each event."""
+
+    def event(self, *arguments, **options):
+        event, number = super().event(*arguments, **options), self.events
+        scores = event.scored.scores.items()
+        self.noted = getattr(self, "noted", {}) | {f"scores.{number}.{n}": v.double() for n, v in scores}
+        return event
+
+
 def _pruned(make, *, physical: bool = True, minimum: int = 1, units: int = 0, **ranking):
     model = make()
-    pruner = Pruner(copy.deepcopy(model), Ranking(minimum=minimum, **ranking), StoredBatches())
+    pruner = _Noted(copy.deepcopy(model), Ranking(minimum=minimum, **ranking), StoredBatches())
     enough = dict.fromkeys(EVENTS, until_channels(TAKEN))
     hook = GradualPruning(pruner, enough, dict.fromkeys(EVENTS, units), physical)
     trainer = Trainer(model, StoredBatches(), hooks=hook, weight_decay=5e-4)
     trainer.fit(schedules.multistep(0.1, EPOCHS, PER_EPOCH, [0.5 * EPOCHS, 0.75 * EPOCHS]))
     removed = {f"removed.{name}": index for name, index in pruner.removed.items()}
-    return ended(trainer.model) | removed
+    return ended(trainer.model) | removed | pruner.noted
 
 
 def _scores(make, **ranking):

@@ -40,6 +40,7 @@ def _learned(name: str):
                 Ranking.of(gates.layers()), wide.spends(unit), base.cost()[unit], target, min_channels=1
             )
             found[f"{unit}.{target}"] = torch.cat(structure.masks)
+            found[f"{unit}.{target}.tried"] = [candidate.keep for candidate in structure.tried]
             found[f"{unit}.{target}.widths"] = [*structure.candidate.widths, structure.candidate.cost]
     return found
 
