@@ -1,4 +1,4 @@
-"""Feature relevance: channels leave after the epochs 2 and 4 of 9, narrowed or behind masks."""
+"""Feature relevance: channels leave after the epochs 3 and 6 of 9, narrowed or behind masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.training import Trainer
 from lockstep import PER_EPOCH, StoredBatches, chain, ended, resnet
 from replications.feature_relevance.gradual import GradualPruning, Pruner, Ranking, until_channels
 
-EPOCHS, EVENTS, TAKEN = 9, (2, 4), 5
+EPOCHS, EVENTS, TAKEN = 9, (3, 6), 5
 
 
 class _Noted(Pruner):
