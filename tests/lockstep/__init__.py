@@ -1,11 +1,11 @@
 """Trainings that are frozen: same initial weights, same batches, same weights at the end.
 
-The arrays beside this file were made by this suite at revision 510c674, in float64. What that revision trained was
-compared with the authors' releases, executed from their own text on the same weights and batches: HALO's arms, the
-retraining schedules and the methods that prune during training of IMP+SLR, and the gates of pruning from scratch
-agreed to 3e-14 and their masks and structures exactly; DNW and DST (whose releases round some numbers to float32)
-to 5e-9. Feature relevance, pre-training, HALO's MCP and its magnitude baseline, and the 2022 reading of BIMP had no
-such counterpart: these hold what 510c674 does.
+The arrays beside this file were made by this suite at revision 510c674, in float64. That revision had been compared
+with the authors' releases, executed from their own text on the same weights and batches (of larger networks, and real
+images): HALO's arms, the retraining schedules and the methods that prune during training of IMP+SLR, and the gates of
+pruning from scratch agreed to 3e-14 and their masks and structures exactly; DNW and DST to 5e-9. CS and DST did with
+`double_decay`; without it they are this suite's reading. Feature relevance, pre-training, HALO's MCP, intended rates
+and magnitude baseline, and BIMP of 2022 had no such counterpart. All these hold what 510c674 does.
 
 `start.npz` has what all cases start from: images, the order of each epoch, and the networks' initial weights.
 `<paper>.npz` has what each case ends with. Nothing is drawn, loaded or augmented when a case is trained again.

@@ -1,0 +1,107 @@
+"""What the protocol of IMP+SLR executes is what its lockstep cases train: settings, hooks and optimisers in between."""
+
+import lockstep
+import numpy as np
+import pytest
+import torch
+
+from common.datasets import Dataset
+from common.runs import Context, Needed
+from common.settings import DatasetSettings, ExecutionSettings, Profile
+from common.training import Compute, Trainer
+from replications.imp_slr import protocol
+
+SETTINGS = {
+    "seeds": [0],
+    "targets": [0.9],
+    "epochs": 6,
+    "retrain_epochs": 3,
+    "lengths": [2],
+    "short_lengths": [1],
+    "batch_size": lockstep.BATCH,
+    "learning_rates": [0.1],
+    "schedules": ["FT", "LRW", "SLR", "CLR", "LLR", "ALLR"],
+    "during": ["gmp", "dpf", "gsm", "lc", "dnw", "str", "cs"],
+    "cycles": [3],
+    "retraining": {"cycle_epochs": "each"},
+    "str": {"weight_decays": [2e-2]},
+    "cs": {"initials": [0.0], "penalty": 1e-3},
+    "cells": [
+        {
+            "architecture": "resnet8",
+            "options": {"stem": 2, "shortcut": "A"},
+            "experiments": ["schedules", "during", "cycles"],
+        }
+    ],
+}
+# without DST: its step has a slope of 0.4 in the default precision, which is double here and single where it was frozen
+CASES = {"dense": "dense", "slr-3cycles": "SLR-3", "str-0.02": "STR", "cs-0": "CS"}
+CASES |= {name: name.upper() for name in ("gmp", "dpf", "gsm", "lc", "dnw")}
+CASES |= {name.lower(): f"{name}-1" for name in SETTINGS["schedules"]}
+
+
+class Double(Trainer):
+    """Takes images of any precision."""
+
+    def logits(self, images):
+        return super().logits(images.double())
+
+
+def _stored():
+    """The stored images as every split of a data set."""
+    found = lockstep.start()
+    images, labels = found["images"].permute(0, 2, 3, 1).contiguous(), found["labels"].long()
+    splits = ("train", "validation", "test")
+    return Dataset(
+        "stored",
+        dict.fromkeys(splits, images),
+        dict.fromkeys(splits, labels),
+        10,
+        255.0,
+        (0.5,) * 3,
+        (0.25,) * 3,
+    )
+
+
+def _execute(run, trained):
+    """Execute a run and what it needs from the stored weights and batches; `trained` collects weights by variant."""
+    needs, made = tuple(_execute(need, trained) for need in run.needs), []
+
+    class Stored(Context):
+        def dataset(self, settings):
+            return _stored()
+
+        def trainer(self, model, data, batch_size, hooks=(), **options):
+            if not needs:
+                lockstep.started("resnet", model)
+            made.append(Double(model, lockstep.StoredBatches(), hooks=hooks, **options))
+            return made[0]
+
+    outcome = protocol.execute(run, Stored(run, Compute(torch.device("cpu")), needs))
+    trained[run.variant] = {name: value.clone() for name, value in made[0].model.state_dict().items()}
+    record = {"settings": run.settings, "metrics": outcome.metrics, "details": outcome.details}
+    return Needed(record, {"model": trained[run.variant]})
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Weights at the end of each run, by variant."""
+    settings = protocol.Settings.model_validate(SETTINGS)
+    profile = Profile(name="test", dataset=DatasetSettings(), execution=ExecutionSettings(), paper=settings)
+    found = {}
+    torch.set_default_dtype(torch.float64)
+    try:
+        for run in protocol.runs(profile):
+            if run.variant in CASES and run.variant not in found:
+                _execute(run, found)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return found
+
+
+@pytest.mark.parametrize("variant", CASES)
+def test_a_run_trains_what_is_frozen(trained, variant):
+    found, frozen = trained[variant], lockstep.frozen("imp_slr")[CASES[variant]]
+    weights = {name: value for name, value in found.items() if value.is_floating_point()}
+    for name, value in weights.items():
+        assert np.abs(value.numpy() - frozen[name]).max() <= 1e-12, name
