@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.datasets import Dataset
-from common.runs import Context, Needed
+from common.core.data import Dataset
+from common.core.run import Context, Needed
 from common.settings import DatasetSettings, ExecutionSettings, Profile
-from common.training import Compute, Trainer
+from common.core.compute import Compute
+from common.core.trainer import Trainer
 from replications.imp_slr import protocol
 
 SETTINGS = {

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.models import build
+from common.core.models import build
 
 HERE = Path(__file__).parent
 PAPERS = ("halo", "imp_slr", "pruning_from_scratch", "feature_relevance", "pretraining_impact")

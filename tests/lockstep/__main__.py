@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import torch
 
-from common.models import build
+from common.core.models import build
 from lockstep import BATCH, CHAIN, HERE, PAPERS, PER_EPOCH, SHAPE, arrays, cases, frozen, packed
 from lockstep.pruning_from_scratch import LAYOUTS, layout
 

@@ -6,8 +6,8 @@ import copy
 
 import torch
 
-from common import schedules
-from common.training import Trainer
+from common.core import schedules
+from common.core.trainer import Trainer
 from lockstep import PER_EPOCH, StoredBatches, chain, ended, resnet
 from replications.feature_relevance.gradual import GradualPruning, Pruner, Ranking, until_channels
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from common.pruning.masks import KeepMasked, Masks, prunable
-from common.training import Trainer
+from common.core.pruning.masks import KeepMasked, Masks, prunable
+from common.core.trainer import Trainer
 from lockstep import PER_EPOCH, StoredBatches, ended, resnet
 from replications.halo import method
 

@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from common import schedules
-from common.pruning.masks import KeepMasked, Masks
-from common.training import Trainer
+from common.core import schedules
+from common.core.pruning.masks import KeepMasked, Masks
+from common.core.trainer import Trainer
 from lockstep import PER_EPOCH, StoredBatches, ended, resnet
 from replications.imp_slr import baselines, method
 

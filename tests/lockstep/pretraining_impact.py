@@ -6,9 +6,9 @@ import copy
 
 import torch
 
-from common import schedules
-from common.pruning import channels
-from common.training import Trainer
+from common.core import schedules
+from common.core.pruning import channels
+from common.core.trainer import Trainer
 from lockstep import PER_EPOCH, StoredBatches, chain, ended, resnet
 from replications.pretraining_impact import filters, method
 

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from common.training import Trainer
+from common.core.trainer import Trainer
 from lockstep import PER_EPOCH, SHAPE, StoredBatches, ended, started
 from replications.pruning_from_scratch import method
 from replications.pruning_from_scratch.structure import Layout, Ranking, search
