@@ -7,6 +7,7 @@ from common.arena import Arena, Contest
 from common.core.compute import Compute
 from common.core.run import Context, Needed, Run
 from common.core.trainer import RunFailed
+from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile
 from replications.equal_footing import protocol
 
@@ -60,7 +61,7 @@ def test_a_share_that_masks_cannot_meet_is_named():
 
 def _point(macs: int, accuracy: float) -> Needed:
     cost = {"sparse_macs": macs, "macs": 1000, "dense_parameters": 500}
-    return Needed({"cost": cost, "metrics": {"test_accuracy": accuracy}}, None)
+    return Needed(Record.model_construct(cost=cost, metrics={"test_accuracy": accuracy}), None)
 
 
 def test_accuracy_at_a_share_of_the_macs_is_interpolated_and_not_extrapolated():

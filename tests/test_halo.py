@@ -11,6 +11,7 @@ from common.core.models import build
 from common.core.pruning.masks import prunable
 from common.core.run import Context, Needed
 from common.core.trainer import Diverged, RunFailed, Trainer
+from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile
 from replications.halo import measures, method, protocol
 
@@ -32,7 +33,11 @@ def _executed(run, done):
         needs = []
         for need in run.needs:
             outcome = _executed(need, done)
-            needs.append(Needed({"metrics": outcome.metrics, "details": outcome.details}, outcome.state))
+            needs.append(
+                Needed(
+                    Record.model_construct(metrics=outcome.metrics, details=outcome.details), outcome.state
+                )
+            )
         context = Context(run, Compute.choose("cpu", "float32"), tuple(needs))
         done[run.settings_hash] = protocol.execute(run, context)
     return done[run.settings_hash]
@@ -294,7 +299,7 @@ def test_the_trial_is_chosen_by_validation_alone():
 
     def scored(validation, test):
         return [
-            Needed({"metrics": {"validation_accuracy": v, "test_accuracy": t}, "details": {}}, None)
+            Needed(Record.model_construct(metrics={"validation_accuracy": v, "test_accuracy": t}), None)
             for v, t in zip(validation, test)
         ]
 

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.core.compute import Compute
 from common.core.data import Dataset
 from common.core.run import Context, Needed
-from common.settings import DatasetSettings, ExecutionSettings, Profile
-from common.core.compute import Compute
 from common.core.trainer import Trainer
+from common.records import Record
+from common.settings import DatasetSettings, ExecutionSettings, Profile
 from replications.imp_slr import protocol
 
 SETTINGS = {
@@ -80,7 +81,7 @@ def _execute(run, trained):
 
     outcome = protocol.execute(run, Stored(run, Compute(torch.device("cpu")), needs))
     trained[run.variant] = {name: value.clone() for name, value in made[0].model.state_dict().items()}
-    record = {"settings": run.settings, "metrics": outcome.metrics, "details": outcome.details}
+    record = Record.model_construct(settings=run.settings, metrics=outcome.metrics, details=outcome.details)
     return Needed(record, {"model": trained[run.variant]})
 
 

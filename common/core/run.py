@@ -16,6 +16,7 @@ from common.core.compute import Compute
 from common.core.data import Batches, Dataset
 from common.core.identity import digest
 from common.core.trainer import Checkpoints, Hooks, Trainer
+from common.records import Record
 from common.settings import DatasetSettings
 
 
@@ -74,7 +75,7 @@ class Outcome:
 class Needed:
     """A finished run that another one starts from: its record and what it kept (None if nothing)."""
 
-    record: dict[str, Any]
+    record: Record
     state: dict[str, Any] | None
 
 

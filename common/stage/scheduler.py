@@ -33,6 +33,7 @@ from common.core.compute import Compute, make_repeatable, out_of_memory, release
 from common.core.identity import canonical
 from common.core.run import Context, Needed, Run
 from common.core.trainer import RunFailed
+from common.records import Record
 from common.settings import ExecutionSettings
 from common.stage import processes
 from common.stage.papers import protocol
@@ -53,12 +54,14 @@ def perform(
     Returns its entry {"record", "curves", "seconds", ...}, or None if the time budget ended before the run did.
     """
     begun = time.perf_counter()
-    needs = tuple(Needed(store.load(need)["record"], store.state(need)) for need in run.needs)
-    lost = [(need, n.record) for need, n in zip(run.needs, needs) if n.record["status"] != "ok"]
+    needs = tuple(
+        Needed(Record.model_validate(store.load(need)["record"]), store.state(need)) for need in run.needs
+    )
+    lost = [(need, n.record) for need, n in zip(run.needs, needs) if n.record.status != "ok"]
     checkpoints = store.checkpoints(run, budget)
     outcome, reason = None, None
     if lost:
-        reason = f"it starts from {lost[0][0]}, which failed: {lost[0][1]['reason']}"
+        reason = f"it starts from {lost[0][0]}, which failed: {lost[0][1].reason}"
     else:
         compute = Compute.choose(execution.device, execution.precision, execution.compilation)
         context = Context(run, compute, needs, checkpoints.of_next_trainer)

@@ -140,11 +140,10 @@ CONTROLS: dict[str, Contender] = {
 def _at_macs(run: Run, context: Context) -> Outcome:
     """Test accuracy at the share 1 - target of the dense MACs, linear in the logarithm of the MACs between two runs."""
     points = sorted(
-        (need.record["cost"]["sparse_macs"], need.record["metrics"]["test_accuracy"])
-        for need in context.needs
+        (need.record.cost["sparse_macs"], need.record.metrics["test_accuracy"]) for need in context.needs
     )
     macs, accuracy = np.array(points, dtype=float).T
-    dense = context.needs[0].record["cost"]
+    dense = context.needs[0].record.cost
     wanted = round((1 - run.target) * dense["macs"])
     if not macs[0] <= wanted <= macs[-1]:
         raise RunFailed(f"its runs reach from {macs[0]:.0f} to {macs[-1]:.0f} MACs; {wanted} lies outside")

@@ -362,7 +362,7 @@ def _mask(run: Run, context: Context, data: Dataset) -> Outcome:
     trainer = _restored(run, context, data)
     found = _cut(run, trainer.model, run.target)
     metrics, details = _measured(context, trainer, data, found)
-    metrics["training_epochs"] = start.record["metrics"]["training_epochs"]
+    metrics["training_epochs"] = start.record.metrics["training_epochs"]
     if "lambdas" in start.state:
         weights = prunable(trainer.model, run.settings["layers"])
         survivors = [weights[name].detach()[mask] for name, mask in found.kept.items()]
@@ -376,9 +376,9 @@ def _fine_tune(run: Run, context: Context, data: Dataset) -> Outcome:
     start, *trials = context.needs
     rate = _chosen(run, trials)
     trainer = _restored(run, context, data)
-    epochs = start.record["metrics"]["training_epochs"]
-    if "diverged" in start.record["details"]:
-        return _lost(context, trainer, data, epochs, start.record["details"]["diverged"])
+    epochs = start.record.metrics["training_epochs"]
+    if "diverged" in start.record.details:
+        return _lost(context, trainer, data, epochs, start.record.details["diverged"])
     # of the weights that earlier rounds have left; rounded, because 0.4999... of an even number is one less
     share = round(1 - (1 - run.target) / (1 - run.settings["from"]), 12)
     found = _cut(run, trainer.model, share)
@@ -411,7 +411,7 @@ def _chosen(run: Run, tuning: Sequence[Any]) -> Any:
         return trials[0] if trials else None
     each = len(tuning) // len(trials)
     scores = [
-        -1.0 if "diverged" in need.record["details"] else need.record["metrics"]["validation_accuracy"]
+        -1.0 if "diverged" in need.record.details else need.record.metrics["validation_accuracy"]
         for need in tuning
     ]
     means = [sum(scores[i * each : (i + 1) * each]) / each for i in range(len(trials))]

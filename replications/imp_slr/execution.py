@@ -17,6 +17,7 @@ from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Masks, prunable, squared_norm
 from common.core.run import Context, Outcome, Run
 from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
+from common.records import Record
 from replications.imp_slr import baselines, method
 from replications.imp_slr.settings import RETRAINED, DenseSchedule, percent
 
@@ -55,28 +56,27 @@ def _execute_dense(run: Run, context: Context, data: Dataset) -> Outcome:
 
 def _execute_imp(run: Run, context: Context, data: Dataset) -> Outcome:
     settings, dense = run.settings, context.needs[0]
-    if dense.record["details"].get("diverged"):
-        raise Diverged(dense.record["details"]["diverged"])
+    if dense.record.details.get("diverged"):
+        raise Diverged(dense.record.details["diverged"])
     model = _network(run, context, data)
     model.load_state_dict(dense.state["model"])
     masks = Masks.dense(model)
     trainer = _trainer(run, context, model, data, KeepMasked(masks))
     # data order goes on where dense training ended
-    trainer.epochs_done = dense.record["settings"]["epochs"]
+    trainer.epochs_done = dense.record.settings["epochs"]
     rate = _dense_rate(context)
-    sparsity = context.needs[1].record["cost"]["sparsity"] if settings.get("matched") else run.target
+    sparsity = context.needs[1].record.cost["sparsity"] if settings.get("matched") else run.target
     if not 0 < sparsity < 1:
         raise RunFailed(
-            f"{context.needs[1].record['variant']} reached a sparsity of {sparsity:g}: "
-            "nothing to compare with"
+            f"{context.needs[1].record.variant} reached a sparsity of {sparsity:g}: nothing to compare with"
         )
     metrics = {"distance_to_pruned": _relative_distance(model, sparsity)}
-    before = dense.record["metrics"]["test_accuracy"]
+    before = dense.record.metrics["test_accuracy"]
     more, details = _prune_and_retrain(
-        run, trainer, data, masks, sparsity, dense.record["settings"], rate, before
+        run, trainer, data, masks, sparsity, dense.record.settings, rate, before
     )
     metrics |= more
-    total = dense.record["settings"]["epochs"] + sum(cycle["epochs"] for cycle in details["cycles"])
+    total = dense.record.settings["epochs"] + sum(cycle["epochs"] for cycle in details["cycles"])
     outcome = _outcome(run, context, trainer, data, total, {"learning_rate": rate, **details}, metrics)
     outcome.metrics |= _gain_shares(settings, outcome.metrics, [need.record for need in context.needs[1:]])
     return outcome
@@ -143,7 +143,7 @@ def _chosen_rate(run: Run, context: Context) -> tuple[float, dict[str, Any]]:
         return rates[0], {"learning_rate": rates[0]}
     found = defaultdict(list)
     for need in context.needs:
-        found[need.record["details"]["learning_rate"]].append(need.record["metrics"]["validation_accuracy"])
+        found[need.record.details["learning_rate"]].append(need.record.metrics["validation_accuracy"])
     means = {rate: sum(values) / len(values) for rate, values in found.items()}
     best = min(means, key=lambda rate: (-means[rate], rate))
     return best, {"learning_rate": best, "tuning": {f"{rate:g}": means[rate] for rate in sorted(means)}}
@@ -151,7 +151,7 @@ def _chosen_rate(run: Run, context: Context) -> tuple[float, dict[str, Any]]:
 
 def _dense_rate(context: Context) -> float:
     """The learning rate of the dense network that a run starts from."""
-    return context.needs[0].record["details"]["learning_rate"]
+    return context.needs[0].record.details["learning_rate"]
 
 
 def _prune_and_retrain(
@@ -208,17 +208,17 @@ def _relative_distance(model: nn.Module, sparsity: float) -> float:
 
 
 def _gain_shares(
-    settings: dict[str, Any], own: dict[str, Any], others: Sequence[dict[str, Any]]
+    settings: dict[str, Any], own: dict[str, Any], others: Sequence[Record]
 ) -> dict[str, float | None]:
     """How much of this run's gain by retraining the shorter ones reach, and how long 90 % of it takes.
 
     Nothing if there are no shorter ones; None where this run gained nothing.
     """
-    shorter = [record for record in others if record["settings"]["role"] == "imp"]
+    shorter = [record for record in others if record.settings["role"] == "imp"]
     if not shorter:
         return {}
-    lengths = [record["settings"]["retrain_epochs"] for record in shorter]
-    gains = [record["metrics"]["test_accuracy"] - own["pruned_accuracy"] for record in shorter]
+    lengths = [record.settings["retrain_epochs"] for record in shorter]
+    gains = [record.metrics["test_accuracy"] - own["pruned_accuracy"] for record in shorter]
     longest = own["test_accuracy"] - own["pruned_accuracy"]
     found = {
         f"gain_share_{percent(length, settings['epochs'])}": gain / longest if longest > 0 else None

@@ -272,7 +272,7 @@ def _dense(job: _Job) -> Outcome:
     model = job.started(0)
     initial = _copy(model, job.network()) if job.settings["keep_initial"] else None
     trainer = job.train(model, "target")
-    macs = sum(need.record["details"]["training_macs"] for need in job.context.needs)
+    macs = sum(need.record.details["training_macs"] for need in job.context.needs)
     macs += job.training_macs(job.shape.cost()["macs"])
     outcome = job.measured(trainer, macs, learning_rate=job.settings["training"]["learning_rates"][0])
     outcome.state = _state(trainer.model, initial)
@@ -280,12 +280,12 @@ def _dense(job: _Job) -> Outcome:
 
 
 def _choose(job: _Job) -> Outcome:
-    best = max(job.context.needs, key=lambda need: need.record["metrics"]["validation_accuracy"])
-    return Outcome(best.record["metrics"], best.record["cost"], [], best.state, best.record["details"])
+    best = max(job.context.needs, key=lambda need: need.record.metrics["validation_accuracy"])
+    return Outcome(best.record.metrics, best.record.cost, [], best.state, best.record.details)
 
 
 def _level(job: _Job) -> Outcome:
-    before = job.needed(0).record["details"]
+    before = job.needed(0).record.details
     model, initial = job.resumed("model"), job.resumed("initial")
     selection = Selection.model_validate(job.settings["selection"])
     if selection.criterion in method.NEEDS_GRADIENT:
@@ -308,7 +308,7 @@ def _level(job: _Job) -> Outcome:
     if stop := job.settings.get("stop"):
         outcome.metrics |= _along(curve, **stop)
     if len(job.context.needs) > 1:
-        outcome.metrics |= _against_scratch(curve, job.needed(1).record["details"]["curve"])
+        outcome.metrics |= _against_scratch(curve, job.needed(1).record.details["curve"])
     outcome.state = _state(model, initial)
     return outcome
 
@@ -351,7 +351,7 @@ def _against_scratch(curve: Mapping[str, list], scratch: Mapping[str, list]) -> 
 
 
 def _gradual(job: _Job) -> Outcome:
-    reference = job.needed(0).record["details"]
+    reference = job.needed(0).record.details
     model = job.started(1)
     selection = Selection.model_validate(job.settings["selection"])
     initial = None
@@ -367,7 +367,7 @@ def _gradual(job: _Job) -> Outcome:
     )
     trainer = job.train(model, "target", [pruning, *masks], reference["learning_rate"])
     pruning.finish(model)
-    macs = sum(need.record["details"]["training_macs"] for need in job.context.needs[1:])
+    macs = sum(need.record.details["training_macs"] for need in job.context.needs[1:])
     macs += job.training_macs(_macs_while_pruning(job, pruning, total))
     curve = {key: values[:1] for key, values in reference["curve"].items()}
     return job.measured(trainer, macs, curve, fraction=job.settings["fraction"])
@@ -381,7 +381,7 @@ def _macs_while_pruning(job: _Job, pruning: Gradual, total: int) -> float:
 
 
 def _small(job: _Job) -> Outcome:
-    dense, pruned = (need.record["details"] for need in job.context.needs)
+    dense, pruned = (need.record.details for need in job.context.needs)
     model = job.shape.build(pruned["filters"], seed=stream(job.run.seed, "initial"))
     trainer = job.train(model, "target", rate=dense["learning_rate"])
     curve = {key: values[:1] for key, values in dense["curve"].items()}

@@ -489,7 +489,7 @@ class _Job:
         paper.
         """
         surplus = self.wide.cost()["macs"] / self.base.cost()["macs"]
-        epochs = self.context.needs[0].record["settings"]["gates"]["epochs"]
+        epochs = self.context.needs[0].record.settings["gates"]["epochs"]
         return {
             "search_cost": surplus * epochs / self.training.epochs,
             "search_cost_published": surplus * PUBLISHED_GATE_IMAGES / PUBLISHED_BASE_IMAGES,

@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from common.runs import Run, Store, execute, prepare_process
+from common.training import Compute, Hooks, RunFailed, Trainer
 
 from common.core.data import SPLITS, Batches, make_dataset
 from common.core.models import build
 from common.core.pruning import channels
 from common.core.pruning.masks import KeepMasked, Masks
-from common.runs import Run, Store, execute, prepare_process
 from common.settings import AugmentationSettings, ExecutionSettings
-from common.training import Compute, Hooks, RunFailed, Trainer
 from replications.halo.method import HALO, LambdaTraining, penalised
 from replications.pruning_from_scratch.method import Gates
 from replications.pruning_from_scratch.protocol import TrainingSettings
@@ -192,7 +192,10 @@ def test_runs_together_leave_the_records_of_runs_alone_and_a_diverging_one_ends_
 def test_many_short_runs_capture_and_replay_side_by_side(tmp_path):
     """More captures than torch has streams, while other threads replay."""
     alone, together = (
-        [json.dumps(entry["record"], sort_keys=True) for entry in _stage(tmp_path, name, workers, [RATE] * 48)]
+        [
+            json.dumps(entry["record"], sort_keys=True)
+            for entry in _stage(tmp_path, name, workers, [RATE] * 48)
+        ]
         for name, workers in (("alone", 1), ("together", 16))
     )
     assert together == alone
@@ -208,7 +211,9 @@ def test_a_batch_that_does_not_fit_is_named_with_one_that_does():
         count = 4096
         pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         parts = dict(zip(SPLITS, np.split(np.arange(count), [count - 2, count - 1]), strict=True))
-        data = make_dataset("made up", parts, pixels, np.arange(count) % 10, 10, 255.0, AugmentationSettings())
+        data = make_dataset(
+            "made up", parts, pixels, np.arange(count) % 10, 10, 255.0, AugmentationSettings()
+        )
         compute = Compute(torch.device("cuda"), captured=True)
         batches = Batches(data.to(compute.device), "train", count)
         with pytest.raises(RunFailed, match=r"out of memory on cuda.*a batch of \d+ fits"):

@@ -50,6 +50,7 @@ class LayerCost:
         """MACs with non-zero weights only."""
         return self.nonzero * self.positions + self.extra
 
+
 # hooks and tensors without values are put into the model for a moment
 _COUNTING = threading.Lock()
 
