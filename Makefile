@@ -51,4 +51,4 @@ checkout:
 	  { echo "error: this folder is not a git checkout, which DVC needs: clone the repository with git, or run 'git init && git add --all && git commit -m start' here" >&2; exit 1; }
 
 clean:
-	rm -rf .venv .runs results mlflow.db mlartifacts
+	rm -rf .venv .runs .settings results mlflow.db mlartifacts

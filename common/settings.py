@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,28 @@ class Strict(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_null_takes_out(cls, values: Any) -> Any:
+        """In a table whose keys are one's own (variants, say), null takes out what a profile would inherit."""
+        if not isinstance(values, Mapping):
+            return values
+        tables = {name for name, field in cls.model_fields.items() if _has_own_keys(field.annotation)}
+        return {
+            name: {key: item for key, item in value.items() if item is not None}
+            if name in tables and isinstance(value, Mapping)
+            else value
+            for name, value in values.items()
+        }
+
+
+def _has_own_keys(annotation: Any) -> bool:
+    """Whether a field is a table with any keys, of which none can have the value null."""
+    if get_origin(annotation) is not dict:
+        return False
+    item = get_args(annotation)[1]
+    return item is not Any and type(None) not in get_args(item)
 
 
 def _distinct(values: tuple) -> tuple:
@@ -144,7 +166,7 @@ class CellSettings(Strict):
 def hint(name: str, known: list[str]) -> str:
     """What is allowed in place of `name`, nearest match first."""
     near = difflib.get_close_matches(str(name), known, n=1)
-    return f"allowed: {', '.join(known)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    return f"allowed: {', '.join(known) or 'none'}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 def validated(model: type[BaseModel], values: Any, where: str) -> Any:
@@ -253,6 +275,45 @@ def selected_profile(file: str | os.PathLike = PARAMS_FILE) -> str:
     return profile_blocks(file, None)[1]
 
 
+def merged(base: Any, changes: Any) -> Any:
+    """`base` with `changes`: tables are merged key by key; anything else, a list or null too, is replaced whole."""
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**base, **{key: merged(base.get(key), value) for key, value in changes.items()}}
+
+
+def profile_chain(file: str | os.PathLike, profile: str | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """A profile and those that it extends, farthest first: name and settings, with the inherited ones.
+
+    Raises SettingsError.
+    """
+    blocks, name = profile_blocks(file, profile)
+    names, own = [name], []
+    while True:
+        where = f"{file}: profiles.{names[-1]}"
+        block = {} if blocks[names[-1]] is None else blocks[names[-1]]
+        if not isinstance(block, Mapping):
+            raise SettingsError(f"{where} = {block!r}: must be a table")
+        own.append({key: value for key, value in block.items() if key != "extends"})
+        if "extends" not in block:
+            break
+        parent = block["extends"]
+        others = [known for known in blocks if known not in names]
+        if parent in names:
+            circle = " -> ".join([*names[names.index(parent) :], parent])
+            raise SettingsError(
+                f"{where}.extends = {parent!r}: a profile must not extend itself ({circle}); "
+                f"allowed: {', '.join(others) or 'none'}"
+            )
+        if parent not in others:
+            raise SettingsError(f"{where}.extends = {parent!r}: unknown profile; {hint(parent, others)}")
+        names.append(parent)
+    chain: list[tuple[str, dict[str, Any]]] = []
+    for name, block in zip(reversed(names), reversed(own)):
+        chain.append((name, merged(chain[-1][1], block) if chain else block))
+    return chain
+
+
 def profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mapping[str, Any], str]:
     """The blocks of all profiles, and the name of `profile` or else of the one that the file selects."""
     content = read_yaml(file)
@@ -266,6 +327,6 @@ def profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mappin
     if not isinstance(blocks, Mapping) or not blocks:
         raise SettingsError(f"{file}: profiles = {blocks!r}: must be a table of profiles")
     name = profile if profile is not None else content.get("profile")
-    if name not in blocks:
+    if name not in list(blocks):
         raise SettingsError(f"{file}: profile = {name!r}: unknown profile; {hint(name, list(blocks))}")
     return blocks, name

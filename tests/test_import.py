@@ -217,7 +217,7 @@ def test_without_mlflow_and_dvc_the_files_are_there_and_the_rest_is_said(project
     assert result.returncode == 0, result.stderr
     assert _bytes(project / "results") == _bytes(folder)
     assert "mlflow is not installed here" in result.stderr
-    assert "`dvc commit --force example` makes `dvc repro` accept" in result.stderr
+    assert "`dvc commit --force settings example` makes `dvc repro` accept" in result.stderr
 
 
 KILL = """

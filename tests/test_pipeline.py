@@ -44,7 +44,7 @@ def _repro(project):
 
 
 def test_a_sixth_paper_runs_to_its_verdict(project):
-    assert set(_repro(project)) == {"data", "example", "statistics", "report"}
+    assert set(_repro(project)) == {"settings", "data", "example", "statistics", "report"}
     verdicts = json.loads((project / "reports/digits/verdicts.json").read_text())
     (claim,) = verdicts["papers"]["example"]["claims"]
     assert claim["id"] == "E1" and claim["verdict"] in ("replicated", "inconclusive")

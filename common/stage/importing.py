@@ -21,7 +21,7 @@ from typing import Any
 from common.core.identity import canonical, digest
 from common.core.run import Run
 from common.settings import PARAMS_FILE, hint, selected_profile
-from common.stage import pipeline
+from common.stage import pipeline, resolve
 from common.stage.papers import load, papers
 from common.stage.store import StageError, code_digest, data_prints
 
@@ -67,8 +67,12 @@ def take_in(
 
 
 def accept(stages: Sequence[str]) -> str | None:
-    """Have `dvc repro` take the stages' outputs as they are; returns why not where there is no DVC. Raises StageError."""
-    command = ["dvc", "commit", "--force", *stages]
+    """Have `dvc repro` take the stages' outputs as they are; returns why not where there is no DVC.
+
+    Raises StageError, SettingsError.
+    """
+    resolve.write()  # what the stages depend on of params.yaml
+    command = ["dvc", "commit", "--force", "settings", *stages]
     if find_spec("dvc") is None:
         return f"dvc is not installed here: `{' '.join(command)}` makes `dvc repro` accept these stages"
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)

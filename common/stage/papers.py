@@ -19,7 +19,7 @@ from common.settings import (
     Profile,
     SettingsError,
     hint,
-    profile_blocks,
+    profile_chain,
     validated,
 )
 
@@ -42,22 +42,20 @@ def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None 
     known = papers()
     if paper not in known:
         raise SettingsError(f"unknown paper {paper!r}; {hint(paper, known)}")
-    blocks, name = profile_blocks(file, profile)
-    block = blocks[name] or {}
-    where = f"{file}: profiles.{name}"
-    if not isinstance(block, Mapping):
-        raise SettingsError(f"{where} = {block!r}: must be a table")
-    allowed = ["dataset", "execution", *known]
-    for key in block:
-        if key not in allowed:
-            raise SettingsError(f"{where}.{key}: unknown key; {hint(key, allowed)}")
     settings = protocol(paper).Settings
-    return Profile(
-        name=name,
-        dataset=validated(DatasetSettings, block.get("dataset") or {}, f"{where}.dataset"),
-        execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
-        paper=validated(settings, block.get(paper) or {}, f"{where}.{paper}"),
-    )
+    allowed = ["extends", "dataset", "execution", *known]
+    for name, block in profile_chain(file, profile):  # so an error is named where it is written
+        where = f"{file}: profiles.{name}"
+        for key in block:
+            if key not in allowed:
+                raise SettingsError(f"{where}.{key}: unknown key; {hint(key, allowed)}")
+        loaded = Profile(
+            name=name,
+            dataset=validated(DatasetSettings, block.get("dataset") or {}, f"{where}.dataset"),
+            execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
+            paper=validated(settings, block.get(paper) or {}, f"{where}.{paper}"),
+        )
+    return loaded
 
 
 def profile_datasets(

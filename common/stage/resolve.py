@@ -1,0 +1,82 @@
+"""`python -m common.stage.resolve`: what each stage reads of params.yaml, with all that the profile inherits.
+
+The stage `settings` of the pipeline. A stage depends on its own file in `.settings/<profile>` where it would depend on
+params.yaml, so an edit there (also one of a profile that the selected one extends) re-runs the stages whose settings
+it changes, and no other. Nothing reads the files: a stage loads its settings from params.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from common.settings import (
+    PARAMS_FILE,
+    AugmentationSettings,
+    CellSettings,
+    DatasetSettings,
+    PaperSettings,
+    SettingsError,
+    profile_chain,
+)
+from common.stage.papers import load, papers, profile_datasets
+
+FOLDER = Path(".settings")
+# settings whose defaults come from outside a paper's folder
+_SHARED: tuple[type[BaseModel], ...] = (PaperSettings, CellSettings, DatasetSettings, AugmentationSettings)
+
+
+def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, Any]:
+    """By stage, all in the settings that can change what it writes. Raises SettingsError, for every paper's."""
+    name, block = profile_chain(file, profile)[-1]
+    stages: dict[str, Any] = {
+        "data": [
+            data.model_dump(mode="json", exclude={"augmentation"}) for data in profile_datasets(file, profile)
+        ]
+    }
+    defaults = {model.__name__: model().model_dump(mode="json") for model in _SHARED}
+    for paper in papers():
+        complete = load(paper, file, profile)
+        stages[paper] = {
+            "profile": name,
+            "dataset": complete.dataset.model_dump(mode="json"),
+            "execution": complete.execution.model_dump(mode="json", exclude={"workers"}),
+            # as it is written: the paper's own defaults are code, on which its stage depends
+            paper: block.get(paper),
+            "defaults": defaults,
+        }
+    return stages
+
+
+def write(file: str = PARAMS_FILE, profile: str | None = None, folder: Path = FOLDER) -> None:
+    """Write the files of a profile, and remove those of papers that are gone. Raises SettingsError."""
+    stages = resolved(file, profile)
+    target = folder / profile_chain(file, profile)[-1][0]
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for stage, settings in stages.items():
+        (target / f"{stage}.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m common.stage.resolve", description=__doc__)
+    parser.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    parser.add_argument("--profile", help="profile to use in place of the one that the file selects")
+    options = parser.parse_args(arguments)
+    try:
+        write(options.params, options.profile)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
