@@ -1,7 +1,10 @@
 """Options and defaults of the test suite."""
 
+import gc
 import os
 from pathlib import Path
+
+import pytest
 
 # before torch is imported anywhere: spinning OpenMP threads are slow beside other busy processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +19,20 @@ def pytest_addoption(parser):
         type=Path,
         help="file or folder of golden vectors to run in place of tests/golden (may be repeated)",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test that is not marked slow is fast, so that `-m fast` and `-m slow` are the whole suite."""
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.fast)
+
+
+def pytest_collection_finish():
+    """statsmodels collects garbage at every correction, which takes long among all that the tests have loaded."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()

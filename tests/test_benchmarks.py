@@ -25,6 +25,8 @@ from common.core.models import build
 from common.settings import DatasetSettings
 from common.stage import processes
 
+pytestmark = pytest.mark.slow
+
 
 class Work:
     """Sides that take given seconds of a clock that only they move; every call and its place is noted."""

@@ -14,6 +14,8 @@ from common.stage.papers import profile_datasets
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
 
+pytestmark = pytest.mark.slow
+
 PHOTOS = {"source": "folder", "path": "data/photos", "size": 16, "streamed": True, "validation": 4}
 IMP_SLR = {
     "epochs": 3,

@@ -104,7 +104,13 @@ def assert_equal_outputs(model, twin, images):
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("norms", [True, False])
-@pytest.mark.parametrize("name, shape, options", NETWORKS)
+@pytest.mark.parametrize(
+    "name, shape, options",
+    [
+        pytest.param(*network, marks=[pytest.mark.slow] * (network[0] == "mobilenet_v2"))
+        for network in NETWORKS
+    ],
+)
 def test_narrowed_equals_masked_before_and_after_more_training(name, shape, options, norms, optimiser):
     model, optimizer, step, images = trained(name, shape, options, optimiser)
     twin, other = copied(model, optimizer, optimiser)

@@ -228,6 +228,7 @@ def command(*arguments):
     return main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_command_judges_files_and_folders_alike(tmp_path, capsys):
     claims_of_demo = claims_file(tmp_path / "replications/demo", GOOD)
     file = records_file(tmp_path / "results")
@@ -346,6 +347,7 @@ def test_an_empty_records_file_is_no_error(tmp_path):
     assert json.loads(out.read_text())["counts"]["not tested"] == 1
 
 
+@pytest.mark.slow
 def test_statistics_never_loads_torch():
     code = "import sys, common.statistics.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -11,6 +11,8 @@ from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile
 from replications.equal_footing import protocol
 
+pytestmark = pytest.mark.slow
+
 DATA = DatasetSettings(train=120, validation=50)
 ARENA = Arena(epochs=8, batch_size=40)
 

@@ -297,6 +297,7 @@ def _records(profile, folder):
     return {(e["record"]["architecture"], e["record"]["variant"]): e for e in entries}
 
 
+@pytest.mark.slow
 def test_runs_part_from_the_dense_one_at_their_first_event(tmp_path):
     entries = _records(_profile(), tmp_path)
     assert all(entry["record"]["status"] == "ok" for entry in entries.values())
@@ -313,6 +314,7 @@ def test_runs_part_from_the_dense_one_at_their_first_event(tmp_path):
     assert entries["resnet8", "frs"]["record"]["metrics"]["scoring_cost"] == 3 * 20 * 5 / (4 * 100 * 3)
 
 
+@pytest.mark.slow
 def test_removed_and_masked_runs_leave_the_same_record(tmp_path):
     # two channels stay in each layer: with a dead branch, scores of what is left of it may differ
     small = {"name": "resnet8", "options": {"stem": 4}, "runs": {"frs": [0.4]}, "min_channels_per_layer": 2}

@@ -13,13 +13,17 @@ import pytest
 
 HERE = Path(__file__).parent
 GENERAL = {"abs", "rel", "exact", "integers"}
+# searches on the deepest networks
+SLOW = {"search_resnet110_p40", "search_resnet56_p50", "search_resnet50_p50", "search_mobilenet_v1_p50"}
 
 
 def pytest_generate_tests(metafunc):
     sources = metafunc.config.getoption("--vectors") or [HERE / "golden"]
     cases = [entry for source in sources for file in _files(source) for entry in _cases(file)]
     metafunc.parametrize(
-        ("document", "case"), [c[:2] for c in cases], ids=[f"{d['slug']}/{c['name']}" for d, c in cases]
+        ("document", "case"),
+        [pytest.param(d, c, marks=[pytest.mark.slow] * (c["name"] in SLOW)) for d, c in cases],
+        ids=[f"{d['slug']}/{c['name']}" for d, c in cases],
     )
 
 

@@ -249,6 +249,7 @@ def test_directions_of_features():
 # ---------------------------------------------------------------------------------------------- protocol
 
 
+@pytest.mark.slow
 def test_every_variant_runs_and_is_measured():
     profile = _profile(
         trials=SINGLE, variants=list(protocol.PENALISED) + [protocol.ONE_SHOT, protocol.ITERATIVE]

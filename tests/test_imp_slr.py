@@ -483,6 +483,7 @@ def test_a_rate_at_which_training_diverges_loses_the_search(tmp_path):
     assert found["slr"]["record"]["details"]["learning_rate"] == 0.05
 
 
+@pytest.mark.slow
 def test_all_optional_arms_run(tmp_path):
     settings = TINY | {
         "cells": [

@@ -15,6 +15,8 @@ from common.stage import importing
 from common.stage.papers import papers
 from common.stage.store import StageError
 
+pytestmark = pytest.mark.slow
+
 FILES = (
     "digits/example.jsonl",
     "digits/example.curves.jsonl",

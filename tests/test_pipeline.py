@@ -13,6 +13,8 @@ from project import add_example, copy, environment, params, run
 
 from common.stage.papers import papers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):

@@ -23,6 +23,8 @@ from common.stage.plan import Expected, Stage
 from common.stage.rehearsal import Cost, kinds
 from common.stage.scheduler import perform
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, PER_EPOCH = 6, 1000
 
 

@@ -309,6 +309,7 @@ def _inside(parameter, blocks):
     return any(parameter.startswith(f"{block}.") and ".shortcut." not in parameter for block in blocks)
 
 
+@pytest.mark.slow
 def test_blocks_leave_in_the_order_of_their_probability_while_the_budget_lets_them():
     layout = Layout.of("resnet14", 10, (1, 8, 8), {"stem": 4})
     alpha = torch.tensor([-0.1, -3.0, 2.0, -1.0, 0.0, -2.0])
@@ -373,6 +374,7 @@ def test_channels_that_must_stay_are_passed_over():
     assert bpcp.removal_order(scores, 99, least=2) == [("a", 0)]
 
 
+@pytest.mark.slow
 def test_channels_leave_until_the_cost_is_nearest_to_the_budget():
     layout = Layout.of("resnet8", 10, (1, 8, 8), {"stem": 4})
     scores = bpcp.importance(residual("resnet8"))
@@ -525,6 +527,7 @@ def records(tmp_path_factory):
     return done
 
 
+@pytest.mark.slow
 def test_every_variant_meets_its_budget(records):
     for (variant, target), record in records.items():
         assert 0 <= record["metrics"]["test_accuracy"] <= 1
@@ -536,6 +539,7 @@ def test_every_variant_meets_its_budget(records):
             assert min(record["details"]["widths"]) >= 1
 
 
+@pytest.mark.slow
 def test_equal_epochs_or_equal_macs(records):
     dense = records["dense", 0.0]["details"]["epochs"]
     assert dense == records["pfs-e", 0.6]["details"]["epochs"] == 1
@@ -575,6 +579,7 @@ def pruned_blocks(tmp_path_factory):
     return done
 
 
+@pytest.mark.slow
 def test_one_block_search_on_the_trained_network_serves_all_budgets(pruned_blocks):
     assert list(pruned_blocks) == [("dense", 0.0), ("block-search", 0.0), ("bpcp-e", 0.3), ("bpcp-e", 0.8)]
     record = pruned_blocks["block-search", 0.0]["record"]
@@ -583,6 +588,7 @@ def test_one_block_search_on_the_trained_network_serves_all_budgets(pruned_block
     assert [row["phase"] for row in pruned_blocks["block-search", 0.0]["curves"]] == ["blocks"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.3, 0.8])
 def test_blocks_and_channels_leave_until_the_budget_is_met(pruned_blocks, target):
     entry = pruned_blocks["bpcp-e", target]

@@ -20,6 +20,8 @@ from common.statistics import __main__ as statistics
 from common.statistics.claims import Claim
 from common.statistics.verdicts import VERDICTS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = (0.8, 0.9, 0.98)
 VARIANTS = ("ft", "lrw", "slr", "clr", "llr", "allr", "gmp", "dpf", "lamp")

@@ -21,6 +21,8 @@ from common.settings import DatasetSettings, ExecutionSettings
 from common.stage.scheduler import execute, in_order
 from common.stage.store import OutOfTime, RunCheckpoints, Store, TimeBudget, load_checked, save_checked
 
+pytestmark = pytest.mark.slow
+
 STAGE = ("python", "-m", "replications", "run", "example")
 RESULTS = ("results/digits/example.jsonl", "results/digits/example.curves.jsonl")
 

@@ -258,6 +258,7 @@ def test_a_verdict_follows_the_truth(a_claim, difference, verdict):
     assert found["sd"] == pytest.approx(0.005) and found["control_mean"] == pytest.approx(0.8, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("a_claim", "truth"),
     [
@@ -282,6 +283,7 @@ def test_a_false_claim_is_rarely_replicated_and_one_on_its_edge_rarely_contradic
     assert found["contradicted"] / repeats <= 0.085
 
 
+@pytest.mark.slow
 def test_holm_keeps_the_rate_of_any_false_verdict_in_a_paper(monkeypatch):
     monkeypatch.setattr("gc.collect", int)
     claims = [claim(id=f"C{number}", control=f"old{number}") for number in range(5)]

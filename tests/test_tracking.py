@@ -13,6 +13,8 @@ from project import environment
 
 from common.stage import tracking
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {
     "code": "c" * 64,
     "machine": {"device": "test", "cores": 2},

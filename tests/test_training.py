@@ -218,6 +218,7 @@ def test_auto_precision_on_a_cpu_depends_on_its_matrix_units(monkeypatch, capabi
     assert Compute.choose("cpu", "float32").autocast is None
 
 
+@pytest.mark.slow
 def test_the_fast_mode_is_equivalent_in_accuracy_over_seeds():
     """bfloat16 and kernels of free choice against float32 in a fixed order: within 2 points, by two one-sided tests."""
     data = load(DatasetSettings())
@@ -237,6 +238,7 @@ def test_the_fast_mode_is_equivalent_in_accuracy_over_seeds():
     assert inference.tost(inference.differences(fast, exact), -0.02, 0.02) < 0.05
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_alike_also_after_it_has_shrunk():
     data = load(DatasetSettings(train=120))
     scores = []
