@@ -1,5 +1,6 @@
 # make repro    set up, then run the whole pipeline: training, statistics, report
 # make test     set up, then run the tests
+# make check    set up, then lint, types and the fast tests: what to run before a commit
 # make report   draw figures and page again from the records, without training
 # make mlflow   browse every run in the MLflow UI
 # make benchmark   measure speed and memory against plain loops; ARGS="..." as in benchmarks/README.md
@@ -18,7 +19,7 @@ export DO_NOT_TRACK = true
 # one process per core is faster than threads for small networks, and threads must not spin while others work
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro test report mlflow benchmark setup clean checkout
+.PHONY: repro test check lint types report mlflow benchmark setup clean checkout
 
 repro: checkout setup
 	$(BIN)/dvc repro
@@ -26,6 +27,16 @@ repro: checkout setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal tests
+
+check: lint types
+	$(BIN)/python -m pytest -n auto --dist worksteal -m fast tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
 
 report: checkout setup
 	$(BIN)/dvc repro --single-item --force statistics report
