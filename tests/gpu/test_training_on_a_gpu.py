@@ -7,14 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from common.runs import Run, Store, execute, prepare_process
-from common.training import Compute, Hooks, RunFailed, Trainer
 
-from common.core.data import SPLITS, Batches, make_dataset
+from common.core.compute import Compute
+from common.core.data import SPLITS, Batches
+from common.core.loading import make_dataset
 from common.core.models import build
 from common.core.pruning import channels
 from common.core.pruning.masks import KeepMasked, Masks
+from common.core.run import Run
+from common.core.trainer import Hooks, RunFailed, Trainer
 from common.settings import AugmentationSettings, ExecutionSettings
+from common.stage.scheduler import execute, prepare_process
+from common.stage.store import Store
 from replications.halo.method import HALO, LambdaTraining, penalised
 from replications.pruning_from_scratch.method import Gates
 from replications.pruning_from_scratch.protocol import TrainingSettings
@@ -174,7 +178,7 @@ def _stage(tmp_path, name, workers, rates):
         }
         runs.append(Run("pruning_from_scratch", "dense", "images", "resnet8", 0.0, seed, settings))
     execution = ExecutionSettings(device="cuda", precision="bfloat16", workers=workers)
-    store = Store(tmp_path / name, ["pruning_from_scratch"], execution)
+    store = Store(tmp_path / name, execution)
     return execute(runs, store, execution, name)
 
 
