@@ -63,7 +63,7 @@ def test_a_share_that_masks_cannot_meet_is_named():
 
 def _point(macs: int, accuracy: float) -> Needed:
     cost = {"sparse_macs": macs, "macs": 1000, "dense_parameters": 500}
-    return Needed(Record.model_construct(cost=cost, metrics={"test_accuracy": accuracy}), None)
+    return Needed(Record.model_construct(cost=cost, metrics={"test_accuracy": accuracy}))
 
 
 def test_accuracy_at_a_share_of_the_macs_is_interpolated_and_not_extrapolated():

@@ -300,7 +300,7 @@ def test_the_trial_is_chosen_by_validation_alone():
 
     def scored(validation, test):
         return [
-            Needed(Record.model_construct(metrics={"validation_accuracy": v, "test_accuracy": t}), None)
+            Needed(Record.model_construct(metrics={"validation_accuracy": v, "test_accuracy": t}))
             for v, t in zip(validation, test)
         ]
 

@@ -73,10 +73,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Needed:
-    """A finished run that another one starts from: its record and what it kept (None if nothing)."""
+    """A finished run that another one starts from: its record and what it kept for others."""
 
     record: Record
-    state: dict[str, Any] | None
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def perform(
     """
     begun = time.perf_counter()
     needs = tuple(
-        Needed(Record.model_validate(store.load(need)["record"]), store.state(need)) for need in run.needs
+        Needed(Record.model_validate(store.load(need)["record"]), store.state(need) or {})
+        for need in run.needs
     )
     lost = [(need, n.record) for need, n in zip(run.needs, needs) if n.record.status != "ok"]
     checkpoints = store.checkpoints(run, budget)
