@@ -332,14 +332,13 @@ def test_lc_decays_the_small_weights_only():
     large = model[0].weight.detach().abs() > 0.3
     hook = baselines.LC(model, 1 - int(large.sum()) / 120, 0.5)
     before = model[0].weight.detach().clone()
-    trainer = Trainer(model, batches(), momentum=0.0, weight_decay=0.5, hooks=[hook])
 
     class NoLoss(Hooks):
         def gradients_ready(self, trainer):
             for parameter in trainer.model.parameters():
                 parameter.grad.zero_()
 
-    trainer.hooks = (NoLoss(), hook)
+    trainer = Trainer(model, batches(), momentum=0.0, weight_decay=0.5, hooks=[NoLoss(), hook])
     trainer.fit([0.1] * len(trainer.batches))
     shrunk = model[0].weight.detach().abs() < before.abs() - 1e-6
     spared = hook._largest([p.abs() for p in model.parameters()])[0]

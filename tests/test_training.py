@@ -258,6 +258,45 @@ def test_a_compiled_network_trains_alike_also_after_it_has_shrunk():
     assert Compute.choose("cpu").compiled is False
 
 
+def test_training_goes_on_from_where_another_stood():
+    whole = Trainer(_network(), _batches(), momentum=0.9)
+    whole.fit([0.1] * 2 * len(whole.batches))
+    states = {"model": whole.model.state_dict(), "optimizer": whole.optimizer.state_dict()}
+    states, history = copy.deepcopy(states), list(whole.history)
+    whole.fit([0.1] * len(whole.batches))
+    other = Trainer(_network(), _batches(), momentum=0.9)
+    other.go_on_from(2, history, **states)
+    other.fit([0.1] * len(other.batches))
+    assert other.history == whole.history and other.epochs_done == 3
+    assert len(history) == 2  # the row of another training is not added to
+
+
+def test_a_fresh_optimizer_has_no_momentum_and_the_options_given():
+    trainer = Trainer(_network(), _batches(), momentum=0.9, decays=lambda name, p: p.ndim > 1)
+    trainer.fit([0.1] * len(trainer.batches))
+    weight = next(trainer.model.parameters())
+    assert trainer.momentum_buffer(weight) is not None
+    trainer.fresh_optimizer(weight_decay=0.5)
+    assert trainer.momentum_buffer(weight) is None
+    assert {(g["weight_decay"], g["momentum"]) for g in trainer.optimizer.param_groups} == {(0.5, 0.9)}
+
+
+def test_a_hook_that_is_added_brings_its_parameters():
+    own = torch.nn.Parameter(torch.ones(()))
+
+    class Scaled(Hooks):
+        def parameter_groups(self):
+            return [{"params": [own]}]
+
+        def loss(self, trainer):
+            return own.square()
+
+    trainer = Trainer(_network(), _batches())
+    trainer.add_hook(Scaled())
+    trainer.fit([0.1] * len(trainer.batches))
+    assert own < 1
+
+
 class _StandIn:
     """What a CUDA graph does, on a CPU: a replay does the captured work again, in the tensors of the capture."""
 
@@ -288,7 +327,7 @@ class _ShrinksAndAdds(Hooks):
             parameter.grad.add_(parameter.detach(), alpha=0.01)
 
     def epoch_ended(self, trainer, epoch):
-        if epoch == 0:
+        if trainer.epochs_done == 0:
             keep = {group.name: torch.arange(3) for group in trainer.model.channel_groups()}
             channels.remove(trainer.model, keep, trainer.optimizer)
 
@@ -307,7 +346,7 @@ def test_replayed_passes_train_as_plain_ones_do(monkeypatch):
         masks = Masks.dense(model)
         masks.prune(model, 0.5)
         masks.apply(model)
-        trainer.hooks = (KeepMasked(masks),)
+        trainer.add_hook(KeepMasked(masks))
         trainer.fit([0.05] * len(batches))
         trained.append((trainer.history, model.state_dict()))
         assert stand_in.captures == (2 if captured else 0)  # once for each shape of the network

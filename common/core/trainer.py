@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -136,6 +136,41 @@ class Trainer:
         return torch.optim.SGD(
             groups, lr=0.0, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is trained."""
+        return self.compute.device
+
+    def go_on_from(
+        self,
+        epochs: int,
+        history: Iterable[Mapping[str, Any]] = (),
+        *,
+        model: Mapping[str, Any] | None = None,
+        optimizer: dict[str, Any] | None = None,
+    ) -> None:
+        """Go on where another training stood after `epochs` epochs: data and curves continue as if it were this one.
+
+        history: its rows so far. model, optimizer: its state dicts, where they are to be taken up.
+        """
+        if model is not None:
+            self.model.load_state_dict(model)
+        if optimizer is not None:
+            self.optimizer.load_state_dict(optimizer)
+        self.epochs_done, self.history = epochs, [dict(row) for row in history]
+
+    def fresh_optimizer(self, **options: float) -> None:
+        """Start the optimiser anew: it forgets all momentum, and gets `options` for all its parameters."""
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group |= options
+
+    def add_hook(self, hook: Hooks) -> None:
+        """From the next fit on, `hook` takes part too, after those already there."""
+        self.hooks += (hook,)
+        for group in hook.parameter_groups():
+            self.optimizer.add_param_group(group)
 
     def fit(self, learning_rates: Sequence[float], phase: str = "train") -> None:
         """Train for len(learning_rates) iterations, one learning rate each; `phase` labels the rows of the history.

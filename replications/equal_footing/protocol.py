@@ -103,7 +103,7 @@ def _pruned(contest: Contest, allocation: str) -> Outcome:
     generator = torch.Generator().manual_seed(stream(contest.run.seed, "mask"))
     masks = Masks(select(weights, contest.sparsity(model), allocation=allocation, generator=generator))
     masks.apply(model)
-    trainer.hooks = (KeepMasked(masks),)
+    trainer.add_hook(KeepMasked(masks))
     trainer.fit(schedules.linear(arena.learning_rate, after, contest.per_epoch), "retraining")
     return contest.outcome(trainer)
 

@@ -442,9 +442,7 @@ class _Snapshots(Hooks):
 def _go_on(trainer: Trainer, dense: Mapping[str, Any], epoch: int) -> None:
     """Take up the dense training as it was after `epoch`."""
     snapshot = dense["snapshots"][str(epoch)]
-    trainer.model.load_state_dict(snapshot["model"])
-    trainer.optimizer.load_state_dict(snapshot["optimizer"])
-    trainer.epochs_done, trainer.history = epoch, dense["history"][:epoch]
+    trainer.go_on_from(epoch, dense["history"][:epoch], **snapshot)
 
 
 def scoring_batches(data: Dataset, share: float) -> Batches:

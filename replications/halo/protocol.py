@@ -382,7 +382,7 @@ def _fine_tune(run: Run, context: Context, data: Dataset) -> Outcome:
     # of the weights that earlier rounds have left; rounded, because 0.4999... of an even number is one less
     share = round(1 - (1 - run.target) / (1 - run.settings["from"]), 12)
     found = _cut(run, trainer.model, share)
-    trainer.hooks = (KeepMasked(Masks(found.kept)),)
+    trainer.add_hook(KeepMasked(Masks(found.kept)))
     try:
         trainer.fit([rate] * (run.settings["epochs"] * len(trainer.batches)), "fine-tuning")
     except Diverged as reason:

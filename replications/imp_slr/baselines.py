@@ -71,7 +71,7 @@ class DuringTraining(Hooks):
 
     @torch.no_grad()
     def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        self.masks.update({name: mask.to(trainer.compute.device) for name, mask in state["kept"].items()})
+        self.masks.update({name: mask.to(trainer.device) for name, mask in state["kept"].items()})
         for own, saved in zip(self._tensors(), state["tensors"], strict=True):
             own.copy_(saved)
 

@@ -16,7 +16,7 @@ def contend(contest: Contest) -> Outcome:
     trainer = contest.trainer(model, KeepMasked(masks))
     trainer.fit(rates, "dense")
     # IMP begins with a new optimiser
-    trainer.optimizer.state.clear()
+    trainer.fresh_optimizer()
     prune_and_retrain(
         trainer, masks, contest.sparsity(model), [after], Retraining("SLR", History(rates), before)
     )

@@ -63,7 +63,7 @@ def _execute_imp(run: Run, context: Context, data: Dataset) -> Outcome:
     masks = Masks.dense(model)
     trainer = _trainer(run, context, model, data, KeepMasked(masks))
     # data order goes on where dense training ended
-    trainer.epochs_done = dense.record.settings["epochs"]
+    trainer.go_on_from(dense.record.settings["epochs"])
     rate = _dense_rate(context)
     sparsity = context.needs[1].record.cost["sparsity"] if settings.get("matched") else run.target
     if not 0 < sparsity < 1:
@@ -98,9 +98,7 @@ def _execute_during(run: Run, context: Context, data: Dataset) -> Outcome:
     hook.finish(trainer)
     total, metrics = settings["epochs"], {}
     if retrained:
-        trainer.optimizer.state.clear()
-        for group in trainer.optimizer.param_groups:
-            group |= {"momentum": settings["momentum"], "weight_decay": settings["weight_decay"]}
+        trainer.fresh_optimizer(momentum=settings["momentum"], weight_decay=settings["weight_decay"])
         before = trainer.evaluate(Batches(data, "test"))["accuracy"]
         metrics, more = _prune_and_retrain(run, trainer, data, hook.masks, run.target, settings, rate, before)
         details, total = details | more, total + settings["retrain_epochs"]

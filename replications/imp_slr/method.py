@@ -247,7 +247,7 @@ def prune_and_retrain(
         if retraining.recalibrate:
             recalibrate(trainer)
         if retraining.reset_momentum:
-            trainer.optimizer.state.clear()
+            trainer.fresh_optimizer()
         lost = (accuracy - _train_accuracy(trainer)) / accuracy if accuracy else 0.0
         start = _start(retraining, index, epochs, fraction, drops[0], lost)
         rates = retraining_rates(
@@ -297,8 +297,7 @@ def recalibrate(trainer: Trainer) -> None:
         return
     trainer.model.train()
     for images, _ in trainer.batches.epoch(trainer.epochs_done):
-        with trainer.compute.precision():
-            trainer.model(images)
+        trainer.logits(images)
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:

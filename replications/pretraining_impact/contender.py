@@ -30,7 +30,7 @@ def contend(contest: Contest) -> Outcome:
     for fraction, epochs in zip(fractions, parts):
         channels.remove(model, choose(model, fraction, original, Selection()), trainer.optimizer)
         # as in the paper's loop, the optimiser starts anew after each removal
-        trainer.optimizer.state.clear()
+        trainer.fresh_optimizer()
         trainer.fit(contest.dense_rates(epochs), f"after removing {fraction:.2f}")
         spent += cost(model, shape)["macs"] * epochs
     return contest.outcome(trainer, spent, widths=filter_widths(model))

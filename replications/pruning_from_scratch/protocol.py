@@ -471,7 +471,7 @@ class _Job:
         recovery.fit([options.recovery_learning_rate] * steps, phase="recovery")
         bpcp.drop_channels(model, budget, spent, search.min_channels)
         trainer = self.trainer(model)
-        trainer.history, trainer.epochs_done = recovery.history, recovery.epochs_done
+        trainer.go_on_from(recovery.epochs_done, recovery.history)
         trainer.fit(self.rates(trainer, self.training.epochs))
         earlier = 2 * self.training.epochs + options.recovery_epochs
         facts = {"epochs": self.training.epochs, "earlier_epochs": earlier, "removed_blocks": removed}

@@ -56,7 +56,7 @@ def _imp(schedule: method.Schedule, cycles: int):
     model.load_state_dict(_dense_state())
     masks = Masks.dense(model)
     trainer = _trainer(model, KeepMasked(masks))
-    trainer.epochs_done = DENSE
+    trainer.go_on_from(DENSE)
     return _retrained(trainer, masks, schedule, cycles)
 
 
@@ -77,9 +77,7 @@ def _prepared(make, **changed):
     trainer = _trainer(model, hook, KeepMasked(hook.masks), decays=hook.decays, **changed)
     trainer.fit(_rates(DENSE))
     hook.finish(trainer)
-    trainer.optimizer.state.clear()
-    for group in trainer.optimizer.param_groups:
-        group |= {"momentum": OPTIONS["momentum"], "weight_decay": OPTIONS["weight_decay"]}
+    trainer.fresh_optimizer(momentum=OPTIONS["momentum"], weight_decay=OPTIONS["weight_decay"])
     return _retrained(trainer, hook.masks, "SLR")
 
 

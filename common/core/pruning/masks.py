@@ -321,7 +321,7 @@ class KeepMasked(Hooks):
         return {"kept": self.masks.kept}
 
     def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        self.masks.update({n: mask.to(trainer.compute.device) for n, mask in state["kept"].items()})
+        self.masks.update({n: mask.to(trainer.device) for n, mask in state["kept"].items()})
 
 
 # ------------------------------------------------------------------------------------------ norms
