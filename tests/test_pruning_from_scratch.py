@@ -69,18 +69,19 @@ def test_a_closed_gate_stays_closed():
 @pytest.mark.parametrize("training", [True, False])
 def test_folded_gates_multiply_what_the_norms_put_out(name, training):
     layout = digits_layout(name)
-    model = layout.build(seed=3).train(training)
+    # in double precision: MobileNetV2's norms over few values magnify what single precision rounds
+    model = layout.build(seed=3).double().train(training)
     gates = method.Gates(model, layout.gated, 0.5, 0.5)
     gates.values.data.uniform_(generator=torch.Generator().manual_seed(0))
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.bias.data.normal_(generator=torch.Generator().manual_seed(norm.num_features))
-    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     folded = torch.func.functional_call(model, gates.weights(None), (x,))
     for norm, gate in zip(layout.gated, gates.layers(), strict=True):
         model.get_submodule(norm).register_forward_hook(
             lambda module, inputs, output, gate=gate: output * gate[:, None, None]
         )
-    torch.testing.assert_close(folded, model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded, model(x))
 
 
 def test_the_penalty_draws_the_mean_to_its_level_from_both_sides():
