@@ -119,8 +119,16 @@ class DatasetSettings(Strict):
     @property
     def name(self) -> str:
         """What records call this data: its source, or the name of a local file or folder."""
-        local = self.source in ("npz", "folder")
-        return Path(self.path).name.removesuffix(".npz") if local else self.source
+        if self.source in ("npz", "folder"):
+            return Path(self.local).name.removesuffix(".npz")
+        return self.source
+
+    @property
+    def local(self) -> str:
+        """The path of data that has one."""
+        if self.path is None:
+            raise ValueError(f"{self.source} has no path")
+        return self.path
 
     @property
     def origin(self) -> str:
@@ -327,6 +335,6 @@ def profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mappin
     if not isinstance(blocks, Mapping) or not blocks:
         raise SettingsError(f"{file}: profiles = {blocks!r}: must be a table of profiles")
     name = profile if profile is not None else content.get("profile")
-    if name not in list(blocks):
-        raise SettingsError(f"{file}: profile = {name!r}: unknown profile; {hint(name, list(blocks))}")
+    if not isinstance(name, str) or name not in blocks:
+        raise SettingsError(f"{file}: profile = {name!r}: unknown profile; {hint(str(name), list(blocks))}")
     return blocks, name

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from common.settings import ExecutionSettings, SettingsError
+
+M = TypeVar("M", bound=nn.Module)
 
 _WARM_UP = 3
 """Passes before one is captured, in which libraries choose kernels and set up their work space."""
@@ -72,11 +74,10 @@ class Compute:
             compiled=compilation == "compile",
         )
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: M) -> M:
         """`model` on the device, in the memory format of this choice."""
-        return model.to(
-            self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format
-        )
+        placed = model.to(self.device)
+        return placed.to(memory_format=torch.channels_last) if self.channels_last else placed
 
     def turn(self) -> AbstractContextManager[None]:
         """The context in which passes run: on a GPU, while no other thread captures a graph."""
@@ -91,7 +92,8 @@ class Compute:
 
 def _has_amx() -> bool:
     """Whether the processor multiplies matrices in bfloat16; False where torch is too old to tell."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("amx_bf16", False)
 
 
 def make_repeatable(execution: ExecutionSettings) -> None:
@@ -103,7 +105,7 @@ def make_repeatable(execution: ExecutionSettings) -> None:
     torch.use_deterministic_algorithms(execution.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not execution.deterministic
     # nothing here reads memory before writing it, and filling it costs up to a tenth of a small network's step
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set on the module by torch
 
 
 class Turns:

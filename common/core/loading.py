@@ -41,7 +41,7 @@ def fingerprint(settings: DatasetSettings) -> str:
     if settings.source != "npz":
         return str(_opened(prepared_file(settings), settings, "sha256")["sha256"])
     try:
-        with open(settings.path, "rb") as file:
+        with open(settings.local, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{settings.path}: cannot be read: {error.strerror}") from None
@@ -153,7 +153,7 @@ def checked(arrays: Arrays, origin: str) -> Arrays:
 
 
 def _local(settings: DatasetSettings) -> Arrays:
-    return checked(_opened(settings.path, settings), settings.path)
+    return checked(_opened(settings.local, settings), settings.local)
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -201,13 +201,14 @@ def _streamed(
     settings: DatasetSettings, index: Arrays, parts: dict[str, np.ndarray], labels: np.ndarray, classes: int
 ) -> Dataset:
     """The images of a prepared index; normalised as is usual for ImageNet."""
-    root = Path(settings.path)
+    root, size = Path(settings.local), settings.size
+    assert size is not None  # a rule of the settings
     if not root.is_dir():
         raise DataError(f"{root}: the folder of the streamed images is not there")
-    columns = (
+    paths, digests = (
         np.concatenate([index[f"{name}_train"], index[f"{name}_test"]]) for name in ("paths", "sha256")
     )
-    files = ImageFiles(root, *columns, settings.size)
+    files = ImageFiles(root, paths, digests, size)
     return Dataset(
         name=settings.source,
         images={split: files[chosen] for split, chosen in parts.items()},

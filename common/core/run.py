@@ -126,7 +126,7 @@ class Context:
 
     def scores(self, trainer: Trainer, data: Dataset) -> dict[str, float]:
         """test_accuracy, test_loss, validation_accuracy and validation_loss of the trainer's network as it is now."""
-        found = {}
+        found: dict[str, float] = {}
         for split in ("validation", "test"):
             scores = trainer.evaluate(Batches(data, split))
             found |= {f"{split}_{name}": value for name, value in scores.items()}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils import data
 from torch.utils.data import DataLoader
 
 from common.core.identity import stream
@@ -83,7 +84,7 @@ class ImageFiles:
         Without it, centre crops of images resized to 256/224 of `size`. Raises DataError as `read_image`.
         """
         wanted = [batch.split(DECODED_AT_ONCE) for batch in order.cpu().split(batch_size)]
-        loader = DataLoader(
+        loader: DataLoader[Tensor | DataError] = DataLoader(
             _Decoder(self, crops, flip),
             batch_size=None,
             sampler=[part.numpy() for parts in wanted for part in parts],
@@ -101,7 +102,7 @@ class ImageFiles:
             yield torch.cat([part.to(self.device, non_blocking=True) for part in found])
 
 
-class _Decoder:
+class _Decoder(data.Dataset[Tensor | DataError]):
     """What the decoding processes do: numbers of images -> uint8 [B, size, size, 3], or the DataError."""
 
     def __init__(self, files: ImageFiles, crops: int | None, flip: bool):

@@ -37,7 +37,7 @@ class Diverged(RunFailed):
 class Hooks:
     """What a method may do inside the loop. Every method does nothing by default."""
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser beside the model's own."""
         return []
 
@@ -69,6 +69,10 @@ class Hooks:
         """Take up a `state`; called before the trainer loads its model and optimiser, so shapes may be restored here."""
 
 
+Decays = Callable[[str, nn.Parameter], bool]
+"""Whether a parameter, given with its name, gets weight decay."""
+
+
 class BatchSource(Protocol):
     """What the trainer needs to know of its data."""
 
@@ -83,6 +87,16 @@ class Checkpoints(Protocol):
     def load(self, fit: int) -> dict[str, Any] | None: ...
 
     def offer(self, fit: int, state: Callable[[], dict[str, Any]], finished: bool) -> None: ...
+
+
+def gradients_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Their gradients. Raises ValueError where one has none."""
+    found = []
+    for tensor in tensors:
+        if tensor.grad is None:
+            raise ValueError(f"a tensor of {tuple(tensor.shape)} has no gradient")
+        found.append(tensor.grad)
+    return found
 
 
 class Trainer:
@@ -101,7 +115,7 @@ class Trainer:
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        decays: Callable[[str, nn.Parameter], bool] | None = None,
+        decays: Decays | None = None,
         label_smoothing: float = 0.0,
         hooks: Hooks | Sequence[Hooks] = (),
         optimizer: torch.optim.Optimizer | None = None,
@@ -120,14 +134,16 @@ class Trainer:
         self.epochs_done = 0
         self.iteration = 0
         self._checkpoints = checkpoints
-        self._compiled: tuple[nn.Module, nn.Module] | None = None
+        self._compiled: tuple[nn.Module, Callable[[Tensor], Tensor]] | None = None
         self._capture: Capture | None = None
         self._fits = 0
         self._draws = any(isinstance(module, _DropoutNd) and module.p for module in model.modules())
 
-    def _sgd(self, momentum: float, nesterov: bool, weight_decay: float, decays) -> torch.optim.SGD:
+    def _sgd(
+        self, momentum: float, nesterov: bool, weight_decay: float, decays: Decays | None
+    ) -> torch.optim.SGD:
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for n, p in named if decays is None or decays(n, p)]},
             {"params": [p for n, p in named if decays is not None and not decays(n, p)], "weight_decay": 0.0},
         ]
@@ -317,7 +333,7 @@ class Trainer:
         with self.compute.turn():
             return self._forward(images, self._effective())
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> Callable[[Tensor], Tensor]:
         """The model, compiled where that was chosen; a hook may have put another model in its place."""
         if not self.compute.compiled:
             return self.model
@@ -328,10 +344,13 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batches: BatchSource | None = None) -> dict[str, float]:
         """Accuracy in [0, 1] and mean cross-entropy, in evaluation mode (default: on the validation batches)."""
+        source = self.validation if batches is None else batches
+        if source is None:
+            raise ValueError("this training has no validation batches: say on which to evaluate")
         self.model.eval()
         device = self.compute.device
         loss, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-        for images, labels in (batches if batches is not None else self.validation).epoch(0):
+        for images, labels in source.epoch(0):
             logits = self.logits(images)
             loss += cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()

@@ -15,11 +15,29 @@ import torch
 
 from common.core.models.chain import MLP, VGG, ConvNet
 from common.core.models.mobilenet import MobileNetV1, MobileNetV2
-from common.core.models.network import ChannelGroup, Fill, Network, Scatter, initialise
+from common.core.models.network import (
+    ChannelGroup,
+    Fill,
+    Network,
+    Scatter,
+    initialise,
+    module_of,
+    weight_of,
+)
 from common.core.models.resnet import BasicBlock, Block, Bottleneck, ResNet, WideResNet
 from common.settings import SettingsError, hint
 
-__all__ = ["ARCHITECTURES", "Architecture", "ChannelGroup", "Network", "Scatter", "architecture", "build"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ChannelGroup",
+    "Network",
+    "Scatter",
+    "architecture",
+    "build",
+    "module_of",
+    "weight_of",
+]
 
 
 @dataclass(frozen=True)

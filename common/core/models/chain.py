@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.core.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, checked_widths
 
-VGG = {
+VGG: dict[str, list[int | str]] = {
     "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
     "vgg13": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
     "vgg16": [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"],

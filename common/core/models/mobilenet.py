@@ -71,7 +71,9 @@ class MobileNetV1(Network):
         return [ChannelGroup(*p, followers, (reader,)) for p, (followers, reader) in zip(producers, readers)]
 
 
-def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int, groups: int, activation: type[nn.Module]):
+def _conv_norm(
+    inputs: int, outputs: int, kernel: int, stride: int, groups: int, activation: type[nn.Module]
+) -> nn.Sequential:
     conv = Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, BatchNorm2d(outputs), activation())
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from common.core.models import small_maps
+
+M = TypeVar("M", bound=nn.Module)
 
 Fill = Literal["fan_out", "fan_in", "normal", "torch"]
 
@@ -21,6 +23,10 @@ class Conv2d(nn.Conv2d):
     Without input channels its output is zero; without output channels [B, 0, H, W]. Under autocast on a CPU it goes
     around slow bfloat16 kernels: in groups it stays in float32, and small maps go through `small_maps`.
     """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
 
     def reset_parameters(self) -> None:
         pass
@@ -88,6 +94,19 @@ class ChannelGroup:
     minimum: int = 1
 
 
+def weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight of the layer of that name."""
+    return model.get_parameter(f"{name}.weight")
+
+
+def module_of(model: nn.Module, name: str, kind: type[M]) -> M:
+    """The module of that name, which is of that kind. Raises TypeError."""
+    module = model.get_submodule(name)
+    if not isinstance(module, kind):
+        raise TypeError(f"{name}: a {type(module).__name__}, where a {kind.__name__} belongs")
+    return module
+
+
 class Network(nn.Module):
     """A network that is built from a list of widths, one for each group of removable channels."""
 
@@ -98,7 +117,7 @@ class Network(nn.Module):
     @property
     def widths(self) -> list[int]:
         """Channels of each group; the same architecture built with them has the same shapes."""
-        return [self.get_submodule(group.name).weight.shape[0] for group in self.channel_groups()]
+        return [weight_of(self, group.name).shape[0] for group in self.channel_groups()]
 
 
 class Scatter(nn.Module):
@@ -107,6 +126,8 @@ class Scatter(nn.Module):
     With n = channels the input passes as it is. A batch norm behind it sees zeros where a convolution was
     pruned, exactly as behind a masked convolution.
     """
+
+    index: Tensor | None
 
     def __init__(self, kept: int, channels: int):
         super().__init__()

@@ -58,6 +58,10 @@ class Block(nn.Module):
     kernels: tuple[int, ...]
     strided: int
     expansion: int
+    conv1: Conv2d
+    bn1: BatchNorm2d
+    conv2: Conv2d
+    bn2: BatchNorm2d
 
     def __init__(
         self, inputs: int, inner: Sequence[int], branch: int, outputs: int, stride: int, shortcut: Shortcut
@@ -88,6 +92,8 @@ class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolutions, the stride in the middle."""
 
     kernels, strided, expansion = (1, 3, 1), 1, 4
+    conv3: Conv2d
+    bn3: BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
         y = relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))))
@@ -162,7 +168,10 @@ class ResNet(Network):
 
     def blocks(self) -> list[tuple[str, Block]]:
         """All blocks with their names, from the stem on."""
-        return [(f"layer{s}.{i}", b) for s, layer in enumerate(self.layers(), 1) for i, b in enumerate(layer)]
+        named = (
+            (f"layer{s}.{i}", b) for s, layer in enumerate(self.layers(), 1) for i, b in enumerate(layer)
+        )
+        return [(name, block) for name, block in named if isinstance(block, Block)]
 
     def channel_groups(self) -> list[ChannelGroup]:
         inner, branches = [], []
@@ -220,6 +229,10 @@ class WideResNet(Network):
     widths: the inner width of every block. The last batch norm has momentum 0.9.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self,
         classes: int,
@@ -250,5 +263,6 @@ class WideResNet(Network):
         return self.linear(self.avgpool(relu(self.bn1(x))).flatten(1))
 
     def channel_groups(self) -> list[ChannelGroup]:
-        names = [f"layer{s}.{i}" for s in (1, 2, 3) for i in range(len(self.get_submodule(f"layer{s}")))]
+        stages = enumerate((self.layer1, self.layer2, self.layer3), 1)
+        names = [f"layer{s}.{i}" for s, layer in stages for i in range(len(layer))]
         return [ChannelGroup(f"{name}.conv1", f"{name}.bn2", consumers=(f"{name}.conv2",)) for name in names]

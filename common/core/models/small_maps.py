@@ -7,6 +7,7 @@ All shapes and layouts are right; the memory format channels_last, whose runs of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -57,7 +58,7 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
-def _patches(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Tensor, int, int]:
+def _patches(x: Tensor, kernel: Sequence[int], stride: Pair, padding: Pair) -> tuple[Tensor, int, int]:
     """What each output position sees, [B*H'*W', h*w*I], and H' and W'."""
     (up, left), (down, right) = padding, stride
     padded = pad(x.permute(0, 2, 3, 1), (0, 0, left, left, up, up))
@@ -66,7 +67,9 @@ def _patches(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Tens
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(len(x) * height * width, -1), height, width
 
 
-def _folded(columns: Tensor, x: Tensor, weight: Tensor, size: Pair, stride: Pair, padding: Pair) -> Tensor:
+def _folded(
+    columns: Tensor, x: Tensor, weight: Tensor, size: Sequence[int], stride: Pair, padding: Pair
+) -> Tensor:
     """The sum over all patches [B*H'*W', h*w*I] at each pixel of x, in float32 before it is rounded."""
     (height, width), kernel = size, weight.shape[2:]
     patches = columns.view(len(x), height, width, *kernel, x.shape[1])

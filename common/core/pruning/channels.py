@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from common.core.models import ChannelGroup
+from common.core.models import ChannelGroup, Scatter, module_of, weight_of
 from common.settings import hint
 
 Keep = Mapping[str, Sequence[int] | Tensor]
@@ -45,7 +45,7 @@ def remove(
     group or network and for channels that do not exist, repeat or are too few.
     """
     for group, index in _checked(model, keep, groups):
-        channels = model.get_submodule(group.name).weight.shape[0]
+        channels = weight_of(model, group.name).shape[0]
         if len(index) == channels:
             continue
         for name in filter(None, (group.name, group.norm, *group.followers)):
@@ -55,10 +55,10 @@ def remove(
             _renumber(module)
         for name in group.consumers:
             module = model.get_submodule(name)
-            _narrow(module, "weight", 1, _columns(module, index, channels), optimizer)
+            _narrow(module, "weight", 1, _columns(weight_of(model, name), index, channels), optimizer)
             _renumber(module)
         if group.scatter is not None:
-            scatter = model.get_submodule(group.scatter)
+            scatter = module_of(model, group.scatter, Scatter)
             scatter.index = index if scatter.index is None else scatter.index[index]
 
 
@@ -85,13 +85,13 @@ def masks(
         found[name] = found.get(name, True) & line.view(shape).expand_as(parameter)
 
     for group, index in _checked(model, keep, groups):
-        channels = model.get_submodule(group.name).weight.shape[0]
+        channels = weight_of(model, group.name).shape[0]
         for name in filter(None, (group.name, group.norm, *group.followers)):
             if norms or not isinstance(model.get_submodule(name), nn.BatchNorm2d):
                 exclude(f"{name}.weight", 0, index)
                 exclude(f"{name}.bias", 0, index)
         for name in group.consumers:
-            exclude(f"{name}.weight", 1, _columns(model.get_submodule(name), index, channels))
+            exclude(f"{name}.weight", 1, _columns(weight_of(model, name), index, channels))
     return found
 
 
@@ -104,7 +104,7 @@ def _checked(
     for name, indices in keep.items():
         if name not in by_name:
             raise ValueError(f"no removable channels are called {name!r}; {hint(name, list(by_name))}")
-        group, weight = by_name[name], model.get_submodule(name).weight
+        group, weight = by_name[name], weight_of(model, name)
         index = torch.as_tensor(indices, dtype=torch.long, device=weight.device)
         channels = weight.shape[0]
         if len(index) and (index[0] < 0 or index[-1] >= channels or (index.diff() < 1).any()):
@@ -119,9 +119,9 @@ def _checked(
     return chosen
 
 
-def _columns(consumer: nn.Module, index: Tensor, channels: int) -> Tensor:
-    """The input columns of `consumer` that read the channels `index`: several each behind a flattened map."""
-    each = consumer.weight.shape[1] // channels
+def _columns(weight: Tensor, index: Tensor, channels: int) -> Tensor:
+    """The columns of a consumer's weight that read the channels `index`: several each behind a flattened map."""
+    each = weight.shape[1] // channels
     return (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
 
 
@@ -152,14 +152,13 @@ def _taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def _renumber(module: nn.Module) -> None:
     """Make a layer's own numbers agree with its weight."""
-    outputs = module.weight.shape[0]
     if isinstance(module, nn.BatchNorm2d):
-        module.num_features = outputs
+        module.num_features = len(module.weight)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    else:
-        module.out_channels = outputs
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels = len(module.weight)
         if module.groups > 1:
-            module.groups = module.in_channels = outputs
+            module.groups = module.in_channels = module.out_channels
         else:
             module.in_channels = module.weight.shape[1]

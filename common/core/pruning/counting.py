@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 Convention = Literal["conv_linear", "pool_inputs", "same_padding"]
 
+Counted = nn.Conv2d | nn.Linear | nn.AvgPool2d | nn.AdaptiveAvgPool2d
+_WEIGHTED = (nn.Conv2d, nn.Linear)
 _POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+Call = tuple[torch.Size, torch.Size]
+"""Shapes of what goes into a layer and of what comes out."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def layer_costs(
     """
     if convention not in get_args(Convention):
         raise ValueError(f"convention = {convention!r}: must be one of {', '.join(get_args(Convention))}")
-    counted = (nn.Conv2d, nn.Linear) + (_POOLS if convention == "pool_inputs" else ())
+    counted: tuple[type[Counted], ...] = (*_WEIGHTED, *(_POOLS if convention == "pool_inputs" else ()))
     names = {module: name for name, module in model.named_modules() if isinstance(module, counted)}
     with _COUNTING:
         seen = _shapes(model, names, image_shape)
@@ -76,12 +82,12 @@ def layer_costs(
 
 
 def _shapes(
-    model: nn.Module, modules: Mapping[nn.Module, str], image_shape: Sequence[int]
-) -> dict[nn.Module, list]:
+    model: nn.Module, modules: Mapping[Counted, str], image_shape: Sequence[int]
+) -> dict[Counted, list[Call]]:
     """Input and output shapes of each call of `modules`, found with tensors that have no values."""
-    seen: dict[nn.Module, list[tuple[torch.Size, torch.Size]]] = {module: [] for module in modules}
+    seen: dict[Counted, list[Call]] = {module: [] for module in modules}
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: Counted, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen[module].append((inputs[0].shape, output.shape))
 
     handles = [module.register_forward_hook(note) for module in modules]
@@ -99,9 +105,7 @@ def _shapes(
     return seen
 
 
-def _cost(
-    name: str, module: nn.Module, calls: Sequence[tuple[torch.Size, torch.Size]], convention: Convention
-) -> LayerCost:
+def _cost(name: str, module: Counted, calls: Sequence[Call], convention: Convention) -> LayerCost:
     if isinstance(module, _POOLS):
         return LayerCost(name, "pool", (), 0, 0, sum(math.prod(inputs[1:]) for inputs, _ in calls))
     weight = module.weight

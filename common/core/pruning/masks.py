@@ -38,8 +38,9 @@ def prunable(model: nn.Module, layers: Layers = "conv+linear") -> dict[str, nn.P
     An allow-list: convolutions and, unless layers="conv", linear layers. Biases and normalisation never
     belong to it.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, _MODULES[layers])}
-    return {f"{name}.weight" if name else "weight": module.weight for name, module in found.items()}
+    found = [name for name, module in model.named_modules() if isinstance(module, _MODULES[layers])]
+    names = [f"{name}.weight" if name else "weight" for name in found]
+    return {name: model.get_parameter(name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------ how many per
