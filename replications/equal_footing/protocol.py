@@ -18,7 +18,7 @@ from pydantic import Field
 from common.arena import Arena, Contender, Contest
 from common.core import schedules
 from common.core.identity import stream
-from common.core.pruning.masks import KeepMasked, Masks, prunable, select
+from common.core.pruning.masks import Allocation, KeepMasked, Masks, prunable, select
 from common.core.run import Context, Outcome, Run
 from common.core.trainer import RunFailed
 from common.settings import PaperSettings, Profile, Targets
@@ -42,7 +42,7 @@ class Settings(PaperSettings):
 
 def contenders() -> dict[str, tuple[str, Contender]]:
     """The methods that papers enter, by name: the paper and the function."""
-    found = {}
+    found: dict[str, tuple[str, Contender]] = {}
     for file in sorted(Path(__file__).parent.parent.glob("*/contender.py")):
         paper = file.parent.name
         entries = importlib.import_module(f"replications.{paper}.contender").CONTENDERS
@@ -55,7 +55,7 @@ def runs(profile: Profile) -> list[Run]:
     settings = profile.paper
     data = {"data": profile.dataset.model_dump(mode="json"), "arena": settings.arena.model_dump(mode="json")}
     base = (profile.dataset.name, settings.arena.architecture)
-    codes = dict.fromkeys(CONTROLS, (ARENA,))
+    codes: dict[str, tuple[str, ...]] = dict.fromkeys(CONTROLS, (ARENA,))
     codes |= {method: (ARENA, f"replications/{paper}") for method, (paper, _) in contenders().items()}
     listed = []
     for seed in settings.seeds:
@@ -92,7 +92,7 @@ def _dense(contest: Contest) -> Outcome:
     return contest.outcome(trainer)
 
 
-def _pruned(contest: Contest, allocation: str) -> Outcome:
+def _pruned(contest: Contest, allocation: Allocation) -> Outcome:
     """Train, prune once by `allocation`, retrain from the full learning rate linearly to zero."""
     arena = contest.arena
     after = max(1, round(contest.run.settings["retraining"] * arena.epochs))

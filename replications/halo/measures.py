@@ -28,7 +28,7 @@ class NearZero(Hooks):
     """Counts the network's near-zero parameters after every epoch, one row of `rows` each."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, int]] = []
+        self.rows: list[dict[str, Any]] = []
 
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
         counts = near_zero(list(trainer.model.parameters()))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from common.core.pruning.masks import Layers, prunable
-from common.core.trainer import Diverged, Hooks, Trainer
+from common.core.trainer import Diverged, Hooks, Trainer, gradients_of
 
 Coupling = Literal["intended", "official"]
 TargetMode = Literal["L1", "L2"]
@@ -39,8 +39,11 @@ _LARGE_TENSOR = 2**18
 
 def penalised(model: nn.Module, layers: Layers) -> list[nn.Parameter]:
     """All parameters of the prunable layers in module order: each layer's weight, then its bias if any."""
-    owners = [model.get_submodule(name.rpartition(".")[0]) for name in prunable(model, layers)]
-    return [p for owner in owners for p in (owner.weight, owner.bias) if p is not None]
+    found = []
+    for name, weight in prunable(model, layers).items():
+        bias = getattr(model.get_submodule(name.rpartition(".")[0]), "bias", None)
+        found += [weight] if bias is None else [weight, bias]
+    return found
 
 
 # ------------------------------------------------------------------------------------------ penalties
@@ -55,7 +58,7 @@ class Penalty(Hooks):
     def __init__(self, tensors: Iterable[Tensor], xi: float, psi: float):
         self.tensors = list(tensors)
         self.xi, self.psi = xi, psi
-        self.log: list[dict[str, float]] = []
+        self.log: list[dict[str, Any]] = []
 
     def value(self) -> Tensor:
         """The penalty at the current weights (scalar)."""
@@ -74,7 +77,7 @@ class Penalty(Hooks):
 
     @torch.no_grad()
     def gradients_ready(self, trainer: Trainer) -> None:
-        torch._foreach_add_([w.grad for w in self.tensors], self.weight_gradients())
+        torch._foreach_add_(gradients_of(self.tensors), self.weight_gradients())
 
     @torch.no_grad()
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
@@ -163,9 +166,10 @@ class _Shrinkage(Penalty):
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Derivatives for the weights and for the lambdas, at the current values."""
-        found = tuple([torch.zeros_like(tensor) for tensor in own] for own in (self.tensors, self.lambdas))
-        self.accumulate(_ALL, *found)
-        return found
+        of_weights = [torch.zeros_like(tensor) for tensor in self.tensors]
+        of_lambdas = [torch.zeros_like(tensor) for tensor in self.lambdas]
+        self.accumulate(_ALL, of_weights, of_lambdas)
+        return of_weights, of_lambdas
 
     def parts(self) -> list[slice]:
         """Which tensors take their step together; what comes first has no part in the derivatives of the others."""
@@ -189,7 +193,7 @@ class _Shrinkage(Penalty):
         for part in self.parts():
             lambdas, momenta = self.lambdas[part], self._momenta[part]
             torch._foreach_mul_(momenta, self.training.momentum)
-            self.accumulate(part, [w.grad for w in self.tensors[part]], momenta)
+            self.accumulate(part, gradients_of(self.tensors[part]), momenta)
             if self.training.weight_decay:
                 torch._foreach_add_(momenta, lambdas, alpha=self.training.weight_decay)
             torch._foreach_add_(lambdas, momenta, alpha=-self.training.rates[trainer.iteration])
@@ -255,7 +259,8 @@ class HALO(_Shrinkage):
         return self.xi * torch.stack([pull.sum() for pull in pulls]).sum(), self.psi * size
 
     def value(self) -> Tensor:
-        return sum(self.terms())
+        of_weights, of_lambdas = self.terms()
+        return of_weights + of_lambdas
 
     def parts(self) -> list[slice]:
         if self.target or self.tensors[0].device.type != "cpu":
@@ -291,7 +296,8 @@ class SWS(_Shrinkage):
         return self.xi * self._norm() / shared.square(), self.psi * shared.square()
 
     def value(self) -> Tensor:
-        return sum(self.terms())
+        of_weights, of_lambdas = self.terms()
+        return of_weights + of_lambdas
 
     def accumulate(self, part: slice, of_weights: list[Tensor], of_lambdas: list[Tensor]) -> None:
         (shared,) = self.lambdas

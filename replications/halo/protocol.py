@@ -303,7 +303,7 @@ class _Plan:
         return found
 
     def _run(
-        self, name: str, role: str, target: float, seed: int, held: Mapping, needs: Sequence[Run]
+        self, name: str, role: str, target: float, seed: int, held: dict[str, Any], needs: Sequence[Run]
     ) -> Run:
         shared = {"layers", "batch_size", "momentum", "weight_decay"}
         settings = {"role": role, "data": self.data.model_dump(mode="json")}
@@ -468,9 +468,11 @@ def _penalty(
         return method.L1(*common, held["lambda_init"])
     if held["penalty"] == "mcp":
         return method.MCP(*common)
+    of_lambdas = _rates(run, per_epoch)[1]
+    assert of_lambdas is not None  # both penalties that are left train them
     factor = (held["lambda_learning_rate"] or held["learning_rate"]) / held["learning_rate"]
     training = method.LambdaTraining(
-        rates=[rate * factor for rate in _rates(run, per_epoch)[1]],
+        rates=[rate * factor for rate in of_lambdas],
         momentum=held["momentum"],
         weight_decay=_lambda_weight_decay(run, trial),
         init=held["lambda_init"],
@@ -538,11 +540,13 @@ def _measured(
 
 def _lambda_metrics(
     run: Run, penalty: method.Penalty | None, trial: Mapping[str, Any] | None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """HALO: how lambdas follow the weights, and how far they are from where they would settle."""
-    if not isinstance(penalty, method.HALO):
+    if not isinstance(penalty, method.HALO) or trial is None:
         return {}
-    metrics = {"lambda_correlation": measures.rank_correlation(penalty.tensors, penalty.lambdas)}
+    metrics: dict[str, float | None] = {
+        "lambda_correlation": measures.rank_correlation(penalty.tensors, penalty.lambdas)
+    }
     decay = _lambda_weight_decay(run, trial)
     if penalty.psi > 0 or decay > 0:
         sizes = torch.cat([weight.detach().abs().flatten() for weight in penalty.tensors])
@@ -556,7 +560,7 @@ def _energy(model: nn.Module, data: Dataset) -> tuple[dict[str, float], dict[str
     """Directions that hold most of the energy of each convolution's output over the training images."""
     batches = Batches(data, "train", shuffle=True, augment=True)
     found = measures.convolution_features(model, batches, ("corner", "mean"))
-    details = {
+    details: dict[str, Any] = {
         kind: {name: measures.directions(measures.energy(values), ENERGY) for name, values in layers.items()}
         for kind, layers in found.items()
     }

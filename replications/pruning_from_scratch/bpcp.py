@@ -9,21 +9,21 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from common.core.identity import stream
-from common.core.models import ChannelGroup
-from common.core.models.resnet import PaddedShortcut, ResNet
+from common.core.models import ChannelGroup, module_of
+from common.core.models.resnet import Block, PaddedShortcut, ResNet
 from common.core.pruning.channels import Keep, remove
 from common.core.trainer import Hooks, Trainer
 
 Cost = Callable[[nn.Module], int]
 
 
-def applies(model: nn.Module) -> bool:
+def applies(model: nn.Module) -> TypeGuard[ResNet]:
     """Whether blocks and streams of a network can be narrowed: residual, and no shortcut pads with zeros."""
     return isinstance(model, ResNet) and not any(
         isinstance(block.shortcut, PaddedShortcut) for _, block in model.blocks()
@@ -45,11 +45,11 @@ class BlockGates(Hooks):
     def __init__(self, model: ResNet, weight: float, rate: float):
         self.weight, self.rate = weight, rate
         self._names = [f"{name}.bn{len(block.kernels)}" for name, block in model.blocks()]
-        norms = [model.get_submodule(name) for name in self._names]
+        norms = [module_of(model, name, nn.BatchNorm2d) for name in self._names]
         self._affine = [(norm.weight, norm.bias) for norm in norms]
         self.alpha = nn.Parameter(norms[0].weight.new_zeros(len(norms)))
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [self.alpha], "weight_decay": 0.0}]
 
     def epoch_started(self, trainer: Trainer, epoch: int) -> None:
@@ -63,7 +63,7 @@ class BlockGates(Hooks):
             gates = self._gates = sampled(self.alpha, self._noise[trainer.iteration % len(self._noise)])
         else:
             gates = kept(self.alpha).to(self.alpha.dtype)
-        effective = {}
+        effective: dict[str, Tensor] = {}
         for name, (scale, shift), gate in zip(self._names, self._affine, gates, strict=True):
             effective |= {f"{name}.weight": scale * gate, f"{name}.bias": shift * gate}
         return effective
@@ -125,7 +125,7 @@ def drop_blocks(model: ResNet, alpha: Tensor, budget: float, cost: Cost) -> list
 
 
 def _drop_block(model: ResNet, name: str) -> None:
-    block = model.get_submodule(name)
+    block = module_of(model, name, Block)
     last = len(block.kernels)
     remove(model, {f"{name}.conv{i}": [] for i in range(1, last + 1)})
     # without it, what it makes of zeros would stay as a constant
@@ -143,7 +143,7 @@ def channel_groups(model: ResNet) -> list[ChannelGroup]:
     inner = [
         group
         for group in model.channel_groups()
-        if group.norm and model.get_submodule(group.name).out_channels
+        if group.norm and module_of(model, group.name, nn.Conv2d).out_channels
     ]
     streams: list[tuple[list[str], list[str]]] = [(["conv1", "bn1"], [])]
     for name, block in model.blocks():
@@ -152,7 +152,7 @@ def channel_groups(model: ResNet) -> list[ChannelGroup]:
         if not isinstance(block.shortcut, nn.Identity):
             streams[-1][1].append(f"{name}.shortcut.0")
             streams.append(([f"{name}.shortcut.0", f"{name}.shortcut.1"], []))
-        if model.get_submodule(f"{name}.conv{last}").out_channels:
+        if module_of(block, f"conv{last}", nn.Conv2d).out_channels:
             streams[-1][0].extend([f"{name}.conv{last}", f"{name}.bn{last}"])
     streams[-1][1].append("linear")
     joined = [
@@ -166,7 +166,7 @@ def importance(model: ResNet) -> dict[str, list[Tensor]]:
     """|scale| of the batch norm behind each layer, by group: one vector for each layer joined in it."""
     found = {}
     for group in channel_groups(model):
-        modules = [model.get_submodule(name) for name in (group.norm, *group.followers)]
+        modules = [model.get_submodule(name) for name in (group.norm, *group.followers) if name]
         norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
         found[group.name] = [norm.weight.detach().abs() for norm in norms]
     return found
@@ -227,7 +227,7 @@ def narrow(model: ResNet, keep: Keep) -> None:
     width = model.conv1.out_channels
     for _, block in model.blocks():
         if not isinstance(block.shortcut, nn.Identity):
-            width = block.shortcut[0].out_channels
+            width = module_of(block, "shortcut.0", nn.Conv2d).out_channels
         block.scatter.channels = width
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.core import schedules
+from common.core.models import module_of
 from common.core.trainer import Hooks, Trainer
 
 REFERENCE_BATCH = 256
@@ -33,7 +34,7 @@ class Gates(Hooks):
         model.requires_grad_(False)
         self.weight, self.level = weight, level
         self._names = list(names)
-        norms = [model.get_submodule(name) for name in names]
+        norms = [module_of(model, name, nn.BatchNorm2d) for name in names]
         self._affine = [(norm.weight, norm.bias) for norm in norms]
         self._sizes = [norm.num_features for norm in norms]
         self.values = nn.Parameter(norms[0].weight.new_ones(sum(self._sizes)))
@@ -48,7 +49,7 @@ class Gates(Hooks):
         return list((self.values.detach() if values is None else values).split(self._sizes))
 
     def weights(self, trainer: Trainer) -> dict[str, Tensor]:
-        effective = {}
+        effective: dict[str, Tensor] = {}
         for name, (scale, shift), gate in zip(self._names, self._affine, self.values.split(self._sizes)):
             effective |= {f"{name}.weight": scale * gate, f"{name}.bias": shift * gate}
         return effective

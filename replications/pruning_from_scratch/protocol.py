@@ -93,6 +93,13 @@ class GateSettings(Strict):
     """s, the mean gate that the penalty aims at; `budget` is 1 - target, which needs gates for every target.
     """
 
+    @property
+    def aim(self) -> float:
+        """The level as a number; that of a budget is one from the run on."""
+        if isinstance(self.level, str):
+            raise ValueError(f"gates of level {self.level!r} are learned for a target")
+        return self.level
+
 
 class SearchSettings(Strict):
     """How gates become widths."""
@@ -440,7 +447,7 @@ class _Job:
 
     def block_search(self) -> Outcome:
         """The trained base network, trained on while gates learn which of its blocks to keep."""
-        model = self.base.build()
+        model = _residual(self.base)
         model.load_state_dict(self.context.needs[0].state)
         options = BlockSettings.model_validate(self.run.settings["blocks"])
         gates = bpcp.BlockGates(self.context.compute.place(model), options.weight, options.learning_rate)
@@ -457,7 +464,7 @@ class _Job:
         options = BlockSettings.model_validate(self.run.settings["blocks"])
         search = SearchSettings.model_validate(self.run.settings["search"])
         found = self.context.needs[0].state
-        model = self.base.build()
+        model = _residual(self.base)
         model.load_state_dict(found["weights"])
         reference = self.base.cost()[search.budget]
         budget = (1 - self.run.target) * reference
@@ -507,14 +514,14 @@ def learned(
 
     Returns the trainer with them in place, the gates, and as `epoch` and `eligible` what `kept_epoch` says.
     """
-    gates = Gates(context.compute.place(model), layout.gated, options.weight, options.level)
+    gates = Gates(context.compute.place(model), layout.gated, options.weight, options.aim)
     trainer = context.trainer(model, data, options.batch_size, hooks=gates, optimizer=gates.optimizer())
     trainer.fit([options.learning_rate] * (options.epochs * len(trainer.batches)), phase="gates")
     densities = [density(values) for values in gates.epochs]
     for row, values, share in zip(trainer.history, gates.epochs, densities, strict=True):
         row |= {"mean_gate": values.mean().item(), "density": share}
     accuracies = [row["validation_accuracy"] for row in trainer.history]
-    epoch, eligible = kept_epoch(accuracies, densities, options.level)
+    epoch, eligible = kept_epoch(accuracies, densities, options.aim)
     gates.values.data.copy_(gates.epochs[epoch])
     return trainer, gates, {"epoch": epoch, "eligible": eligible}
 

@@ -18,6 +18,7 @@ from common.core.models.resnet import BasicBlock
 from common.core.pruning import counting
 from common.settings import SettingsError
 
+Status = Literal["converged", "nearest", "unreachable"]
 Unit = Literal["macs", "parameters"]
 Cost = Callable[[Sequence[int]], int]
 """Cost of a network from the widths of its gated layers."""
@@ -42,7 +43,7 @@ class Layout:
 
     architecture: str
     classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     widths: tuple[int, ...]
     fixed: Mapping[str, Any]
     _counted: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict, repr=False)
@@ -62,11 +63,10 @@ class Layout:
         """
         fixed = {**_OPTIONS.get(models.architecture(architecture).network, {}), **(options or {})}
         shape = tuple(image_shape)
-        own = {"classes": classes, "image_shape": shape, "widths": None, "seed": 0, "device": "meta"}
-        if taken := sorted(own.keys() & fixed):
+        if taken := sorted({"classes", "image_shape", "widths", "seed", "device"} & fixed.keys()):
             raise SettingsError(f"architecture {architecture!r}: {taken[0]!r} is not an option")
         try:
-            model = models.build(architecture, **own, **fixed)
+            model = models.build(architecture, classes=classes, image_shape=shape, device="meta", **fixed)
         except (ValueError, TypeError) as error:
             raise SettingsError(f"architecture {architecture!r} for images of {shape}: {error}") from None
         bare = [
@@ -194,7 +194,7 @@ class Structure:
     chosen: int
     masks: list[Tensor]
     floor: float
-    status: Literal["converged", "nearest", "unreachable"]
+    status: Status
     tied_share: float
 
     @property
@@ -242,7 +242,7 @@ def search(
     if returned == "best":
         chosen = min(range(len(tried)), key=lambda i: abs(tried[i].reduction - target))
     floor = largest_reduction(ranking.sizes, cost, reference, min_channels)
-    status = "converged" if _near(tried[-1], target, tolerance) else "nearest"
+    status: Status = "converged" if _near(tried[-1], target, tolerance) else "nearest"
     if beyond(target, floor, tolerance):
         status = "unreachable"
     keep = tried[chosen].keep
