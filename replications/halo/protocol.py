@@ -249,7 +249,7 @@ class _Plan:
             for seed in self.settings.tuning_seeds:
                 name = f"{TRIAL}{variant}-{number}"
                 if variant in PENALISED:
-                    found.append(self._training(name, variant, seed, [trial], role="trial", target=target))
+                    found.append(self._training(name, variant, seed, [trial], step="trial", target=target))
                     continue
                 dense = self._training(f"{TRIAL}none", "none", seed)
                 if variant == ONE_SHOT:
@@ -266,7 +266,7 @@ class _Plan:
         seed: int,
         trials: Sequence[Any] = (),
         needs: Sequence[Run] = (),
-        role: str = "training",
+        step: str = "training",
         target: float = 0.0,
     ) -> Run:
         kind, coupling = PENALISED[variant]
@@ -280,7 +280,7 @@ class _Plan:
             names |= {"lambda_init"}
         held = self.settings.model_dump(mode="json", include=names)
         held |= {"penalty": kind, "coupling": coupling, "trials": list(trials)}
-        return self._run(name, role, target, seed, held, needs)
+        return self._run(name, step, target, seed, held, needs)
 
     def _fine_tuning(
         self,
@@ -303,10 +303,10 @@ class _Plan:
         return found
 
     def _run(
-        self, name: str, role: str, target: float, seed: int, held: dict[str, Any], needs: Sequence[Run]
+        self, name: str, step: str, target: float, seed: int, held: dict[str, Any], needs: Sequence[Run]
     ) -> Run:
         shared = {"layers", "batch_size", "momentum", "weight_decay"}
-        settings = {"role": role, "data": self.data.model_dump(mode="json")}
+        settings = {"step": step, "data": self.data.model_dump(mode="json")}
         settings |= self.settings.model_dump(mode="json", include=shared) | held
         place = (self.data.name, self.settings.architecture)
         return Run(PAPER, name, *place, target, seed, settings, tuple(needs))
@@ -317,8 +317,8 @@ class _Plan:
 
 def execute(run: Run, context: Context) -> Outcome:
     """Train, mask or fine-tune, and measure. Raises RunFailed."""
-    roles = {"training": _train, "trial": _try, "mask": _mask, "fine-tuning": _fine_tune}
-    return roles[run.settings["role"]](run, context, context.dataset(run.settings["data"]))
+    steps = {"training": _train, "trial": _try, "mask": _mask, "fine-tuning": _fine_tune}
+    return steps[run.settings["step"]](run, context, context.dataset(run.settings["data"]))
 
 
 def _train(run: Run, context: Context, data: Dataset) -> Outcome:
