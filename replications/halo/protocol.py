@@ -205,14 +205,14 @@ def runs(profile: Profile) -> list[Run]:
     listed = []
     for number, cell in enumerate(profile.paper.cells):
         settings = profile.paper.changed(cell.settings, f"{PAPER}.cells[{number}].settings")
-        plan = _Plan(settings, cell.data or profile.dataset)
+        of_cell = _Runs(settings, cell.data or profile.dataset)
         for seed in settings.seeds:
             for variant in settings.variants:
-                listed += plan.of(variant, seed)
+                listed += of_cell.of(variant, seed)
     return listed
 
 
-class _Plan:
+class _Runs:
     """The runs of one cell. What several runs start from is the same run each time."""
 
     def __init__(self, settings: Settings, data: DatasetSettings):

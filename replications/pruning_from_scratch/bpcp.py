@@ -20,7 +20,7 @@ from common.core.models.resnet import Block, PaddedShortcut, ResNet
 from common.core.pruning.channels import Keep, remove
 from common.core.trainer import Hooks, Trainer
 
-Cost = Callable[[nn.Module], int]
+NetworkCost = Callable[[nn.Module], int]
 
 
 def applies(model: nn.Module) -> TypeGuard[ResNet]:
@@ -105,7 +105,7 @@ def penalty(gates: Tensor, weight: float) -> Tensor:
     return weight * gates.abs().sum()
 
 
-def drop_blocks(model: ResNet, alpha: Tensor, budget: float, cost: Cost) -> list[str]:
+def drop_blocks(model: ResNet, alpha: Tensor, budget: float, cost: NetworkCost) -> list[str]:
     """Remove blocks in place and return their names.
 
     Blocks that are not `kept` go, the least probable first, until the next one would bring the cost below
@@ -196,7 +196,7 @@ def removal_order(
     return order
 
 
-def drop_channels(model: ResNet, budget: float, cost: Cost, least: int) -> None:
+def drop_channels(model: ResNet, budget: float, cost: NetworkCost, least: int) -> None:
     """Remove channels in `removal_order` until the cost is nearest to `budget`, in place.
 
     `least` channels of each group stay, also where the budget demands more.

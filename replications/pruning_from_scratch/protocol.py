@@ -150,7 +150,7 @@ class TrainingSettings(Strict):
     """Epochs of Scratch-B; base epochs / (1 - target) when absent."""
 
 
-class ArchitectureSettings(Strict):
+class NetworkSettings(Strict):
     """A network by its name in common.core.models, options of its class, and the images that it is trained on."""
 
     name: str = "digits_vgg"
@@ -162,9 +162,7 @@ class ArchitectureSettings(Strict):
 class Settings(PaperSettings):
     """Settings of the paper; the defaults are those of the 8x8 digits."""
 
-    architectures: Annotated[tuple[ArchitectureSettings, ...], Field(min_length=1)] = (
-        ArchitectureSettings(),
-    )
+    architectures: Annotated[tuple[NetworkSettings, ...], Field(min_length=1)] = (NetworkSettings(),)
     expansion: Annotated[float, Field(ge=1, le=4)] = EXPANSION
     """Width of the network that carries the gates, relative to the base network."""
     variants: Annotated[dict[Variant, Budgets], Field(min_length=1)] = {
@@ -183,7 +181,7 @@ class Settings(PaperSettings):
     training: TrainingSettings = TrainingSettings()
 
 
-# ---------------------------------------------------------------------------------------------- planning
+# ---------------------------------------------------------------------------------------------- which runs
 
 
 def runs(profile: Profile) -> list[Run]:
@@ -193,7 +191,7 @@ def runs(profile: Profile) -> list[Run]:
     data, or that a variant cannot prune, and for a budget that no structure meets.
     """
     settings: Settings = profile.paper
-    planned, cells = [], set()
+    listed, cells = [], set()
     for architecture in settings.architectures:
         images = architecture.data or profile.dataset
         cell = (architecture.name, images.name)
@@ -206,8 +204,8 @@ def runs(profile: Profile) -> list[Run]:
         base = Layout.of(architecture.name, data.classes, data.image_shape, architecture.options)
         _check_budgets(settings, base)
         for seed in settings.seeds:
-            planned += _Plan(settings, images, architecture, seed).runs()
-    return planned
+            listed += _Runs(settings, images, architecture, seed).all()
+    return listed
 
 
 def _check_budgets(settings: Settings, base: Layout) -> None:
@@ -242,12 +240,10 @@ def _residual(base: Layout) -> ResNet:
     return model
 
 
-class _Plan:
+class _Runs:
     """The runs of one architecture and seed."""
 
-    def __init__(
-        self, settings: Settings, data: DatasetSettings, architecture: ArchitectureSettings, seed: int
-    ):
+    def __init__(self, settings: Settings, data: DatasetSettings, architecture: NetworkSettings, seed: int):
         self.settings = settings
         self.cell = (data.name, architecture.name)
         self.seed = seed
@@ -258,7 +254,7 @@ class _Plan:
             "training": self.settings.training.model_dump(mode="json"),
         }
 
-    def runs(self) -> list[Run]:
+    def all(self) -> list[Run]:
         wanted = [
             (variant, target) for variant, targets in self.settings.variants.items() for target in targets
         ]
@@ -291,26 +287,26 @@ class _Plan:
         return Run(PAPER, variant, *self.cell, target, self.seed, {**self.common, **settings}, needs)
 
 
-# ---------------------------------------------------------------------------------------------- executing
+# ---------------------------------------------------------------------------------------------- one run
 
 
 def execute(run: Run, context: Context) -> Outcome:
     """Train and measure one run. Raises RunFailed when training diverges."""
-    job = _Job(run, context)
+    one = _Execution(run, context)
     if run.variant == "dense":
-        return job.dense()
+        return one.dense()
     if run.variant == "expanded":
-        return job.expanded()
+        return one.expanded()
     if run.variant in (ON_RANDOM, ON_TRAINED):
-        return job.gates()
+        return one.gates()
     if run.variant == BLOCKS:
-        return job.block_search()
+        return one.block_search()
     if run.variant == BPCP:
-        return job.bpcp()
-    return job.pruned()
+        return one.bpcp()
+    return one.pruned()
 
 
-class _Job:
+class _Execution:
     """One run with its networks."""
 
     def __init__(self, run: Run, context: Context):

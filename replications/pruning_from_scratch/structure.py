@@ -20,7 +20,7 @@ from common.settings import SettingsError
 
 Status = Literal["converged", "nearest", "unreachable"]
 Unit = Literal["macs", "parameters"]
-Cost = Callable[[Sequence[int]], int]
+WidthsCost = Callable[[Sequence[int]], int]
 """Cost of a network from the widths of its gated layers."""
 
 CONVENTION: counting.Convention = "pool_inputs"
@@ -121,7 +121,7 @@ class Layout:
         """The cost of a network that was made from this layout's, beside the full one."""
         return counting.cost(model, self.image_shape, self.cost(), CONVENTION)
 
-    def spends(self, unit: Unit) -> Cost:
+    def spends(self, unit: Unit) -> WidthsCost:
         """The cost in one unit as a function of the gated widths."""
         return lambda widths: self.cost(widths)[unit]
 
@@ -210,7 +210,7 @@ def keep_count(gates: int, dropped: float) -> int:
 
 def search(
     ranking: Ranking,
-    cost: Cost,
+    cost: WidthsCost,
     reference: int,
     target: float,
     *,
@@ -251,7 +251,7 @@ def search(
     )
 
 
-def largest_reduction(sizes: Sequence[int], cost: Cost, reference: int, min_channels: int) -> float:
+def largest_reduction(sizes: Sequence[int], cost: WidthsCost, reference: int, min_channels: int) -> float:
     """The reduction of the smallest structure: `min_channels` of each layer, or all it has."""
     return 1 - cost([min(min_channels, size) for size in sizes]) / reference
 
@@ -274,7 +274,7 @@ class UniformWidths:
     reachable: bool
 
 
-def uniform_widths(widths: Sequence[int], cost: Cost, target: float) -> UniformWidths:
+def uniform_widths(widths: Sequence[int], cost: WidthsCost, target: float) -> UniformWidths:
     """The largest common share of `widths` (before expansion) whose cost is at most 1 - target of theirs.
 
     A width is max(1, share * width rounded half up).
