@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.catalogue import BENCHMARKS, environment, perform
 from benchmarks.isolation import alone
 from benchmarks.picture import draw, words
-from benchmarks.plan import COMPARISONS, environment, perform
 from common.core.loading import prepared_file
 from common.settings import DatasetSettings, SettingsError
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help=".npz with x_train, y_train, x_test, y_test"
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=COMPARISONS, help=", ".join(COMPARISONS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
     parser.add_argument(
         "--out", type=Path, default=Path("reports/benchmark"), help="folder (default: %(default)s)"
     )
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision", default="bfloat16", choices=["bfloat16", "float32"], help="of the core"
     )
     chosen = parser.parse_args(arguments)
-    names = chosen.only or [name for name, c in COMPARISONS.items() if c.quick or not chosen.quick]
+    names = chosen.only or [name for name, c in BENCHMARKS.items() if c.quick or not chosen.quick]
     options = {
         "data": _data(chosen.data),
         "device": chosen.device,
@@ -63,7 +63,7 @@ def measure_all(names: Sequence[str], options: dict[str, Any], out: Path) -> Non
     report: dict[str, Any] = {"environment": alone(environment, options, threads=1), "comparisons": {}}
     for name in names:
         begun, load = time.perf_counter(), os.getloadavg()[0]
-        threads = COMPARISONS[name].threads
+        threads = BENCHMARKS[name].threads
         found = alone(perform, name, options, threads=threads)
         seconds = round(time.perf_counter() - begun, 1)
         report["comparisons"][name] = {

@@ -16,10 +16,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as command
 from benchmarks import comparisons, isolation, measuring
 from benchmarks.bench import BATCH, Bench, random_images, result
+from benchmarks.catalogue import BENCHMARKS
 from benchmarks.loops import TensorBatches
 from benchmarks.measuring import Finding, Growth, Measured, measure
 from benchmarks.pil import loader
-from benchmarks.plan import COMPARISONS
 from common.core.loading import load
 from common.core.models import build
 from common.settings import DatasetSettings
@@ -148,8 +148,8 @@ def appending(file):
 
 
 def test_the_plan_names_functions_that_exist():
-    for comparison in COMPARISONS.values():
-        assert callable(getattr(comparisons, comparison.function))
+    for benchmark in BENCHMARKS.values():
+        assert callable(getattr(comparisons, benchmark.function))
 
 
 @pytest.fixture
