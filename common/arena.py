@@ -101,8 +101,15 @@ class Contest:
     def trainer(self, model: nn.Module, hooks: Hooks | Sequence[Hooks] = ()) -> Trainer:
         """A Trainer with the optimiser of the arena."""
         arena = self.arena
-        options = {"momentum": arena.momentum, "nesterov": arena.nesterov, "weight_decay": arena.weight_decay}
-        return self.context.trainer(model, self.data, arena.batch_size, hooks, **options)
+        return self.context.trainer(
+            model,
+            self.data,
+            arena.batch_size,
+            hooks,
+            momentum=arena.momentum,
+            nesterov=arena.nesterov,
+            weight_decay=arena.weight_decay,
+        )
 
     def dense_rates(self, epochs: int) -> list[float]:
         """The dense learning rates for a training of `epochs` epochs, one per iteration."""

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from common.core import loading
 from common.core.compute import Compute
 from common.core.data import Batches, Dataset
 from common.core.identity import digest
-from common.core.trainer import Checkpoints, Hooks, Trainer
+from common.core.trainer import Checkpoints, Decays, Hooks, Trainer
 from common.records import Record
 from common.settings import DatasetSettings
 
@@ -79,6 +79,17 @@ class Needed:
     state: dict[str, Any] = field(default_factory=dict)
 
 
+class TrainerOptions(TypedDict, total=False):
+    """What a paper says of its optimiser and loss; see Trainer."""
+
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decays: Decays | None
+    label_smoothing: float
+    optimizer: torch.optim.Optimizer | None
+
+
 @dataclass(frozen=True)
 class Context:
     """What a run gets to execute with.
@@ -104,7 +115,7 @@ class Context:
         data: Dataset,
         batch_size: int,
         hooks: Hooks | Sequence[Hooks] = (),
-        **options: Any,
+        **options: Unpack[TrainerOptions],
     ) -> Trainer:
         """A Trainer on the shuffled, augmented training split, measured on validation each epoch.
 

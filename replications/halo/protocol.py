@@ -22,7 +22,7 @@ from common.core.models.chain import MLP
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Diverged, RunFailed, Trainer
+from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
 from common.settings import (
     CellSettings,
     Count,
@@ -427,11 +427,13 @@ def _network(run: Run, context: Context, data: Dataset) -> nn.Module:
 
 
 def _trainer(
-    run: Run, context: Context, data: Dataset, model: nn.Module, hooks: Sequence[Any] = ()
+    run: Run, context: Context, data: Dataset, model: nn.Module, hooks: Sequence[Hooks] = ()
 ) -> Trainer:
     held = run.settings
-    options = {"momentum": held["momentum"], "weight_decay": held["weight_decay"]}
-    return context.trainer(model, data, held["batch_size"], hooks, **options)
+    momentum, weight_decay = held["momentum"], held["weight_decay"]
+    return context.trainer(
+        model, data, held["batch_size"], hooks, momentum=momentum, weight_decay=weight_decay
+    )
 
 
 def _training(

@@ -9,7 +9,7 @@ on from the trained base network and keeps weights (see `bpcp.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from common.core.identity import stream
 from common.core.models import Network
 from common.core.models.resnet import ResNet
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Hooks, Trainer
+from common.core.trainer import Decays, Hooks, Trainer
 from common.settings import (
     Count,
     DatasetSettings,
@@ -522,7 +522,7 @@ def learned(
     return trainer, gates, {"epoch": epoch, "eligible": eligible}
 
 
-def weights_only(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+def weights_only(model: nn.Module) -> Decays:
     """Which parameters decay when batch norms, biases and depthwise convolutions are spared."""
     convolutions = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
     depthwise = {f"{name}.weight" for name, convolution in convolutions if convolution.groups > 1}
