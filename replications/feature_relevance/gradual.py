@@ -38,7 +38,7 @@ class Ranking:
     minimum: int = 0
     seed: int = 0
 
-    def scores(self, model: Network, names: list[str], batches: BatchSource, event: int) -> method.Scored:
+    def scores(self, model: nn.Module, names: list[str], batches: BatchSource, event: int) -> method.Scored:
         """Scores of the layers `names` of a masked network at its event number `event`."""
         if self.criterion == "random":
             return method.random_scores(model, names, stream(self.seed, "random channels", event))
@@ -76,9 +76,7 @@ class Pruner:
 
     def __post_init__(self) -> None:
         self.layers, self.units = ([g.name for g in groups] for groups in method.prunable_layers(self.model))
-        self.widths = {
-            name: self.model.get_submodule(name).weight.shape[0] for name in self.layers + self.units
-        }
+        self.widths = {name: len(method.weight_of(self.model, name)) for name in self.layers + self.units}
         self.removed = {name: [] for name in self.widths}
 
     @property
@@ -91,7 +89,7 @@ class Pruner:
         """Number of channels that stay, by layer."""
         return {name: len(channels) for name, channels in self.kept.items()}
 
-    def event(self, masked: Network, enough: Enough, units: int = 0) -> Event:
+    def event(self, masked: nn.Module, enough: Enough, units: int = 0) -> Event:
         """Score the masked network; remove channels until `enough`, and `units` of every hidden layer."""
         scored = self.ranking.scores(masked, self.layers + self.units, self.batches, self.events)
         chosen_units = []
@@ -164,7 +162,9 @@ class MaskedTwin:
     def __init__(self, model: Network):
         self.model = copy.deepcopy(model)
         norms = [group.norm for group in channels.groups_of(model) if group.norm]
-        self._momenta = {f"{norm}.{entry}": None for norm in norms for entry in ("weight", "bias")}
+        self._momenta: dict[str, Tensor | None] = {
+            f"{norm}.{entry}": None for norm in norms for entry in ("weight", "bias")
+        }
         self._begin()
 
     def _begin(self) -> None:
@@ -185,7 +185,7 @@ class MaskedTwin:
     @torch.no_grad()
     def refresh(self, trainer: Trainer, kept: Mapping[str, list[int]]) -> Network:
         """Make the twin what it is now, given the channels that the trainer's network has; returns it."""
-        self.model = trainer.compute.place(self.model)
+        trainer.compute.place(self.model)
         masks = channels.masks(self.model, kept)
         small = dict(trainer.model.named_parameters())
         for name, parameter in self.model.named_parameters():
@@ -204,7 +204,7 @@ class MaskedTwin:
             if mask is None:
                 buffer.copy_(buffers[name])
             else:
-                buffer.mul_((1 - self.model.get_submodule(norm).momentum) ** self._steps)
+                buffer.mul_((1 - _momentum(self.model.get_submodule(norm))) ** self._steps)
                 buffer[mask] = buffers[name]
         self._begin()
         return self.model
@@ -231,6 +231,12 @@ class MaskedTwin:
         """Take up a `state`."""
         self.model.load_state_dict(state["model"])
         self._momenta, self._age, self._steps = state["momenta"], state["age"], state["steps"]
+
+
+def _momentum(norm: nn.Module) -> float:
+    """The share by which a batch norm's running statistics move towards those of a batch."""
+    assert isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None
+    return norm.momentum
 
 
 class GradualPruning(Hooks):

@@ -54,6 +54,11 @@ def prunable_layers(model: Network) -> tuple[list[ChannelGroup], list[ChannelGro
     return convolutions[: -PROTECTED_CONVOLUTIONS if isinstance(model, ConvNet) else None], units
 
 
+def weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight of a model's layer."""
+    return model.get_parameter(f"{name}.weight")
+
+
 def kept(widths: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """The channels that stay, ascending, by layer. widths: of the layers before anything was removed."""
     return {name: sorted(set(range(widths[name])) - set(gone)) for name, gone in removed.items()}
@@ -120,7 +125,7 @@ class Scored:
 
 @torch.no_grad()
 def relevance_scores(
-    model: Network,
+    model: nn.Module,
     names: Sequence[str],
     batches: BatchSource,
     alpha: float = 2.0,
@@ -133,17 +138,21 @@ def relevance_scores(
     statistics and random generators alone.
     """
     model.eval()
-    sums, confusion = {}, 0
+    sums: dict[str, Tensor] = {}
+    confusion: Tensor | None = None
     largest, missing = [], []
     for images, labels in batches.epoch(0):
         logits, found = relevances(model, images, labels, alpha, branch_share)
         classes = logits.shape[1]
         for name in names:
-            sums[name] = sums.get(name, 0) + class_sums(found[name], labels, classes)
+            of_batch = class_sums(found[name], labels, classes)
+            sums[name] = sums[name] + of_batch if name in sums else of_batch
         largest.append(torch.stack([found[name].abs().amax() for name in names]).amax())
         missing.append(torch.stack([found[name].isnan().any(1) for name in names]).any(0).sum())
         truth, predicted = (one_hot(c, classes).to(logits.dtype) for c in (labels, logits.argmax(1)))
-        confusion = confusion + truth.T @ predicted
+        counted = truth.T @ predicted
+        confusion = counted if confusion is None else confusion + counted
+    assert confusion is not None, "there is nothing to score on"
     accuracy, counts = class_accuracy(confusion), confusion.sum(1)
     scale = class_scale(accuracy) if use_class_scale else torch.ones_like(accuracy)
     scores = {name: channel_scores(sums[name], counts, scale) for name in names}
@@ -151,27 +160,27 @@ def relevance_scores(
     return Scored(scores, notes | {"images_with_nan": int(torch.stack(missing).sum())})
 
 
-def l1_scores(model: Network, names: Sequence[str]) -> Scored:
+def l1_scores(model: nn.Module, names: Sequence[str]) -> Scored:
     """Sum of absolute weights of each filter, over the layer's L2 norm."""
-    weights = {name: model.get_submodule(name).weight.detach() for name in names}
+    weights = {name: weight_of(model, name).detach() for name in names}
     return Scored({name: normalised(weight.abs().flatten(1).sum(1)) for name, weight in weights.items()})
 
 
-def random_scores(model: Network, names: Sequence[str], seed: int) -> Scored:
+def random_scores(model: nn.Module, names: Sequence[str], seed: int) -> Scored:
     """Independent uniform numbers."""
     generator = torch.Generator().manual_seed(seed)
-    widths = {name: model.get_submodule(name).weight.shape[0] for name in names}
+    widths = {name: len(weight_of(model, name)) for name in names}
     return Scored({name: torch.rand(width, generator=generator) for name, width in widths.items()})
 
 
-def taylor_scores(model: Network, names: Sequence[str], batches: BatchSource) -> Scored:
+def taylor_scores(model: nn.Module, names: Sequence[str], batches: BatchSource) -> Scored:
     """First-order change of the loss when a filter goes, over the layer's L2 norm (Molchanov et al. 2017).
 
     |sum of weight * gradient| over a filter equals |sum of activation * gradient| over its output. Evaluation
     mode; gradients of the model are left alone.
     """
     model.eval()
-    weights = [model.get_submodule(name).weight for name in names]
+    weights = [weight_of(model, name) for name in names]
     totals = [torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) for weight in weights]
     for images, labels in batches.epoch(0):
         loss = cross_entropy(model(images), labels, reduction="sum")
@@ -244,12 +253,12 @@ class CostTable:
 
     def __init__(self, model: Network, image_shape: Sequence[int]):
         groups = channels.groups_of(model)
-        self.widths = {group.name: model.get_submodule(group.name).weight.shape[0] for group in groups}
+        self.widths = {group.name: len(weight_of(model, group.name)) for group in groups}
         makes = {name: group.name for group in groups for name in (group.name, group.norm) if name}
         reads = {name: group.name for group in groups for name in group.consumers}
         positions = {layer.name: layer.positions for layer in layer_costs(model, image_shape)}
         # per parameter: entries, layers that rows and columns follow, uses of each entry (None: not a weight)
-        self._entries = []
+        self._entries: list[tuple[int, str | None, str | None, int | None]] = []
         for name, parameter in model.named_parameters():
             module, _, entry = name.rpartition(".")
             uses = positions.get(module) if entry == "weight" else None
@@ -257,7 +266,9 @@ class CostTable:
             self._entries.append((parameter.numel(), makes.get(module), column, uses))
 
     def _left(self, left: Mapping[str, float]) -> list[tuple[float, int | None]]:
-        share = {name: left.get(name, width) / width for name, width in self.widths.items()}
+        share: dict[str | None, float] = {
+            name: left.get(name, width) / width for name, width in self.widths.items()
+        }
         return [
             (n * share.get(row, 1) * share.get(column, 1), uses) for n, row, column, uses in self._entries
         ]
@@ -286,4 +297,4 @@ def official_zero_weights(model: Network, table: CostTable, removed: Mapping[str
     if isinstance(model, ConvNet):
         return zeros
     first = channels.groups_of(model)[0].name
-    return zeros - len(removed.get(first, ())) * model.get_submodule(first).weight[0].numel()
+    return zeros - len(removed.get(first, ())) * weight_of(model, first)[0].numel()

@@ -24,7 +24,7 @@ from common.core.models import Network
 from common.core.models.resnet import ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import cost
-from common.core.run import Context, Outcome, Run
+from common.core.run import Context, Needed, Outcome, Run
 from common.core.trainer import Hooks, RunFailed, Trainer
 from common.settings import (
     AugmentationSettings,
@@ -247,10 +247,15 @@ def runs(profile: Profile) -> list[Run]:
 
 def _shape_of(architecture: ArchitectureSettings, data: Dataset) -> Network:
     """The network without values. Raises SettingsError when it is none that the method knows."""
-    where, options = f"{PAPER}.architectures: {architecture.name}", architecture.options
-    shape = {"classes": data.classes, "image_shape": data.image_shape, "device": "meta"}
+    where = f"{PAPER}.architectures: {architecture.name}"
     try:
-        model = models.build(architecture.name, **shape, **options)
+        model = models.build(
+            architecture.name,
+            classes=data.classes,
+            image_shape=data.image_shape,
+            device="meta",
+            **architecture.options,
+        )
     except ValueError as error:
         raise SettingsError(f"{where}: {error}") from None
     if not isinstance(model, method.KNOWN):
@@ -345,8 +350,13 @@ class _Job:
         self.model = self._build(seed=stream(run.seed, "init"))
 
     def _build(self, **options: Any) -> Network:
-        shape = {"classes": self.data.classes, "image_shape": self.data.image_shape}
-        return models.build(self.run.architecture, **shape, **options, **self.settings["options"])
+        return models.build(
+            self.run.architecture,
+            classes=self.data.classes,
+            image_shape=self.data.image_shape,
+            **options,
+            **self.settings["options"],
+        )
 
     def trainer(self, hooks: Hooks) -> Trainer:
         """A trainer of the run's network."""
@@ -378,10 +388,10 @@ class _Job:
         hook = GradualPruning(pruner, steps.events, steps.units, physical=settings["removal"] == "physical")
         trainer = self.trainer(hook)
         start = min(steps.events)
-        _go_on(trainer, self.context.needs[0].state, start)
+        _go_on(trainer, _state_of(self.context.needs[0]), start)
         hook.prune(trainer, start)
         trainer.fit(self.rates(trainer)[start * len(trainer.batches) :])
-        return self.measured(trainer, hook, table, variant)
+        return self.measured(trainer, hook, table, variant, len(batches.labels))
 
     def ranking(self, variant: Variant) -> Ranking:
         """How channels are ranked."""
@@ -396,9 +406,9 @@ class _Job:
         )
 
     def measured(
-        self, trainer: Trainer, hook: GradualPruning, table: method.CostTable, variant: Variant
+        self, trainer: Trainer, hook: GradualPruning, table: method.CostTable, variant: Variant, images: int
     ) -> Outcome:
-        """Scores, cost and what the events did."""
+        """Scores, cost and what the events did. images: how many were scored at each event."""
         narrow = trainer.model
         if self.settings["removal"] == "masked":
             narrow = copy.deepcopy(narrow)
@@ -406,7 +416,7 @@ class _Job:
         shape, epochs = self.data.image_shape, self.settings["epochs"]
         costs = cost(narrow, shape, dense=cost(self._build(device="meta"), shape))
         zeros = method.official_zero_weights(self._build(device="meta"), table, hook.pruner.removed)
-        passes = method.SCORING_PASSES[variant.criterion] * len(hook.log) * len(hook.pruner.batches.labels)
+        passes = method.SCORING_PASSES[variant.criterion] * len(hook.log) * images
         gone = [len(hook.pruner.removed[name]) for name in hook.pruner.layers]
         metrics = self.context.scores(trainer, self.data) | {
             "channels_removed": sum(gone) / sum(table.widths[name] for name in hook.pruner.layers),
@@ -437,6 +447,12 @@ class _Snapshots(Hooks):
 
     def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
         self.taken = state
+
+
+def _state_of(need: Needed) -> dict[str, Any]:
+    """What a run that others start from has kept."""
+    assert need.state is not None, f"{need.record.variant} keeps no state"
+    return need.state
 
 
 def _go_on(trainer: Trainer, dense: Mapping[str, Any], epoch: int) -> None:

@@ -15,7 +15,6 @@ from torch.nn.functional import max_pool2d as pool
 from torch.nn.functional import relu
 from torch.nn.grad import conv2d_input
 
-from common.core.models import Network
 from common.core.models.chain import ConvNet
 from common.core.models.resnet import Block, ResNet
 from common.settings import SettingsError
@@ -38,8 +37,8 @@ def conv2d(
     x: Tensor,
     weight: Tensor,
     relevance: Tensor,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
     alpha: float = 2.0,
 ) -> Tensor:
     """Alpha-beta rule of a convolution.
@@ -53,7 +52,7 @@ def conv2d(
     return x * conv2d_input(x.shape, both, shares, stride=stride, padding=padding)
 
 
-def max_pool2d(x: Tensor, relevance: Tensor, kernel: int) -> Tensor:
+def max_pool2d(x: Tensor, relevance: Tensor, kernel: int | tuple[int, int]) -> Tensor:
     """All of a window's relevance goes to its first maximum in row-major order; stride = kernel."""
     largest, where = pool(x, kernel, return_indices=True)
     handed_on = relevance * largest / (largest + EPS)
@@ -79,7 +78,7 @@ def residual_add(branch: Tensor, skip: Tensor, relevance: Tensor) -> tuple[Tenso
 
 
 def relevances(
-    model: Network, images: Tensor, labels: Tensor, alpha: float = 2.0, branch_share: bool = False
+    model: nn.Module, images: Tensor, labels: Tensor, alpha: float = 2.0, branch_share: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward pass, and the relevance of every layer's output for the true class, mean over positions.
 
@@ -95,7 +94,7 @@ def relevances(
     return logits, way.found
 
 
-def _traced(model: Network, images: Tensor) -> tuple[Tensor, list[nn.Module]]:
+def _traced(model: nn.Module, images: Tensor) -> tuple[Tensor, list[nn.Module]]:
     """The layers that relevance goes back through, and the input of the first one."""
     if isinstance(model, ResNet):
         # nothing before the first block is ever scored
@@ -147,18 +146,23 @@ class _Pass:
         if isinstance(layer, nn.MaxPool2d) and layer.stride == layer.kernel_size and not layer.padding:
             return lambda relevance: max_pool2d(x, relevance, layer.kernel_size)
         if isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size == 1:
-            return lambda relevance: avg_pool2d(x, relevance, tuple(x.shape[2:]))
+            return lambda relevance: avg_pool2d(x, relevance, (x.shape[2], x.shape[3]))
         if isinstance(layer, nn.Flatten):
             return lambda relevance: relevance.view(x.shape)
         if isinstance(layer, (nn.ReLU, nn.BatchNorm2d, nn.Dropout, nn.Identity)):
             return lambda relevance: relevance
-        raise SettingsError(f"relevance has no rule for the layer {self.names.get(layer)!r}: {layer}")
+        raise self._no_rule(layer)
 
     def _weighted(self, layer: nn.Linear | nn.Conv2d, x: Tensor, relevance: Tensor) -> Tensor:
         self._note(layer, relevance)
         if isinstance(layer, nn.Linear):
             return linear(x, layer.weight, relevance, self.alpha)
+        if isinstance(layer.padding, str):
+            raise self._no_rule(layer)
         return conv2d(x, layer.weight, relevance, layer.stride, layer.padding, self.alpha)
+
+    def _no_rule(self, layer: nn.Module) -> SettingsError:
+        return SettingsError(f"relevance has no rule for the layer {self.names.get(layer)!r}: {layer}")
 
     def _block(self, block: Block, x: Tensor) -> tuple[Tensor, Back]:
         stream, back_skip = self._layer(block.shortcut, x)

@@ -62,7 +62,7 @@ class DuringTraining(Hooks):
     def _final(self, trainer: Trainer) -> dict[str, Tensor]:
         return self.effective(trainer)
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> Sequence[Tensor]:
         """The method's own trained tensors."""
         return []
 
@@ -189,9 +189,10 @@ class _Preparing(DuringTraining):
     def gradients_ready(self, trainer: Trainer) -> None:
         if not self.finished:
             with torch.no_grad():
-                self._change([p for p in self._parameters if p.grad is not None])
+                pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
+                self._change([p for p, _ in pairs], [gradient for _, gradient in pairs])
 
-    def _change(self, parameters: list[nn.Parameter]) -> None:
+    def _change(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
         """Edit the gradients of these parameters."""
         raise NotImplementedError
 
@@ -206,9 +207,10 @@ class GSM(_Preparing):
     Those of largest |weight * gradient|; all others shrink by weight decay alone.
     """
 
-    def _change(self, parameters: list[nn.Parameter]) -> None:
-        for parameter, kept in zip(parameters, self._largest([(p * p.grad).abs() for p in parameters])):
-            parameter.grad.mul_(kept)
+    def _change(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+        scores = [(parameter * gradient).abs() for parameter, gradient in zip(parameters, gradients)]
+        for gradient, kept in zip(gradients, self._largest(scores)):
+            gradient.mul_(kept)
 
 
 def lc_weight_decays(weight_decay: float, epochs: int) -> dict[int, float]:
@@ -244,9 +246,10 @@ class LC(_Preparing):
         for group in trainer.optimizer.param_groups:
             group["weight_decay"] = self.weight_decay
 
-    def _change(self, parameters: list[nn.Parameter]) -> None:
-        for parameter, spared in zip(parameters, self._largest([p.abs() for p in parameters])):
-            parameter.grad.sub_(parameter * spared, alpha=self.weight_decay)
+    def _change(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+        largest = self._largest([parameter.abs() for parameter in parameters])
+        for parameter, gradient, spared in zip(parameters, gradients, largest):
+            gradient.sub_(parameter * spared, alpha=self.weight_decay)
 
 
 # ------------------------------------------------------------------------------------------ DNW, STR, CS, DST
@@ -297,7 +300,7 @@ class STR(DuringTraining):
             for (name, w), s in zip(weights.items(), self.thresholds)
         }
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> Sequence[Tensor]:
         return self.thresholds
 
 
@@ -367,7 +370,7 @@ class CS(_Reparameterised):
         weights = self.masks.weights(trainer.model)
         return {name: w * (m > 0) * self.scale for (name, w), m in zip(weights.items(), self.gates)}
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> Sequence[Tensor]:
         return self.gates
 
 
@@ -412,7 +415,7 @@ class DST(_Reparameterised):
     def _penalised(self, trainer: Trainer) -> Tensor:
         return _total((-t).exp().sum() for t in self.thresholds)
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> Sequence[Tensor]:
         return self.thresholds
 
 

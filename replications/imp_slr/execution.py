@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from common.core.identity import stream
 from common.core.models import build
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Masks, prunable, squared_norm
-from common.core.run import Context, Outcome, Run
+from common.core.run import Context, Needed, Outcome, Run
 from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
 from common.records import Record
 from replications.imp_slr import baselines, method
@@ -59,7 +59,7 @@ def _execute_imp(run: Run, context: Context, data: Dataset) -> Outcome:
     if dense.record.details.get("diverged"):
         raise Diverged(dense.record.details["diverged"])
     model = _network(run, context, data)
-    model.load_state_dict(dense.state["model"])
+    model.load_state_dict(_state_of(dense)["model"])
     masks = Masks.dense(model)
     trainer = _trainer(run, context, model, data, KeepMasked(masks))
     # data order goes on where dense training ended
@@ -70,12 +70,11 @@ def _execute_imp(run: Run, context: Context, data: Dataset) -> Outcome:
         raise RunFailed(
             f"{context.needs[1].record.variant} reached a sparsity of {sparsity:g}: nothing to compare with"
         )
-    metrics = {"distance_to_pruned": _relative_distance(model, sparsity)}
-    before = dense.record.metrics["test_accuracy"]
+    distance, before = _relative_distance(model, sparsity), dense.record.metrics["test_accuracy"]
     more, details = _prune_and_retrain(
         run, trainer, data, masks, sparsity, dense.record.settings, rate, before
     )
-    metrics |= more
+    metrics = {"distance_to_pruned": distance, **more}
     total = dense.record.settings["epochs"] + sum(cycle["epochs"] for cycle in details["cycles"])
     outcome = _outcome(run, context, trainer, data, total, {"learning_rate": rate, **details}, metrics)
     outcome.metrics |= _gain_shares(settings, outcome.metrics, [need.record for need in context.needs[1:]])
@@ -96,7 +95,8 @@ def _execute_during(run: Run, context: Context, data: Dataset) -> Outcome:
     trainer = _trainer(run, context, model, data, *hooks, decays=hook.decays, **changed)
     trainer.fit(_dense_rates(settings, rate, len(trainer.batches)), phase=settings["method"])
     hook.finish(trainer)
-    total, metrics = settings["epochs"], {}
+    total = settings["epochs"]
+    metrics: dict[str, Any] = {}
     if retrained:
         trainer.fresh_optimizer(momentum=settings["momentum"], weight_decay=settings["weight_decay"])
         before = trainer.evaluate(Batches(data, "test"))["accuracy"]
@@ -116,6 +116,12 @@ def _execute_bimp2022(run: Run, context: Context, data: Dataset) -> Outcome:
     return _outcome(run, context, trainer, data, settings["total"], details)
 
 
+def _state_of(need: Needed) -> dict[str, Any]:
+    """What a run that others start from has kept."""
+    assert need.state is not None, f"{need.record.variant} keeps no state"
+    return need.state
+
+
 def _network(run: Run, context: Context, data: Dataset) -> nn.Module:
     """The freshly initialised network; equal for equal seeds."""
     widths, options = run.settings["widths"], run.settings["options"]
@@ -130,7 +136,7 @@ def _trainer(
     return context.trainer(model, data, run.settings["batch_size"], hooks, **options)
 
 
-def _dense_rates(settings: dict[str, Any], rate: float, per_epoch: int) -> list[float]:
+def _dense_rates(settings: Mapping[str, Any], rate: float, per_epoch: int) -> list[float]:
     return DenseSchedule.model_validate(settings["schedule"]).rates(rate, settings["epochs"], per_epoch)
 
 
@@ -158,7 +164,7 @@ def _prune_and_retrain(
     data: Dataset,
     masks: Masks,
     sparsity: float,
-    dense: dict[str, Any],
+    dense: Mapping[str, Any],
     rate: float,
     accuracy: float,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -206,7 +212,7 @@ def _relative_distance(model: nn.Module, sparsity: float) -> float:
 
 
 def _gain_shares(
-    settings: dict[str, Any], own: dict[str, Any], others: Sequence[Record]
+    settings: Mapping[str, Any], own: Mapping[str, Any], others: Sequence[Record]
 ) -> dict[str, float | None]:
     """How much of this run's gain by retraining the shorter ones reach, and how long 90 % of it takes.
 

@@ -171,11 +171,11 @@ def cycle_epochs(cycles: int, *, each: int | None = None, split: int | None = No
 
     Raises ValueError unless exactly one of the two is given.
     """
-    if (each is None) == (split is None):
-        raise ValueError("give either the epochs of each cycle or the epochs to split, not both")
-    if split is None:
+    if each is not None and split is None:
         return [each] * cycles
-    return [split // cycles] * (cycles - 1) + [split - (cycles - 1) * (split // cycles)]
+    if split is not None and each is None:
+        return [split // cycles] * (cycles - 1) + [split - (cycles - 1) * (split // cycles)]
+    raise ValueError("give either the epochs of each cycle or the epochs to split, not both")
 
 
 # ------------------------------------------------------------------------------------------ the algorithm
@@ -243,13 +243,13 @@ def prune_and_retrain(
         before = _norms(trainer.model, masks)
         masks.prune(trainer.model, fraction, allocation, generator)
         masks.apply(trainer.model)
-        drops = [norm_drop(*pair) for pair in zip(before, _norms(trainer.model, masks))]
+        drop, prunable_drop = (norm_drop(*pair) for pair in zip(before, _norms(trainer.model, masks)))
         if retraining.recalibrate:
             recalibrate(trainer)
         if retraining.reset_momentum:
             trainer.fresh_optimizer()
         lost = (accuracy - _train_accuracy(trainer)) / accuracy if accuracy else 0.0
-        start = _start(retraining, index, epochs, fraction, drops[0], lost)
+        start = _start(retraining, index, epochs, fraction, drop, lost)
         rates = retraining_rates(
             retraining.schedule,
             retraining.history,
@@ -257,7 +257,7 @@ def prune_and_retrain(
             start=start,
             warmup_share=retraining.warmup_share,
         )
-        cycle = Cycle(fraction, count, *drops, start, rates)
+        cycle = Cycle(fraction, count, drop, prunable_drop, start, rates)
         if pruned is not None:
             pruned(trainer, cycle)
         trainer.fit(rates, phase=f"retrain {index + 1}")

@@ -66,9 +66,10 @@ def _check(cell: Cell, settings: Settings, data: DatasetSettings, where: str) ->
         model = build(cell.architecture, classes=10, image_shape=shape, **options)
         if "allocations" in cell.experiments:
             for target in settings.targets:
-                for allocation in {"ERK", "uniform_plus"} & set(settings.allocations):
-                    shapes = [weight.shape for weight in prunable(model).values()]
-                    layer_counts(shapes, [shape.numel() for shape in shapes], target, allocation)
+                for allocation in settings.allocations:
+                    if allocation in ("ERK", "uniform_plus"):
+                        shapes = [weight.shape for weight in prunable(model).values()]
+                        layer_counts(shapes, [shape.numel() for shape in shapes], target, allocation)
     except (SettingsError, ValueError, TypeError, Infeasible) as error:
         raise SettingsError(f"{where} ({cell.architecture}): {error}") from None
 
@@ -92,8 +93,12 @@ class _Plan:
         ]
         for tuned in self.settings.tunables:
             name = f"{tuned.kind}-{tuned.initial:g}-{tuned.warmup_share:g}"
-            more = {"initial": tuned.initial, "warmup_share": tuned.warmup_share}
-            found += [self._imp(seed, target, name, tuned.kind, **more) for target in self.settings.targets]
+            found += [
+                self._imp(
+                    seed, target, name, tuned.kind, initial=tuned.initial, warmup_share=tuned.warmup_share
+                )
+                for target in self.settings.targets
+            ]
         return found
 
     def during(self, seed: int) -> list[Run]:

@@ -21,14 +21,19 @@ GRID = 100
 class Selection(Strict):
     """How the filters to remove are chosen."""
 
-    criterion: Literal["random", *method.CRITERIA] = "l1_sum"
+    criterion: Literal["random", method.Criterion] = "l1_sum"
     context: Literal["local", "global"] = "local"
     """Rank inside each layer, or over all layers at once. Sums across layers collapse; use a mean there."""
-    rule: Literal[tuple(method.COUNT_RULES)] = "floor"
+    rule: method.CountRule = "floor"
     inputs: Literal["surviving", "all"] = "surviving"
     """Input channels that count: those that the layers before keep at the same event, or all there are."""
     score: Literal["producer", "group"] = "producer"
     """The producing filter's score, or mean |w| of all that belongs to the channel."""
+
+
+def weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight of a model's layer."""
+    return model.get_parameter(f"{name}.weight")
 
 
 def filter_groups(model: nn.Module) -> list[ChannelGroup]:
@@ -38,7 +43,7 @@ def filter_groups(model: nn.Module) -> list[ChannelGroup]:
 
 def filter_widths(model: nn.Module) -> list[int]:
     """Filters of each group, front to back."""
-    return [len(model.get_submodule(group.name).weight) for group in filter_groups(model)]
+    return [len(weight_of(model, group.name)) for group in filter_groups(model)]
 
 
 def pruned_widths(widths: Sequence[int], fraction: float, rule: str = "floor") -> list[int]:
@@ -64,7 +69,8 @@ def fractions_for_reductions(
     parameters: of the network with given widths. targets: ascending. Raises SettingsError naming a target
     that no fraction reaches and the largest reduction that one does.
     """
-    whole, found, reduction = parameters(list(widths)), [], 0.0
+    found: list[float] = []
+    whole, reduction = parameters(list(widths)), 0.0
     for step in range(GRID):
         reduction = 1 - parameters(pruned_widths(widths, step / GRID, rule)) / whole
         while len(found) < len(targets) and reduction >= targets[len(found)]:
@@ -78,14 +84,14 @@ def fractions_for_reductions(
 
 def group_scores(model: nn.Module, group: ChannelGroup) -> Tensor:
     """mean|producer filter| + mean|depthwise slice| + mean|consumer slice| of each channel, [n]."""
-    weight = model.get_submodule(group.name).weight.detach()
+    weight = weight_of(model, group.name).detach()
     total = method.filter_scores("l1_mean", weight)
     for name in group.followers:
         if isinstance(follower := model.get_submodule(name), nn.Conv2d):
             total = total + method.filter_scores("l1_mean", follower.weight)
     for name in group.consumers:
         # behind a flattened map several columns belong to a channel
-        reader = model.get_submodule(name).weight.detach().unflatten(1, (len(weight), -1))
+        reader = weight_of(model, name).detach().unflatten(1, (len(weight), -1))
         total = total + method.filter_scores("l1_mean", reader.transpose(0, 1))
     return total
 
@@ -137,16 +143,20 @@ def _scores(
     initial: nn.Module | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    weight = model.get_submodule(group.name).weight
+    weight = weight_of(model, group.name)
     if how.criterion == "random":
         return torch.rand(len(weight), generator=generator).to(weight.device)
     if how.score == "group":
         return group_scores(model, group)
-    start = initial.get_submodule(group.name).weight if initial is not None else None
-    parts = [weight, weight.grad, start]
-    if inputs is not None:
-        parts = [None if part is None else part[:, inputs] for part in parts]
-    return method.filter_scores(how.criterion, *parts)
+    gradient, start = weight.grad, weight_of(initial, group.name) if initial is not None else None
+    if inputs is None:
+        return method.filter_scores(how.criterion, weight, gradient, start)
+    return method.filter_scores(
+        how.criterion,
+        weight[:, inputs],
+        None if gradient is None else gradient[:, inputs],
+        None if start is None else start[:, inputs],
+    )
 
 
 @torch.no_grad()
@@ -237,7 +247,7 @@ class Gradual(Hooks):
             self.masks.masks = channels.masks(model, keep)
             apply_masks(self.masks.masks, dict(model.named_parameters()), trainer.optimizer)
             self._removed = {
-                name: _complement(index, model.get_submodule(name)) for name, index in keep.items()
+                name: _complement(index, len(weight_of(model, name))) for name, index in keep.items()
             }
         self.log.append((done, [len(index) for index in keep.values()]))
 
@@ -265,8 +275,8 @@ class Gradual(Hooks):
             self.initial.load_state_dict(state["initial"])
 
 
-def _complement(index: Tensor, layer: nn.Module) -> Tensor:
-    gone = torch.ones(len(layer.weight), dtype=torch.bool, device=index.device)
+def _complement(index: Tensor, count: int) -> Tensor:
+    gone = torch.ones(count, dtype=torch.bool, device=index.device)
     gone[index] = False
     return gone
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,17 +35,28 @@ def granular_scores(values: Tensor, granularity: str) -> Tensor:
     return values.abs().mean(axes, keepdim=True) if axes else values.abs()
 
 
-CRITERIA: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
-    "l1_sum": lambda w, g, w0: w.abs().sum(1),
-    "l1_mean": lambda w, g, w0: w.abs().mean(1),
-    "l2_sq_mean": lambda w, g, w0: w.square().mean(1),
-    "taylor_sq_mean": lambda w, g, w0: (w * g).square().mean(1),
-    "taylor_abs_sum": lambda w, g, w0: (w * g).sum(1).abs(),
-    "movement_mean": lambda w, g, w0: (w - w0).abs().mean(1),
-    "magnitude_increase_mean": lambda w, g, w0: (w.abs() - w0.abs()).mean(1),
+Criterion = Literal[
+    "l1_sum",
+    "l1_mean",
+    "l2_sq_mean",
+    "taylor_sq_mean",
+    "taylor_abs_sum",
+    "movement_mean",
+    "magnitude_increase_mean",
+]
+NEEDS_WEIGHT: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1_sum": lambda w: w.abs().sum(1),
+    "l1_mean": lambda w: w.abs().mean(1),
+    "l2_sq_mean": lambda w: w.square().mean(1),
 }
-NEEDS_GRADIENT = ("taylor_sq_mean", "taylor_abs_sum")
-NEEDS_INITIAL = ("movement_mean", "magnitude_increase_mean")
+NEEDS_GRADIENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "taylor_sq_mean": lambda w, g: (w * g).square().mean(1),
+    "taylor_abs_sum": lambda w, g: (w * g).sum(1).abs(),
+}
+NEEDS_INITIAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "movement_mean": lambda w, w0: (w - w0).abs().mean(1),
+    "magnitude_increase_mean": lambda w, w0: (w.abs() - w0.abs()).mean(1),
+}
 
 
 def filter_scores(
@@ -55,20 +67,25 @@ def filter_scores(
     gradient, initial: of the same shape, for the criteria that need them (ValueError without). Sums compare
     filters of one layer, means also filters of different layers.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}")
-    for names, values, what in (
-        (NEEDS_GRADIENT, gradient, "gradient"),
-        (NEEDS_INITIAL, initial, "initial weight"),
-    ):
-        if criterion in names and values is None:
-            raise ValueError(f"criterion {criterion!r} needs the {what}")
-    flat = [None if t is None else t.detach().flatten(1) for t in (weight, gradient, initial)]
-    return CRITERIA[criterion](*flat)
+    flat = weight.detach().flatten(1)
+    if criterion in NEEDS_WEIGHT:
+        return NEEDS_WEIGHT[criterion](flat)
+    if criterion in NEEDS_GRADIENT:
+        return NEEDS_GRADIENT[criterion](flat, _given(gradient, criterion, "gradient"))
+    if criterion in NEEDS_INITIAL:
+        return NEEDS_INITIAL[criterion](flat, _given(initial, criterion, "initial weight"))
+    raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(get_args(Criterion))}")
+
+
+def _given(values: Tensor | None, criterion: str, what: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"criterion {criterion!r} needs the {what}")
+    return values.detach().flatten(1)
 
 
 # ---------------------------------------------------------------------------------------- selection
 
+CountRule = Literal["floor", "round", "gt_sorted_2019", "ge_sorted_2020", "quantile_2021", "kth_0_4_1"]
 COUNT_RULES: dict[str, Callable[[int, float], int]] = {
     "floor": lambda n, f: math.floor(f * n + 1e-9),
     "round": lambda n, f: math.floor(f * n + 0.5 + 1e-9),
@@ -162,9 +179,12 @@ def level(
 
 
 def windowed(
-    schedule: str, progress: float, begin: float = 0.0, finish: float = 1.0, **options: float
+    schedule: str, progress: float, begin: float = 0.0, finish: float = 1.0, **options: Any
 ) -> float:
-    """The level at `progress` in [0, 1] of training for a schedule from `begin` to `finish`; 0 before it."""
+    """The level at `progress` in [0, 1] of training for a schedule from `begin` to `finish`; 0 before it.
+
+    options: as of `level`.
+    """
     if progress < begin:
         return 0.0
     return level(schedule, min((progress - begin) / (finish - begin), 1.0), **options)

@@ -209,7 +209,7 @@ class Settings(PaperSettings):
             raise ValueError(
                 "pretraining and level take one learning rate; fine_tuning and scratch may choose"
             )
-        phases = [(self.pretraining, self.pretraining.epochs)]
+        phases: list[tuple[Training, int]] = [(self.pretraining, self.pretraining.epochs)]
         phases += [(t, b.epochs) for t in (self.fine_tuning, self.scratch) for b in self.budgets]
         phases += [(self.level, budget.level_epochs) for budget in self.budgets]
         for training, epochs in phases:
@@ -225,6 +225,13 @@ class Settings(PaperSettings):
         if len(set(amounts)) < len(amounts):
             raise ValueError(f"two budgets have the same amount of labels: {', '.join(amounts)}")
         return self
+
+    @property
+    def pretrained_on(self) -> DatasetSettings:
+        """The corpus, which an architecture without a checkpoint must have."""
+        if self.corpus is None:
+            raise SettingsError("corpus: needed for an architecture that has no checkpoint")
+        return self.corpus
 
 
 # ---------------------------------------------------------------------------------------- the runs
@@ -274,7 +281,7 @@ class _Fixed:
         if not checkpoint and any(
             name.startswith("fine-tuned") for b in settings.budgets for name in b.variants
         ):
-            _check_corpus(settings.corpus, shape)
+            _check_corpus(settings.pretrained_on, shape)
         if checkpoint:
             state, digest = transfer.read_checkpoint(checkpoint.source)
             transfer.trunk_from_checkpoint(shape.network(), state, checkpoint.classes, checkpoint.source)
@@ -341,7 +348,7 @@ class _Plan:
         )
 
     def pretrained(self) -> Run:
-        corpus = self.settings.corpus
+        corpus = self.settings.pretrained_on
         settings = {
             "step": "pretrain",
             "data": corpus.model_dump(mode="json"),

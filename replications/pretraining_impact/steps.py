@@ -146,7 +146,7 @@ class _Job:
                 model, state, checkpoint["classes"], checkpoint["source"]
             )
         else:
-            tensors = self.needed(pretrained).state["trunk"]
+            tensors = _state_of(self.needed(pretrained))["trunk"]
         if self.settings["start"] == "shuffled":
             tensors = transfer.shuffled(
                 tensors, torch.Generator().manual_seed(stream(self.run.seed, "shuffle"))
@@ -154,15 +154,18 @@ class _Job:
         model.load_state_dict(tensors, strict=False)
         return model
 
-    def resumed(self, key: str) -> Network | None:
-        """The network that the first needed run left under `key`."""
-        state = self.needed(0).state
-        if state[key] is None:
-            return None
-        model = self.network()
-        narrow(model, state["filters"])
-        model.load_state_dict(state[key])
-        return self.context.compute.place(model)
+    def resumed(self) -> tuple[Network, Network | None]:
+        """The network that the first needed run left, and the one that it started from if that was kept."""
+        state = _state_of(self.needed(0))
+
+        def network(key: str) -> Network:
+            model = self.network()
+            narrow(model, state["filters"])
+            model.load_state_dict(state[key])
+            self.context.compute.place(model)
+            return model
+
+        return network("model"), network("initial") if state["initial"] is not None else None
 
     def generator(self) -> torch.Generator:
         """Of random filters."""
@@ -181,20 +184,23 @@ class _Job:
         if recipe["optimizer"] == "adam":
             rates = [method.one_cycle_policy(t / total, rate)[0] for t in range(total)]
             hooks = [*hooks, OneCycleMomentum(total)]
-            options = {"optimizer": _adam(self.context.compute.place(model), recipe["weight_decay"])}
+            optimizer = _adam(self.context.compute.place(model), recipe["weight_decay"])
         else:
             rates = schedules.cosine(
                 rate, recipe["epochs"], len(batches), warmup_epochs=recipe["warmup_epochs"]
             )
-            options = {"nesterov": True, "weight_decay": recipe["weight_decay"], "decays": _decays}
+            optimizer = None
         trainer = Trainer(
             model,
             batches,
+            nesterov=True,
+            weight_decay=recipe["weight_decay"],
+            decays=_decays,
             hooks=hooks,
+            optimizer=optimizer,
             seed=order,
             compute=self.context.compute,
             checkpoints=self.context.checkpoints and self.context.checkpoints(),
-            **options,
         )
         trainer.fit(rates, phase)
         return trainer
@@ -243,8 +249,14 @@ def _adam(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """As the library of the first author's later code sets it up; its momentum follows OneCycleMomentum."""
     matrices = [p for n, p in model.named_parameters() if _decays(n, p)]
     vectors = [p for n, p in model.named_parameters() if not _decays(n, p)]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.95, 0.99), eps=1e-5, weight_decay=weight_decay)
+
+
+def _state_of(need: Needed) -> dict[str, Any]:
+    """What a run that others start from has kept."""
+    assert need.state is not None, f"{need.record.variant} keeps no state"
+    return need.state
 
 
 def _state(model: nn.Module, initial: nn.Module | None) -> dict[str, Any]:
@@ -286,7 +298,7 @@ def _choose(job: _Job) -> Outcome:
 
 def _level(job: _Job) -> Outcome:
     before = job.needed(0).record.details
-    model, initial = job.resumed("model"), job.resumed("initial")
+    model, initial = job.resumed()
     selection = Selection.model_validate(job.settings["selection"])
     if selection.criterion in method.NEEDS_GRADIENT:
         _leave_gradient(model, Batches(job.data, "train"))
@@ -298,7 +310,7 @@ def _level(job: _Job) -> Outcome:
         if network is not None:
             channels.remove(network, keep)
     validation = Batches(job.data, "validation")
-    raw = Trainer(model, (), compute=job.context.compute).evaluate(validation)
+    raw = Trainer(model, validation, compute=job.context.compute).evaluate(validation)
     trainer = job.train(model, f"level {job.run.target:g}")
     macs = before["training_macs"] + job.training_macs(job.shape.cost(tuple(filter_widths(model)))["macs"])
     details = {"fraction": job.settings["fraction"], "learning_rate": before["learning_rate"]}
@@ -347,7 +359,7 @@ def _against_scratch(curve: Mapping[str, list], scratch: Mapping[str, list]) -> 
         measures.iso_parameters(c["parameters"], c["accuracy"], reference - TAUS["1"])
         for c in (curve, scratch)
     )
-    return found | {"iso_ratio": None if ours is None else ours / theirs}
+    return found | {"iso_ratio": None if ours is None or theirs is None else ours / theirs}
 
 
 def _gradual(job: _Job) -> Outcome:
@@ -361,11 +373,10 @@ def _gradual(job: _Job) -> Outcome:
     total = recipe["epochs"] * -(-len(job.data.labels["train"]) // recipe["batch_size"])
     window = (gradual["begin"], gradual["finish"])
     events = schedule_events(gradual["schedule"], total, job.settings["fraction"], window, gradual["span"])
-    masks = [Masks(gradual["masks"])] if gradual["removal"] == "at_end" else []
-    pruning = Gradual(
-        model, events, selection, initial=initial, generator=job.generator(), masks=(masks or [None])[0]
-    )
-    trainer = job.train(model, "target", [pruning, *masks], reference["learning_rate"])
+    masks = Masks(gradual["masks"]) if gradual["removal"] == "at_end" else None
+    pruning = Gradual(model, events, selection, initial=initial, generator=job.generator(), masks=masks)
+    hooks = [pruning] if masks is None else [pruning, masks]
+    trainer = job.train(model, "target", hooks, reference["learning_rate"])
     pruning.finish(model)
     macs = sum(need.record.details["training_macs"] for need in job.context.needs[1:])
     macs += job.training_macs(_macs_while_pruning(job, pruning, total))

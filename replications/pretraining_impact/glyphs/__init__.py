@@ -167,7 +167,10 @@ def write(out: Path, images: np.ndarray, labels: np.ndarray, characters: str, te
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        **{"x_train": images[:cut], "y_train": labels[:cut], "x_test": images[cut:], "y_test": labels[cut:]},
+        x_train=images[:cut],
+        y_train=labels[:cut],
+        x_test=images[cut:],
+        y_test=labels[cut:],
         classes=np.array(list(characters)),
         scale=np.array(LEVELS),
         digest=np.array(digest),
