@@ -245,9 +245,9 @@ METHODS = {
 
 
 def opened(hook):
-    """Gates of CS that are clearly open or closed, as at the end of a long training."""
-    for gates in getattr(hook, "gates", []):
-        gates.data = torch.where(torch.rand_like(gates) < 0.5, -1.0, 1.0)
+    """Mask parameters of CS that are clearly open or closed, as at the end of a long training."""
+    for parameter in getattr(hook, "mask_parameters", []):
+        parameter.data = torch.where(torch.rand_like(parameter) < 0.5, -1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,7 +18,7 @@ from common.core.pruning.masks import Allocation, Masks, select, smallest
 from common.core.trainer import Hooks, RunFailed, Trainer
 from replications.imp_slr.method import relative_steps
 
-Ranking = Literal["all", "prunable"]
+RankOver = Literal["all", "prunable"]
 # DPF looks at its mask again after this many iterations
 DPF_ITERATIONS = 16
 # DST resets the thresholds of a layer of which no more than this share survives
@@ -172,7 +172,7 @@ class _Preparing(DuringTraining):
     them, n the number of prunable weights.
     """
 
-    def __init__(self, model: nn.Module, sparsity: float, rank_over: Ranking = "all"):
+    def __init__(self, model: nn.Module, sparsity: float, rank_over: RankOver = "all"):
         super().__init__(model)
         self._parameters = list(
             model.parameters() if rank_over == "all" else self.masks.weights(model).values()
@@ -232,7 +232,7 @@ class LC(_Preparing):
         model: nn.Module,
         sparsity: float,
         weight_decay: float,
-        rank_over: Ranking = "all",
+        rank_over: RankOver = "all",
         growth: dict[int, float] | None = None,
     ):
         super().__init__(model, sparsity, rank_over)
@@ -348,30 +348,33 @@ class CS(_Reparameterised):
         double_decay: bool = False,
     ):
         super().__init__(model, penalty, weight_decay, double_decay)
-        self.gates = [nn.Parameter(torch.full_like(w, initial)) for w in self.masks.weights(model).values()]
+        self.mask_parameters = [
+            nn.Parameter(torch.full_like(w, initial)) for w in self.masks.weights(model).values()
+        ]
         self.scale = 1 + math.exp(-initial)
         self.beta_final, self.iterations = beta_final, iterations
 
     def beta(self, iteration: int) -> float:
-        """Sharpness of the gates after a number of iterations, from 1 to `beta_final`."""
+        """Sharpness of the soft masks after a number of iterations, from 1 to `beta_final`."""
         return self.beta_final ** (iteration / self.iterations)
 
     def effective(self, trainer: Trainer) -> dict[str, Tensor]:
         beta, weights = self.beta(trainer.iteration), self.masks.weights(trainer.model)
         return {
-            n: w * (torch.sigmoid(beta * m) * self.scale) for (n, w), m in zip(weights.items(), self.gates)
+            n: w * (torch.sigmoid(beta * m) * self.scale)
+            for (n, w), m in zip(weights.items(), self.mask_parameters)
         }
 
     def _penalised(self, trainer: Trainer) -> Tensor:
         beta = self.beta(trainer.iteration)
-        return _total(torch.sigmoid(beta * m).sum() for m in self.gates)
+        return _total(torch.sigmoid(beta * m).sum() for m in self.mask_parameters)
 
     def _final(self, trainer: Trainer) -> dict[str, Tensor]:
         weights = self.masks.weights(trainer.model)
-        return {name: w * (m > 0) * self.scale for (name, w), m in zip(weights.items(), self.gates)}
+        return {name: w * (m > 0) * self.scale for (name, w), m in zip(weights.items(), self.mask_parameters)}
 
     def _tensors(self) -> Sequence[Tensor]:
-        return self.gates
+        return self.mask_parameters
 
 
 class _Step(torch.autograd.Function):

@@ -46,7 +46,7 @@ class History:
 
     @classmethod
     def of_epochs(cls, rates: Sequence[float], per_epoch: int) -> History:
-        """The record of the 2022 code: the initial rate, then the rate after the last step of each epoch.
+        """The history as the 2022 code keeps it: the initial rate, then the rate after the last step of each epoch.
 
         Its drops come an epoch early, and a linear or cosine schedule ends at 0.
         """
@@ -62,7 +62,7 @@ class History:
         return min(self.rates[self.warmup :])
 
     def compressed(self, iteration: int, length: int) -> float:
-        """The rate at an iteration if the record is squeezed into `length`; the highest one for a warm-up."""
+        """The rate at an iteration if the history is squeezed into `length`; the highest one for a warm-up."""
         index = iteration * len(self.rates) // length
         return self.eta_max if index < self.warmup else self.rates[index]
 

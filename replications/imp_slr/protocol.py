@@ -41,10 +41,10 @@ def runs(profile: Profile) -> list[Run]:
         settings = profile.paper.changed(cell.settings, f"{where}.settings")
         data = cell.data or profile.dataset
         _check(cell, settings, data, where)
-        plan = _Plan(cell, settings, data)
+        cell_runs = _CellRuns(cell, settings, data)
         for seed in settings.seeds:
             for experiment in cell.experiments:
-                listed += getattr(plan, experiment)(seed)
+                listed += getattr(cell_runs, experiment)(seed)
     return listed
 
 
@@ -74,7 +74,7 @@ def _check(cell: Cell, settings: Settings, data: DatasetSettings, where: str) ->
         raise SettingsError(f"{where} ({cell.architecture}): {error}") from None
 
 
-class _Plan:
+class _CellRuns:
     """The runs of one network. Runs that several experiments need are the same run each time."""
 
     def __init__(self, cell: Cell, settings: Settings, data: DatasetSettings):

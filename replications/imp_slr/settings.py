@@ -73,7 +73,7 @@ class Tuned(Strict):
     warmup_share: Fraction = method.WARMUP_SHARE
 
 
-class Retraining(Strict):
+class RetrainingSettings(Strict):
     """What all retraining has in common."""
 
     cycle_epochs: Literal["split", "each"] = "split"
@@ -101,12 +101,12 @@ class DPFSettings(Strict):
 
 class GSMSettings(Strict):
     momentum: Momentum = 0.99
-    rank_over: baselines.Ranking = "all"
+    rank_over: baselines.RankOver = "all"
 
 
 class LCSettings(Strict):
     weight_decay: NotNegative = 5e-3
-    rank_over: baselines.Ranking = "all"
+    rank_over: baselines.RankOver = "all"
     growing: bool = False
     """Let the weight decay grow as in the 2022 code."""
 
@@ -120,7 +120,7 @@ class STRSettings(Strict):
 
 class CSSettings(Strict):
     initials: Annotated[tuple[float, ...], Field(min_length=1)] = (-0.1, 0.0)
-    """Swept: first value of the gates."""
+    """Swept: first value of the mask parameters."""
     beta_final: Annotated[float, Field(ge=1)] = 200.0
     penalty: NotNegative = 1e-5
     double_decay: bool = False
@@ -173,7 +173,7 @@ class Settings(PaperSettings):
     """Compared with one; `20%` takes as many as it needs to prune that share in each."""
     short_schedules: tuple[method.Schedule, ...] = ("SLR", "LLR", "ALLR")
     short_lengths: tuple[Count, ...] = (1, 3)
-    retraining: Retraining = Retraining()
+    retraining: RetrainingSettings = RetrainingSettings()
     gmp: GMPSettings = GMPSettings()
     dpf: DPFSettings = DPFSettings()
     gsm: GSMSettings = GSMSettings()

@@ -509,10 +509,10 @@ def _cs(case, document):
             inputs["weight_decay"],
         )
         hook = baselines.CS(model, *numbers)
-        return _with(hook, hook.gates, (inputs["m1"], inputs["m2"]))
+        return _with(hook, hook.mask_parameters, (inputs["m1"], inputs["m2"]))
 
     hook, got = _forward_backward(case, document, make, inputs["it"])
-    first, second = (m.grad.tolist() for m in hook.gates)
+    first, second = (m.grad.tolist() for m in hook.mask_parameters)
     return got | {"beta": hook.beta(inputs["it"]), "scale": hook.scale, "gm1": first, "gm2": second}
 
 
