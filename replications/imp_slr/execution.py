@@ -25,19 +25,19 @@ from replications.imp_slr.settings import RETRAINED, DenseSchedule, percent
 def execute(run: Run, context: Context) -> Outcome:
     """Train and measure one run. Raises RunFailed."""
     data = context.dataset(run.settings["data"])
-    role = {
+    steps = {
         "dense": _execute_dense,
         "imp": _execute_imp,
         "during": _execute_during,
         "bimp2022": _execute_bimp2022,
     }
     try:
-        return role[run.settings["role"]](run, context, data)
+        return steps[run.settings["step"]](run, context, data)
     except Diverged as reason:
         if not run.settings.get("tuning"):
             raise
         # a rate at which training diverges is a bad rate, not a reason to give up the search
-        rate = _chosen_rate(run, context)[0] if run.settings["role"] != "imp" else _dense_rate(context)
+        rate = _chosen_rate(run, context)[0] if run.settings["step"] != "imp" else _dense_rate(context)
         details = {"learning_rate": rate, "diverged": str(reason)}
         return Outcome(
             {"validation_accuracy": 0.0, "test_accuracy": None, "test_loss": None}, {}, details=details
@@ -218,7 +218,7 @@ def _gain_shares(
 
     Nothing if there are no shorter ones; None where this run gained nothing.
     """
-    shorter = [record for record in others if record.settings["role"] == "imp"]
+    shorter = [record for record in others if record.settings["step"] == "imp"]
     if not shorter:
         return {}
     lengths = [record.settings["retrain_epochs"] for record in shorter]

@@ -174,11 +174,11 @@ class _CellRuns:
     # -------------------------------------------------------------------------------------- single runs
 
     def _run(
-        self, seed: int, target: float, variant: str, role: str, needs: Sequence[Run], **more: Any
+        self, seed: int, target: float, variant: str, step: str, needs: Sequence[Run], **more: Any
     ) -> Run:
         settings = self.settings
         held = {
-            "role": role,
+            "step": step,
             "data": self.data.model_dump(mode="json"),
             "widths": self.cell.widths,
             "options": self.cell.options,
