@@ -21,7 +21,7 @@ from replications.feature_relevance.contender import contend
 from replications.feature_relevance.gradual import (
     GradualPruning,
     Pruner,
-    Ranking,
+    Scoring,
     forward_macs,
     until_at_most,
     until_channels,
@@ -46,7 +46,7 @@ def _network(name="resnet14", **options):
 
 
 def _trainer(model, physical, events=(1, 2, 3), taken=6, units=0, minimum=1, nesterov=False, **options):
-    pruner = Pruner(copy.deepcopy(model), Ranking(minimum=minimum), _batches(seed=9))
+    pruner = Pruner(copy.deepcopy(model), Scoring(minimum=minimum), _batches(seed=9))
     hook = GradualPruning(
         pruner, dict.fromkeys(events, until_channels(taken)), dict.fromkeys(events, units), physical
     )
@@ -151,8 +151,8 @@ def test_interrupted_pruning_goes_on_as_if_nothing_had_happened(physical):
 def test_scoring_changes_nothing(criterion):
     model = _network()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    pruner = Pruner(model, Ranking(criterion=criterion), _batches())
-    pruner.ranking.scores(model, pruner.layers, pruner.batches, 0)
+    pruner = Pruner(model, Scoring(criterion=criterion), _batches())
+    pruner.scoring.scores(model, pruner.layers, pruner.batches, 0)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -231,7 +231,7 @@ def test_minimum_keeps_channels():
 def test_equal_macs_are_met_to_within_one_channel(criterion):
     model = _network()
     table = method.CostTable(model, SHAPE)
-    pruner = Pruner(model, Ranking(criterion=criterion), _batches())
+    pruner = Pruner(model, Scoring(criterion=criterion), _batches())
     most = table.macs(table.even(pruner.layers, 0.5))
     pruner.event(model, until_at_most(table.macs, most))
     assert table.macs(pruner.left) <= most
@@ -242,7 +242,7 @@ def test_equal_macs_are_met_to_within_one_channel(criterion):
 def test_cost_table_counts_what_is_physically_left():
     model = _network("vgg_mini")
     table = method.CostTable(model, SHAPE)
-    pruner = Pruner(copy.deepcopy(model), Ranking(criterion="l1", minimum=1), _batches())
+    pruner = Pruner(copy.deepcopy(model), Scoring(criterion="l1", minimum=1), _batches())
     pruner.event(model, until_channels(30), units=5)
     channels.remove(model, pruner.kept)
     narrow = method.CostTable(model, SHAPE)

@@ -10,7 +10,7 @@ from replications.feature_relevance import method
 from replications.feature_relevance.gradual import (
     GradualPruning,
     Pruner,
-    Ranking,
+    Scoring,
     forward_macs,
     until_at_most,
 )
@@ -25,7 +25,7 @@ def contend(contest: Contest) -> Outcome:
     arena, model = contest.arena, contest.network()
     table = method.CostTable(model, contest.data.image_shape)
     least = 0 if isinstance(model, ResNet) else 1
-    pruner = Pruner(model, Ranking(minimum=least, seed=contest.run.seed), scoring_batches(contest.data, 0.25))
+    pruner = Pruner(model, Scoring(minimum=least, seed=contest.run.seed), scoring_batches(contest.data, 0.25))
     budget = contest.keep * contest.parameters
     narrowest = table.parameters(dict.fromkeys(pruner.layers, least))
     if narrowest > budget:

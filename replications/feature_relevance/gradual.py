@@ -20,18 +20,18 @@ from common.core.models import Network
 from common.core.pruning import channels
 from common.core.trainer import BatchSource, Hooks, Trainer
 from replications.feature_relevance import method
-from replications.feature_relevance.method import Allocation, CostTable, Criterion
+from replications.feature_relevance.method import ChannelAllocation, ChannelCriterion, CostTable
 
 Enough = Callable[[int, Mapping[str, int]], bool]
 """Whether an event may stop, from the number of channels it has taken and those left in each layer."""
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """How channels are ranked. branch_share: score a block's last convolution by its branch alone."""
+class Scoring:
+    """How channels are scored and compared. branch_share: score a block's last convolution by its branch alone."""
 
-    criterion: Criterion = "relevance"
-    allocation: Allocation = "global"
+    criterion: ChannelCriterion = "relevance"
+    allocation: ChannelAllocation = "global"
     alpha: float = 2.0
     class_scale: bool = True
     branch_share: bool = False
@@ -69,7 +69,7 @@ class Pruner:
     """
 
     model: Network
-    ranking: Ranking
+    scoring: Scoring
     batches: BatchSource
     removed: method.Removed = field(init=False)
     events: int = 0
@@ -91,7 +91,7 @@ class Pruner:
 
     def event(self, masked: nn.Module, enough: Enough, units: int = 0) -> Event:
         """Score the masked network; remove channels until `enough`, and `units` of every hidden layer."""
-        scored = self.ranking.scores(masked, self.layers + self.units, self.batches, self.events)
+        scored = self.scoring.scores(masked, self.layers + self.units, self.batches, self.events)
         chosen_units = []
         for number, name in enumerate(self.units):
             chosen = method.select(
@@ -101,14 +101,14 @@ class Pruner:
         self._take(self.units, chosen_units)
         scores = [scored.scores[name] for name in self.layers]
         gone = [self.removed[name] for name in self.layers]
-        if self.ranking.allocation == "per_layer":
+        if self.scoring.allocation == "per_layer":
             scores = method.in_layer_shares(scores, gone)
         other = {name: self.left[name] for name in self.units}
         chosen = method.select(
             scores,
             gone,
             lambda n, left: enough(n, other | dict(zip(self.layers, left))),
-            self.ranking.minimum,
+            self.scoring.minimum,
         )
         self._take(self.layers, chosen)
         self.events += 1
@@ -129,7 +129,7 @@ def until_at_most(spent: Callable[[Mapping[str, int]], float], most: float) -> E
     return lambda taken, left: spent(left) <= most
 
 
-class Masks:
+class ForwardMasks:
     """Masks that are multiplied into the weights of every forward pass; nothing is masked at first."""
 
     def __init__(self) -> None:
@@ -252,7 +252,7 @@ class GradualPruning(Hooks):
         self.pruner, self.events, self.units = pruner, events, units
         self.log: list[dict[str, Any]] = []
         self._twin = MaskedTwin(pruner.model) if physical else None
-        self._masks = Masks()
+        self._masks = ForwardMasks()
 
     def weights(self, trainer: Trainer) -> dict[str, Tensor]:
         """In masked execution, the masked weights."""

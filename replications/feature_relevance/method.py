@@ -24,9 +24,9 @@ from common.core.pruning.counting import layer_costs
 from common.core.trainer import BatchSource, RunFailed
 from replications.feature_relevance.relevance import EPS, relevances
 
-Criterion = Literal["relevance", "random", "l1", "taylor"]
-Allocation = Literal["global", "per_layer"]
-Budget = Literal["channels", "macs"]
+ChannelCriterion = Literal["relevance", "random", "l1", "taylor"]
+ChannelAllocation = Literal["global", "per_layer"]
+BudgetUnit = Literal["channels", "macs"]
 Removed = dict[str, list[int]]
 """Channels taken so far, ascending, by layer."""
 

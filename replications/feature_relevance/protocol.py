@@ -44,7 +44,7 @@ from replications.feature_relevance.gradual import (
     Enough,
     GradualPruning,
     Pruner,
-    Ranking,
+    Scoring,
     forward_macs,
     until_at_most,
     until_channels,
@@ -60,10 +60,10 @@ _TRAINING = {"epochs", "batch_size", "learning_rate", "milestones", "momentum", 
 class Variant(Strict):
     """One way of pruning."""
 
-    criterion: method.Criterion = "relevance"
-    allocation: method.Allocation = "global"
+    criterion: method.ChannelCriterion = "relevance"
+    allocation: method.ChannelAllocation = "global"
     """`per_layer` removes the same share of every layer, in the order of the same scores."""
-    budget: method.Budget = "channels"
+    budget: method.BudgetUnit = "channels"
     """What a target fixes: `channels` the share of prunable channels that goes; `macs` the MACs, which are
     those of the network whose layers have all lost that share."""
     timing: Literal["gradual", "once", "end"] = "gradual"
@@ -74,7 +74,7 @@ class Variant(Strict):
     alpha: Annotated[float, Field(ge=1)] = 2.0
 
 
-class ArchitectureSettings(CellSettings):
+class ArchitectureCell(CellSettings):
     """A network, and what is run on it. Data of its own bring their own augmentation."""
 
     name: str
@@ -127,10 +127,10 @@ VARIANTS = {
 """Variants by name, which `variants` in the settings adds to."""
 
 ARCHITECTURES = (
-    ArchitectureSettings(
+    ArchitectureCell(
         name="resnet14", options={"stem": 8}, runs={"frs": (0.46,), "frs-once": (0.46,), "frs-end": (0.46,)}
     ),
-    ArchitectureSettings(
+    ArchitectureCell(
         name="vgg_mini",
         options={"dropout": 0.0},
         units_per_event=1,
@@ -150,7 +150,7 @@ ARCHITECTURES = (
 class Settings(PaperSettings):
     """Settings of the paper; the defaults are those of the 8x8 digits."""
 
-    architectures: Annotated[tuple[ArchitectureSettings, ...], Field(min_length=1)] = ARCHITECTURES
+    architectures: Annotated[tuple[ArchitectureCell, ...], Field(min_length=1)] = ARCHITECTURES
     variants: dict[str, Variant] = {}
     """More variants that `runs` may name, or other meanings of those that there are."""
     epochs: Count = 40
@@ -174,7 +174,7 @@ class Settings(PaperSettings):
 
     @field_validator("architectures")
     @classmethod
-    def _named_once(cls, value: tuple[ArchitectureSettings, ...]) -> tuple[ArchitectureSettings, ...]:
+    def _named_once(cls, value: tuple[ArchitectureCell, ...]) -> tuple[ArchitectureCell, ...]:
         names = {(architecture.name, architecture.data and architecture.data.name) for architecture in value}
         if len(names) < len(value):
             raise ValueError("must not repeat a name on the same data")
@@ -204,7 +204,7 @@ class Settings(PaperSettings):
         return VARIANTS | self.variants
 
 
-# ---------------------------------------------------------------------------------------------- planning
+# ---------------------------------------------------------------------------------------------- the runs
 
 
 def runs(profile: Profile) -> list[Run]:
@@ -236,7 +236,7 @@ def runs(profile: Profile) -> list[Run]:
         for name, targets in architecture.runs.items():
             full = {**common, **own, "method": settings.known[name].model_dump(mode="json")}
             for target in targets:
-                plan(model, data.image_shape, target, full)
+                event_goals(model, data.image_shape, target, full)
                 wanted.append((name, target, full))
         cell = (source.name, architecture.name)
         for seed in settings.seeds:
@@ -245,7 +245,7 @@ def runs(profile: Profile) -> list[Run]:
     return listed
 
 
-def _shape_of(architecture: ArchitectureSettings, data: Dataset) -> Network:
+def _shape_of(architecture: ArchitectureCell, data: Dataset) -> Network:
     """The network without values. Raises SettingsError when it is none that the method knows."""
     where = f"{PAPER}.architectures: {architecture.name}"
     try:
@@ -267,7 +267,7 @@ def _shape_of(architecture: ArchitectureSettings, data: Dataset) -> Network:
     return model
 
 
-def _least_channels(architecture: ArchitectureSettings, model: Network) -> int:
+def _least_channels(architecture: ArchitectureCell, model: Network) -> int:
     residual, wanted = isinstance(model, ResNet), architecture.min_channels_per_layer
     if wanted is None:
         return 0 if residual else 1
@@ -280,14 +280,16 @@ def _least_channels(architecture: ArchitectureSettings, model: Network) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EventGoals:
     """What each event must reach, and how many hidden units it takes from each layer, by epoch (from 1)."""
 
     events: dict[int, Enough]
     units: dict[int, int]
 
 
-def plan(model: Network, image_shape: tuple[int, ...], target: float, settings: Mapping[str, Any]) -> Plan:
+def event_goals(
+    model: Network, image_shape: tuple[int, ...], target: float, settings: Mapping[str, Any]
+) -> EventGoals:
     """The events of a run with these settings on a full-width network.
 
     Raises SettingsError when an event would take no channel, or more than there are.
@@ -317,7 +319,7 @@ def plan(model: Network, image_shape: tuple[int, ...], target: float, settings: 
                 f"{PAPER}: a target of {target:g} takes {each} channels at each of {len(gradual)} events; "
                 f"it must be at least 1, and {most} of {sum(widths)} channels can go in all"
             )
-        return Plan({epoch: until_channels(part * each) for epoch, part in parts.items()}, taken_units)
+        return EventGoals({epoch: until_channels(part * each) for epoch, part in parts.items()}, taken_units)
     goals = {}
     for epoch, events in done.items():
         hidden = {name: table.widths[name] - events * settings["units_per_event"] for name in units}
@@ -329,7 +331,7 @@ def plan(model: Network, image_shape: tuple[int, ...], target: float, settings: 
                 f"{least} channels a layer has {narrowest:.0f}"
             )
         goals[epoch] = until_at_most(table.macs, most)
-    return Plan(goals, taken_units)
+    return EventGoals(goals, taken_units)
 
 
 # ---------------------------------------------------------------------------------------------- executing
@@ -381,21 +383,21 @@ class _Job:
     def pruned(self) -> Outcome:
         """The network that loses channels."""
         settings, variant = self.settings, Variant.model_validate(self.settings["method"])
-        steps = plan(self.model, self.data.image_shape, self.run.target, settings)
+        goals = event_goals(self.model, self.data.image_shape, self.run.target, settings)
         table = method.CostTable(self.model, self.data.image_shape)
         batches = scoring_batches(self.data, settings["scoring_share"])
-        pruner = Pruner(self.model, self.ranking(variant), batches)
-        hook = GradualPruning(pruner, steps.events, steps.units, physical=settings["removal"] == "physical")
+        pruner = Pruner(self.model, self.scoring(variant), batches)
+        hook = GradualPruning(pruner, goals.events, goals.units, physical=settings["removal"] == "physical")
         trainer = self.trainer(hook)
-        start = min(steps.events)
+        start = min(goals.events)
         _go_on(trainer, _state_of(self.context.needs[0]), start)
         hook.prune(trainer, start)
         trainer.fit(self.rates(trainer)[start * len(trainer.batches) :])
         return self.measured(trainer, hook, table, variant, len(batches.labels))
 
-    def ranking(self, variant: Variant) -> Ranking:
-        """How channels are ranked."""
-        return Ranking(
+    def scoring(self, variant: Variant) -> Scoring:
+        """How channels are scored and compared."""
+        return Scoring(
             criterion=variant.criterion,
             allocation=variant.allocation,
             alpha=variant.alpha,

@@ -281,7 +281,7 @@ def masked_sgd(case, document):
     model = _Recorded(_tensor(inputs["weight"]))
     options = {"momentum": inputs["momentum"], "weight_decay": inputs["weight_decay"]}
     optimizer = torch.optim.SGD(model.parameters(), lr=inputs["lr"], **options)
-    masks, found = gradual.Masks(), []
+    masks, found = gradual.ForwardMasks(), []
     for step, gradient in enumerate(inputs["gradients"]):
         if step == inputs["mask_set_before_step"]:
             masks.set(model, {"weight": torch.tensor(inputs["mask"]).bool()})
@@ -296,8 +296,8 @@ def gradual_pipeline(case, document):
     inputs = case["inputs"]
     images, labels = _tensor(inputs["x"]), torch.tensor(inputs["labels"])
     model = _network(inputs)
-    pruner = gradual.Pruner(model, gradual.Ranking(), FixedBatches([(images, labels)]))
-    masks, events = gradual.Masks(), []
+    pruner = gradual.Pruner(model, gradual.Scoring(), FixedBatches([(images, labels)]))
+    masks, events = gradual.ForwardMasks(), []
     for _ in range(inputs["events"]):
         enough = gradual.until_channels(inputs["channels_per_event"])
         event = pruner.event(model, enough, inputs["hidden_units_per_event"])

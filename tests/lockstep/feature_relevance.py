@@ -9,7 +9,7 @@ import torch
 from common.core import schedules
 from common.core.trainer import Trainer
 from lockstep import PER_EPOCH, StoredBatches, chain, ended, resnet
-from replications.feature_relevance.gradual import GradualPruning, Pruner, Ranking, until_channels
+from replications.feature_relevance.gradual import GradualPruning, Pruner, Scoring, until_channels
 
 EPOCHS, EVENTS, TAKEN = 9, (3, 6), 5
 
@@ -24,9 +24,9 @@ class _Noted(Pruner):
         return event
 
 
-def _pruned(make, *, physical: bool = True, minimum: int = 1, units: int = 0, **ranking):
+def _pruned(make, *, physical: bool = True, minimum: int = 1, units: int = 0, **scoring):
     model = make()
-    pruner = _Noted(copy.deepcopy(model), Ranking(minimum=minimum, **ranking), StoredBatches())
+    pruner = _Noted(copy.deepcopy(model), Scoring(minimum=minimum, **scoring), StoredBatches())
     enough = dict.fromkeys(EVENTS, until_channels(TAKEN))
     hook = GradualPruning(pruner, enough, dict.fromkeys(EVENTS, units), physical)
     trainer = Trainer(model, StoredBatches(), hooks=hook, weight_decay=5e-4)
@@ -35,10 +35,10 @@ def _pruned(make, *, physical: bool = True, minimum: int = 1, units: int = 0, **
     return ended(trainer.model) | removed | pruner.noted
 
 
-def _scores(make, **ranking):
+def _scores(make, **scoring):
     """Scores of a network that is not trained, and what an event takes from it."""
     model = make()
-    pruner = Pruner(model, Ranking(minimum=1, **ranking), StoredBatches())
+    pruner = Pruner(model, Scoring(minimum=1, **scoring), StoredBatches())
     event = pruner.event(model, until_channels(3 * TAKEN))
     order = {"order": torch.tensor(event.channels)}
     return {name: values.double() for name, values in event.scored.scores.items()} | order
