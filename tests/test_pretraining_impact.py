@@ -1,7 +1,8 @@
-"""The impact of pre-training beyond its golden vectors: glyphs, filters, transfer, plans, runs."""
+"""The impact of pre-training beyond its golden vectors: glyphs, filters, transfer, listings, runs."""
 
 import copy
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ def profile(*arguments, **changes):
 
 def records(folder, *arguments, **changes):
     """The records of all runs, by (variant, target)."""
-    planned = in_order(protocol.runs(profile(*arguments, **changes)))
+    listed = in_order(protocol.runs(profile(*arguments, **changes)))
     store = Store(folder)
     found = {}
-    for run in planned:
+    for run in listed:
         found[run.variant, run.target] = perform(run, store, CPU, True)["record"]
     assert {record["status"] for record in found.values()} == {"ok"}, found
     return found
@@ -137,7 +138,7 @@ def test_a_corpus_without_room_for_all_classes_is_refused(tmp_path, capsys):
 def test_counts_are_of_the_original_width():
     model, original = network(), [16, 16, 32, 32, 64, 64]
     for fraction in (0.1, 0.5, 0.5, 0.57):
-        channels.remove(model, filters.choose(model, fraction, original, filters.Selection()))
+        channels.remove(model, filters.choose(model, fraction, original, filters.FilterSelection()))
         assert filters.filter_widths(model) == filters.pruned_widths(original, fraction)
 
 
@@ -145,7 +146,9 @@ def test_a_global_ranking_leaves_one_filter_in_each_layer():
     model, original = network(), [16, 16, 32, 32, 64, 64]
     with torch.no_grad():
         model.get_submodule("features.0").weight.mul_(1e-3)
-    keep = filters.choose(model, 0.9, original, filters.Selection(criterion="l1_mean", context="global"))
+    keep = filters.choose(
+        model, 0.9, original, filters.FilterSelection(criterion="l1_mean", context="global")
+    )
     widths = [len(index) for index in keep.values()]
     assert widths[0] == 1 and min(widths) >= 1
     assert sum(widths) == sum(original) - method.removal_count(sum(original), 0.9)
@@ -155,7 +158,7 @@ def test_random_filters_depend_on_their_generator_alone():
     model, original = network(), [16, 16, 32, 32, 64, 64]
 
     def chosen(seed):
-        how = filters.Selection(criterion="random")
+        how = filters.FilterSelection(criterion="random")
         generator = torch.Generator().manual_seed(seed)
         return [i.tolist() for i in filters.choose(model, 0.5, original, how, generator=generator).values()]
 
@@ -169,6 +172,12 @@ def test_a_criterion_says_what_it_lacks():
         method.filter_scores("movement_mean", torch.ones(2, 3))
     with pytest.raises(ValueError, match="unknown criterion"):
         method.filter_scores("l3", torch.ones(2, 3))
+
+
+def test_all_names_of_criteria_and_counts_have_a_rule():
+    criteria = method.NEEDS_WEIGHT | method.NEEDS_GRADIENT | method.NEEDS_INITIAL
+    assert set(criteria) == set(get_args(method.FilterCriterion))
+    assert set(method.COUNT_RULES) == set(get_args(method.CountRule))
 
 
 def test_a_target_beyond_every_structure_is_named():
@@ -187,9 +196,9 @@ def gradual_fit(removal="at_events", checkpoints=None, **options):
     data = loading.load(DATA)
     batches = Batches(data, "train", 40, seed=0, shuffle=True, dtype=torch.float64)
     model = network().double()
-    masks = [filters.Masks("after_step")] if removal == "at_end" else []
+    masks = [filters.KeepFiltersMasked("after_step")] if removal == "at_end" else []
     events = filters.schedule_events("agp", 12, 0.6, (0.2, 0.8), 2)
-    hook = filters.Gradual(model, events, filters.Selection(**options), masks=(masks or [None])[0])
+    hook = filters.Gradual(model, events, filters.FilterSelection(**options), masks=(masks or [None])[0])
     trainer = Trainer(
         model, batches, nesterov=True, weight_decay=5e-4, hooks=[hook, *masks], checkpoints=checkpoints
     )
@@ -374,7 +383,7 @@ def test_a_corpus_of_other_images_is_refused(tmp_path):
     assert protocol.runs(profile(["scratch"], corpus=corpus))
 
 
-def test_the_planned_runs_share_work():
+def test_the_listed_runs_share_work():
     variants = (
         "fine-tuned",
         "scratch",
@@ -383,12 +392,12 @@ def test_the_planned_runs_share_work():
         "small-scratch",
         "fine-tuned-random",
     )
-    planned = in_order(protocol.runs(profile(variants)))
-    names = [(run.variant, run.target) for run in planned]
-    assert len(set(names)) == len(names) == len({run.settings_hash for run in planned})
+    listed = in_order(protocol.runs(profile(variants)))
+    names = [(run.variant, run.target) for run in listed]
+    assert len(set(names)) == len(names) == len({run.settings_hash for run in listed})
     assert names.count(("pre-trained", 0.0)) == 1
     assert ("fine-tuned-random", 0.0) not in names and ("fine-tuned-random", 0.8) in names
-    by_name = dict(zip(names, planned))
+    by_name = dict(zip(names, listed))
     assert [need.target for need in by_name["fine-tuned", 0.8].needs] == [0.5, 0.8]
     assert by_name["fine-tuned-random", 0.5].needs[0] is not None
     assert (
@@ -415,7 +424,7 @@ def test_the_defaults_have_eight_seeds_and_every_claimed_variant():
 
 
 def test_arms_differ_in_their_trunk_alone(tmp_path):
-    planned = in_order(protocol.runs(profile(("fine-tuned", "scratch", "fine-tuned-shuffled"))))
+    listed = in_order(protocol.runs(profile(("fine-tuned", "scratch", "fine-tuned-shuffled"))))
     store = Store(tmp_path)
     starts = {}
 
@@ -426,7 +435,7 @@ def test_arms_differ_in_their_trunk_alone(tmp_path):
         starts[job.run.variant] = copy.deepcopy(model.state_dict())
         raise Stop
 
-    for run in planned:
+    for run in listed:
         if run.variant == "pre-trained":
             perform(run, store, CPU, True)
             trunk = store.state(run)["trunk"]

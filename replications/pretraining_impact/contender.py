@@ -6,7 +6,12 @@ from common.arena import Contest
 from common.core.pruning import channels
 from common.core.pruning.counting import cost
 from common.core.run import Outcome
-from replications.pretraining_impact.filters import Selection, choose, filter_widths, fractions_for_reductions
+from replications.pretraining_impact.filters import (
+    FilterSelection,
+    choose,
+    filter_widths,
+    fractions_for_reductions,
+)
 
 STEPS = 3
 
@@ -28,7 +33,7 @@ def contend(contest: Contest) -> Outcome:
     shape = contest.data.image_shape
     spent = cost(model, shape)["macs"] * dense
     for fraction, epochs in zip(fractions, parts):
-        channels.remove(model, choose(model, fraction, original, Selection()), trainer.optimizer)
+        channels.remove(model, choose(model, fraction, original, FilterSelection()), trainer.optimizer)
         # as in the paper's loop, the optimiser starts anew after each removal
         trainer.fresh_optimizer()
         trainer.fit(contest.dense_rates(epochs), f"after removing {fraction:.2f}")

@@ -18,10 +18,10 @@ GRID = 100
 """Filter fractions are looked for in steps of 1/100."""
 
 
-class Selection(Strict):
+class FilterSelection(Strict):
     """How the filters to remove are chosen."""
 
-    criterion: Literal["random", method.Criterion] = "l1_sum"
+    criterion: Literal["random", method.FilterCriterion] = "l1_sum"
     context: Literal["local", "global"] = "local"
     """Rank inside each layer, or over all layers at once. Sums across layers collapse; use a mean there."""
     rule: method.CountRule = "floor"
@@ -100,7 +100,7 @@ def choose(
     model: nn.Module,
     fraction: float,
     original: Sequence[int],
-    how: Selection,
+    how: FilterSelection,
     *,
     initial: nn.Module | None = None,
     generator: torch.Generator | None = None,
@@ -138,7 +138,7 @@ def choose(
 def _scores(
     model: nn.Module,
     group: ChannelGroup,
-    how: Selection,
+    how: FilterSelection,
     inputs: Tensor | None,
     initial: nn.Module | None,
     generator: torch.Generator | None,
@@ -174,7 +174,7 @@ def apply_masks(
                 value.mul_(mask)
 
 
-class Masks(Hooks):
+class KeepFiltersMasked(Hooks):
     """Holds weights at zero.
 
     after_step: weights and moments, after every step. before_forward: weights only, before every training
@@ -207,19 +207,19 @@ class Gradual(Hooks):
     """Prunes while training, at given steps to given filter fractions.
 
     events: fraction by number of steps done. masks: None removes the filters for good at each event, so that
-    training becomes cheaper; a Masks hook keeps the network whole and holds them at zero, and `finish`
-    removes them.
+    training becomes cheaper; a KeepFiltersMasked hook keeps the network whole and holds them at zero, and
+    `finish` removes them.
     """
 
     def __init__(
         self,
         model: nn.Module,
         events: Mapping[int, float],
-        how: Selection,
+        how: FilterSelection,
         *,
         initial: nn.Module | None = None,
         generator: torch.Generator | None = None,
-        masks: Masks | None = None,
+        masks: KeepFiltersMasked | None = None,
     ):
         self.events, self.how = dict(events), how
         self.original = filter_widths(model)

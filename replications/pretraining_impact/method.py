@@ -35,7 +35,7 @@ def granular_scores(values: Tensor, granularity: str) -> Tensor:
     return values.abs().mean(axes, keepdim=True) if axes else values.abs()
 
 
-Criterion = Literal[
+FilterCriterion = Literal[
     "l1_sum",
     "l1_mean",
     "l2_sq_mean",
@@ -74,7 +74,7 @@ def filter_scores(
         return NEEDS_GRADIENT[criterion](flat, _given(gradient, criterion, "gradient"))
     if criterion in NEEDS_INITIAL:
         return NEEDS_INITIAL[criterion](flat, _given(initial, criterion, "initial weight"))
-    raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(get_args(Criterion))}")
+    raise ValueError(f"unknown criterion {criterion!r}; known: {', '.join(get_args(FilterCriterion))}")
 
 
 def _given(values: Tensor | None, criterion: str, what: str) -> Tensor:

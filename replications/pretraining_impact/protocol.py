@@ -31,7 +31,7 @@ from common.settings import (
     hint,
 )
 from replications.pretraining_impact import method, steps, transfer
-from replications.pretraining_impact.filters import Selection, filter_widths, fractions_for_reductions
+from replications.pretraining_impact.filters import FilterSelection, filter_widths, fractions_for_reductions
 
 PAPER = "pretraining_impact"
 ARMS = ("fine-tuned", "scratch", "scratch-long", "fine-tuned-shuffled")
@@ -75,7 +75,7 @@ def _known_variants(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-class Budget(Strict):
+class LabelBudget(Strict):
     """One amount of labelled target data, and what is run on it."""
 
     labels: Count | None = None
@@ -89,7 +89,7 @@ class Budget(Strict):
     variants: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_known_variants)]
 
     @model_validator(mode="after")
-    def _one_amount(self) -> Budget:
+    def _one_amount(self) -> LabelBudget:
         if self.labels and self.per_class:
             raise ValueError("labels and per_class exclude each other")
         return self
@@ -170,9 +170,9 @@ class Settings(PaperSettings):
     """Of the scratch arms on the target, before pruning; the budget gives the epochs."""
     level: Training = Training(batch_size=32, learning_rates=(0.02,))
     """After each pruning event of every arm; the budget gives the epochs."""
-    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = (
-        Budget(labels=200, epochs=22, level_epochs=7, variants=_CONTROLS + _LOOPS),
-        Budget(labels=600, epochs=8, level_epochs=3, variants=ARMS[:2]),
+    budgets: Annotated[tuple[LabelBudget, ...], Field(min_length=1)] = (
+        LabelBudget(labels=200, epochs=22, level_epochs=7, variants=_CONTROLS + _LOOPS),
+        LabelBudget(labels=600, epochs=8, level_epochs=3, variants=ARMS[:2]),
     )
     targets: Annotated[Targets, AfterValidator(_ascending)] = (0.5, 0.7, 0.8, 0.9)
     """Parameter reductions of the iterative loop, each met by the smallest sufficient filter fraction."""
@@ -182,7 +182,7 @@ class Settings(PaperSettings):
     """Architectures on which a budget's variants other than fine-tuned, scratch and scratch-long are run."""
     long_factor: Count = 3
     """Epochs before pruning of scratch-long, in multiples of scratch."""
-    selection: Selection = Selection()
+    selection: FilterSelection = FilterSelection()
     gradual: GradualSettings = GradualSettings()
     stop: StopRule = StopRule()
 
@@ -245,15 +245,15 @@ def runs(profile: Profile) -> list[Run]:
     """
     settings: Settings = profile.paper
     data = load(settings.data or profile.dataset)
-    planned: list[Run] = []
+    listed: list[Run] = []
     for budget in settings.budgets:
         steps.labelled(data, budget.labels, budget.per_class, seed=0)
     for architecture in settings.architectures:
         fixed = _Fixed.of(profile, architecture, data)
         for seed in settings.seeds:
             for budget in settings.budgets:
-                planned += _Plan(profile, architecture, budget, seed, fixed).runs()
-    return planned
+                listed += _BudgetRuns(profile, architecture, budget, seed, fixed).runs()
+    return listed
 
 
 @dataclass(frozen=True)
@@ -307,12 +307,12 @@ def _place(data: DatasetSettings) -> str:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _BudgetRuns:
     """The runs of one architecture, label budget and seed."""
 
     profile: Profile
     architecture: str
-    budget: Budget
+    budget: LabelBudget
     seed: int
     fixed: _Fixed
 

@@ -21,10 +21,10 @@ from common.core.trainer import Hooks, RunFailed, Trainer
 from common.settings import DataError
 from replications.pretraining_impact import measures, method, transfer
 from replications.pretraining_impact.filters import (
+    FilterSelection,
     Gradual,
-    Masks,
+    KeepFiltersMasked,
     OneCycleMomentum,
-    Selection,
     choose,
     filter_widths,
     narrow,
@@ -299,7 +299,7 @@ def _choose(job: _Job) -> Outcome:
 def _level(job: _Job) -> Outcome:
     before = job.needed(0).record.details
     model, initial = job.resumed()
-    selection = Selection.model_validate(job.settings["selection"])
+    selection = FilterSelection.model_validate(job.settings["selection"])
     if selection.criterion in method.NEEDS_GRADIENT:
         _leave_gradient(model, Batches(job.data, "train"))
     original = filter_widths(job.shape.network())
@@ -365,7 +365,7 @@ def _against_scratch(curve: Mapping[str, list], scratch: Mapping[str, list]) -> 
 def _gradual(job: _Job) -> Outcome:
     reference = job.needed(0).record.details
     model = job.started(1)
-    selection = Selection.model_validate(job.settings["selection"])
+    selection = FilterSelection.model_validate(job.settings["selection"])
     initial = None
     if selection.criterion in method.NEEDS_INITIAL:
         initial = job.context.compute.place(_copy(model, job.network()))
@@ -373,7 +373,7 @@ def _gradual(job: _Job) -> Outcome:
     total = recipe["epochs"] * -(-len(job.data.labels["train"]) // recipe["batch_size"])
     window = (gradual["begin"], gradual["finish"])
     events = schedule_events(gradual["schedule"], total, job.settings["fraction"], window, gradual["span"])
-    masks = Masks(gradual["masks"]) if gradual["removal"] == "at_end" else None
+    masks = KeepFiltersMasked(gradual["masks"]) if gradual["removal"] == "at_end" else None
     pruning = Gradual(model, events, selection, initial=initial, generator=job.generator(), masks=masks)
     hooks = [pruning] if masks is None else [pruning, masks]
     trainer = job.train(model, "target", hooks, reference["learning_rate"])

@@ -298,8 +298,8 @@ def surgery_conv_bn_pool_flatten(case, document):
         return _loaded(model, state)
 
     dense, compact, masked, half = (network() for _ in range(4))
-    keep = filters.choose(dense, inputs["f"], widths, filters.Selection())
-    on_all = filters.choose(dense, inputs["f"], widths, filters.Selection(inputs="all"))
+    keep = filters.choose(dense, inputs["f"], widths, filters.FilterSelection())
+    on_all = filters.choose(dense, inputs["f"], widths, filters.FilterSelection(inputs="all"))
     first, second = dense.features[0].weight, dense.features[4].weight
     channels.remove(compact, keep)
     filters.apply_masks(channels.masks(masked, keep), dict(masked.named_parameters()))
@@ -343,7 +343,7 @@ def surgery_depthwise(case, document):
 
     dense, compact = network(), network()
     by_producer, by_group = (
-        filters.choose(dense, inputs["f"], widths, filters.Selection(criterion="l1_mean", score=score))
+        filters.choose(dense, inputs["f"], widths, filters.FilterSelection(criterion="l1_mean", score=score))
         for score in ("producer", "group")
     )
     channels.remove(compact, by_producer)
@@ -369,7 +369,7 @@ def masked_sgd(case, document):
             model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=inputs["nesterov"]
         )
         trainer = SimpleNamespace(model=model, optimizer=optimizer)
-        hook = filters.Masks(policy, {"w": _tensor(inputs["mask"])})
+        hook = filters.KeepFiltersMasked(policy, {"w": _tensor(inputs["mask"])})
         seen = []
         for gradient in inputs["grads"]:
             hook.weights(trainer)
@@ -435,7 +435,7 @@ def iterative_trajectory(case, document):
     alive = [torch.arange(weights[0].shape[1]), *(torch.arange(n) for n in widths)]
     history = []
     for fraction, deltas in zip(inputs["fractions"], inputs["deltas"]):
-        keep = filters.choose(model, fraction, widths, filters.Selection())
+        keep = filters.choose(model, fraction, widths, filters.FilterSelection())
         channels.remove(model, keep)
         alive[1:] = [index[keep[name]] for index, name in zip(alive[1:], names)]
         history.append(_lists(alive[1:]))

@@ -23,7 +23,7 @@ def _fit(model, epochs: int, *hooks):
 
 def _levels(make, **how):
     """Trained, then narrowed and trained on twice, each level with a fresh optimiser."""
-    model, selection = make(), filters.Selection(**how)
+    model, selection = make(), filters.FilterSelection(**how)
     initial = copy.deepcopy(model) if selection.criterion in method.NEEDS_INITIAL else None
     original = filters.filter_widths(model)
     _fit(model, EPOCHS)
@@ -41,9 +41,9 @@ def _levels(make, **how):
 def _gradual(removal: str = "at_events", optimizer: str = "sgd", **how):
     """Filters leave at some steps of one training of 9 epochs."""
     model, total = chain(), 9 * PER_EPOCH
-    masks = [filters.Masks("after_step")] if removal == "at_end" else []
+    masks = [filters.KeepFiltersMasked("after_step")] if removal == "at_end" else []
     events = filters.schedule_events("agp", total, 0.6, (0.2, 0.8), 6)
-    hook = filters.Gradual(model, events, filters.Selection(**how), masks=(masks or [None])[0])
+    hook = filters.Gradual(model, events, filters.FilterSelection(**how), masks=(masks or [None])[0])
     if optimizer == "sgd":
         _fit(model, 9, hook, *masks)
     else:
