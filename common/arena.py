@@ -22,7 +22,7 @@ from common.core.models import Network, build
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import prunable
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer, Unreachable
 from common.settings import Count, Rate, Share, Strict
 
 _BACKWARD_AND_FORWARD = 3  # training costs about three forward passes
@@ -87,13 +87,13 @@ class Contest:
     def sparsity(self, model: nn.Module) -> float:
         """Share of the prunable weights that must be zero so that `keep` of all parameters are left.
 
-        Raises RunFailed when the parameters that cannot be pruned are too many for that.
+        Raises Unreachable when the parameters that cannot be pruned are too many for that.
         """
         candidates = sum(weight.numel() for weight in prunable(model).values())
         share = self.run.target * self.parameters / candidates
         if share >= 1:
             most = candidates / self.parameters
-            raise RunFailed(
+            raise Unreachable(
                 f"only a share of {most:.3f} of the parameters are prunable weights; {self.run.target} must go"
             )
         return share
@@ -119,11 +119,13 @@ class Contest:
     def outcome(self, trainer: Trainer, forward_macs: float | None = None, **details: Any) -> Outcome:
         """Scores, cost and curves of the trained network.
 
-        forward_macs: MACs for one image summed over all epochs, where they changed on the way. Raises RunFailed when
+        forward_macs: MACs for one image summed over all epochs, where they changed on the way. Raises Unreachable when
         training did not take the epochs of the arena.
         """
         if trainer.epochs_done > self.arena.epochs:
-            raise RunFailed(f"trained for {trainer.epochs_done} epochs; the arena allows {self.arena.epochs}")
+            raise Unreachable(
+                f"trained for {trainer.epochs_done} epochs; the arena allows {self.arena.epochs}"
+            )
         shape = self.data.image_shape
         costs = cost(trainer.model, shape, dense=cost(self.shape_of(), shape))
         if forward_macs is None:

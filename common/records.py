@@ -1,32 +1,151 @@
-"""The record: what a run leaves in the results, for all that write, read, import and report it."""
+"""Records: what a run leaves in the results. The one schema for all that write, read, import, judge and report them.
+
+`replications/CLAIMS.md` says what each field holds. Nothing here loads torch, so that statistics need not.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.settings import SettingsError, validated
+
+CURVES_SUFFIX = ".curves.jsonl"
+"""How the names of files end that hold the curves of the runs in `<paper>.jsonl`."""
+
+Failure = Literal["diverged", "unreachable", "resources", "died", "needs"]
+"""Why a run failed.
+
+diverged: training, or what a method makes of it, is no longer a finite number. unreachable: no network meets the target
+or the budget, or what is asked for does not exist (an interpolation out of range). resources: there was not enough
+memory. died: its process did. needs: a run that it starts from failed.
+"""
 
 
-class Record(BaseModel):
-    """One run: what determines it and all it measured, except clocks.
+class _Line(BaseModel):
+    """What one line of a file holds. Fields of a later revision are passed over."""
 
-    metrics: measured values, None where one is not a finite number. cost: sizes and MACs, as of
-    `common.core.pruning.counting.cost`. details: other facts, as JSON values. reason: why a failed run failed.
-    """
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
-    model_config = ConfigDict(frozen=True)
+
+class Identity(_Line):
+    """The fields that name a run."""
 
     paper: str
     variant: str
     dataset: str
     architecture: str
-    target: float
+    target: float = Field(ge=0)
     seed: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """These fields alone."""
+        return {name: getattr(self, name) for name in Identity.model_fields}
+
+
+class Cause(Identity):
+    """The run at the root of a failure: the one that failed by itself."""
+
+    settings_hash: str
+    failure: Literal["diverged", "unreachable", "resources", "died"]
+
+
+class Record(Identity):
+    """One run: what determines it and all it measured, except clocks.
+
+    Fields that are None are absent from the file; an earlier revision has not written those of the last paragraph.
+
+    reason, failure: why a failed run failed, in words and in kind; cause: of a failure of kind `needs`. settings:
+    everything else that determines the run. data: fingerprints of its data sets.
+    metrics: measured values, None where one is not a finite number. cost: sizes and MACs, as of
+    `common.core.pruning.counting.cost`. details: other facts, as JSON values.
+
+    chance: share of the most frequent class among the test images, None for a run without data. device, precision,
+    torch: what it was executed with.
+    """
+
     status: Literal["ok", "failed"]
     reason: str | None = None
+    failure: Failure | None = None
+    cause: Cause | None = None
     settings: dict[str, Any] = {}
     settings_hash: str = ""
     data: list[str] = []
     metrics: dict[str, Any] = {}
     cost: dict[str, Any] = {}
     details: dict[str, Any] = {}
+    chance: float | None = Field(None, ge=0, le=1)
+    device: Literal["cpu", "cuda"] | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    torch: str | None = None
+
+    @property
+    def root(self) -> Cause:
+        """What a run that starts from this failed one names as its cause."""
+        own = {name: getattr(self, name) for name in Cause.model_fields}
+        return self.cause or Cause.model_validate(own)
+
+    def content(self) -> dict[str, Any]:
+        """The record as JSON values, as it stands in its file."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class Curves(_Line):
+    """A run's measurements, one row per epoch."""
+
+    settings_hash: str
+    curves: list[dict[str, Any]]
+
+
+class Entry(_Line):
+    """A record with what is kept beside it. has_state: whether the run has left something for others to start from."""
+
+    record: Record
+    curves: list[dict[str, Any]] = []
+    seconds: float
+    has_state: bool = False
+
+
+# ------------------------------------------------------------------------------------------ files
+
+Line = TypeVar("Line", bound=BaseModel)
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of records in a folder."""
+    return sorted(file for file in folder.glob("*.jsonl") if not file.name.endswith(CURVES_SUFFIX))
+
+
+def curves_file(records: Path) -> Path:
+    """The file with the curves of the runs in a file of records."""
+    return records.with_suffix(CURVES_SUFFIX)
+
+
+def read(file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
+    """Each line of a file that is not blank, with the place that errors name. Raises SettingsError."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+    return parsed(content, file, kind)
+
+
+def parsed(content: bytes, file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
+    """As `read`, of what has been read already. Raises SettingsError that names file and line, and the field."""
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise SettingsError(f"{where}: not valid JSON (half written?): {error}") from None
+            yield where, validated(kind, values, where)

@@ -20,7 +20,7 @@ from common.core import schedules
 from common.core.identity import stream
 from common.core.pruning.masks import Allocation, KeepMasked, Masks, prunable, select
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import RunFailed
+from common.core.trainer import Unreachable
 from common.settings import PaperSettings, Profile, Targets
 
 NAME = "equal_footing"
@@ -122,7 +122,7 @@ def _small_dense(contest: Contest) -> Outcome:
     scales = np.linspace(0, 1, 513)[1:]
     fitting = [scale for scale in scales if size(scale) <= budget]
     if not fitting:
-        raise RunFailed(
+        raise Unreachable(
             f"no network of the architecture has {budget:.0f} parameters or fewer; the least is {size(0)}"
         )
     trainer = contest.trainer(contest.network(widths(max(fitting))))
@@ -146,7 +146,7 @@ def _at_macs(run: Run, context: Context) -> Outcome:
     dense = context.needs[0].record.cost
     wanted = round((1 - run.target) * dense["macs"])
     if not macs[0] <= wanted <= macs[-1]:
-        raise RunFailed(f"its runs reach from {macs[0]:.0f} to {macs[-1]:.0f} MACs; {wanted} lies outside")
+        raise Unreachable(f"its runs reach from {macs[0]:.0f} to {macs[-1]:.0f} MACs; {wanted} lies outside")
     found = float(np.interp(np.log(wanted), np.log(macs), accuracy))
     costs = {
         "sparse_macs": wanted,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from common.arena import Contest
 from common.core.models.resnet import ResNet
 from common.core.run import Outcome
-from common.core.trainer import RunFailed
+from common.core.trainer import Unreachable
 from replications.feature_relevance import method
 from replications.feature_relevance.gradual import (
     GradualPruning,
@@ -29,7 +29,7 @@ def contend(contest: Contest) -> Outcome:
     budget = contest.keep * contest.parameters
     narrowest = table.parameters(dict.fromkeys(pruner.layers, least))
     if narrowest > budget:
-        raise RunFailed(f"{budget:.0f} parameters cannot be met: the narrowest network has {narrowest:.0f}")
+        raise Unreachable(f"{budget:.0f} parameters cannot be met: the narrowest network has {narrowest:.0f}")
     fraction = _even_fraction(lambda part: table.parameters(table.even(pruner.layers, part)), budget)
     every = max(1, round(EVENT_SHARE * arena.epochs))
     epochs = method.pruning_schedule(arena.epochs, every, max(every, round(LAST_SHARE * arena.epochs)))

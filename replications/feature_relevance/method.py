@@ -21,7 +21,7 @@ from common.core.models.chain import ConvNet
 from common.core.models.resnet import ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import layer_costs
-from common.core.trainer import BatchSource, RunFailed
+from common.core.trainer import BatchSource, Diverged
 from replications.feature_relevance.relevance import EPS, relevances
 
 ChannelCriterion = Literal["relevance", "random", "l1", "taylor"]
@@ -80,10 +80,10 @@ def class_accuracy(confusion: Tensor) -> Tensor:
 def class_scale(accuracy: Tensor) -> Tensor:
     """Weight of each class: sigmoid(best accuracy / its accuracy), 1 for a class that is never right.
 
-    Raises RunFailed when no class is ever right.
+    Raises Diverged when no class is ever right.
     """
     if not accuracy.max() > 0:
-        raise RunFailed(
+        raise Diverged(
             "no class is ever predicted right, so the class scale is undefined: the network has not learnt"
         )
     return torch.sigmoid(accuracy.max() / accuracy)
@@ -102,16 +102,16 @@ def channel_scores(sums: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
     """Score of each channel of a layer from class sums [classes, channels].
 
     The mean of each class, weighted by its scale; averaged over classes; the absolute value of that, over the
-    layer's L2 norm. Raises RunFailed when a score is not a number.
+    layer's L2 norm. Raises Diverged when a score is not a number.
     """
     return normalised((scale[:, None] * sums / counts[:, None]).mean(0).abs())
 
 
 def normalised(values: Tensor) -> Tensor:
-    """Values of one layer over their L2 norm. Raises RunFailed when one is not finite."""
+    """Values of one layer over their L2 norm. Raises Diverged when one is not finite."""
     scores = values / (values.norm() + EPS)
     if not scores.isfinite().all():
-        raise RunFailed("the scores of a layer are not finite numbers, so its channels cannot be ranked")
+        raise Diverged("the scores of a layer are not finite numbers, so its channels cannot be ranked")
     return scores
 
 

@@ -25,7 +25,7 @@ from common.core.models.resnet import ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import cost
 from common.core.run import Context, Needed, Outcome, Run
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer, Unreachable
 from common.settings import (
     AugmentationSettings,
     CellSettings,
@@ -338,7 +338,7 @@ def event_goals(
 
 
 def execute(run: Run, context: Context) -> Outcome:
-    """Train and measure one run. Raises RunFailed when training diverges or scores are not finite."""
+    """Train and measure one run. Raises Diverged when training diverges or scores are not finite."""
     job = _Job(run, context)
     return job.dense() if run.variant == DENSE else job.pruned()
 
@@ -466,13 +466,13 @@ def _go_on(trainer: Trainer, dense: Mapping[str, Any], epoch: int) -> None:
 def scoring_batches(data: Dataset, share: float) -> Batches:
     """The training images that are scored: about `share` of them, as many of each class, always the same.
 
-    Raises RunFailed when that is less than one image of each class.
+    Raises Unreachable when that is less than one image of each class.
     """
     labels = data.labels["train"].cpu()
     sizes = torch.bincount(labels, minlength=data.classes)
     each = min(int(share * len(labels) / data.classes), int(sizes.min()))
     if not each:
-        raise RunFailed(f"scoring_share = {share:g} of {len(labels)} images is less than one of each class")
+        raise Unreachable(f"scoring_share = {share:g} of {len(labels)} images is less than one of each class")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(stream(0, "scoring images")))
     index = torch.cat([order[labels[order] == label][:each] for label in range(data.classes)]).sort().values
     index = index.to(data.labels["train"].device)

@@ -22,7 +22,7 @@ from common.core.models.chain import MLP
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
+from common.core.trainer import Diverged, Hooks, RunFailed, Trainer, Unreachable
 from common.settings import (
     CellSettings,
     Count,
@@ -501,7 +501,7 @@ def _cut(run: Run, model: nn.Module, share: float) -> method.Cut:
     try:
         found = method.cut(prunable(model, run.settings["layers"]), share)
     except ValueError as error:
-        raise RunFailed(str(error)) from None
+        raise Unreachable(str(error)) from None
     Masks(found.kept).apply(model)
     return found
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.core.pruning.masks import Allocation, Masks, select, smallest
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer, Unreachable
 from replications.imp_slr.method import relative_steps
 
 RankOver = Literal["all", "prunable"]
@@ -259,14 +259,14 @@ class DNW(DuringTraining):
     """Discovering neural wirings (Wortsman et al. 2019): magnitude masks in every step.
 
     The gradient goes straight through to all weights. Keeps what is strictly larger than the
-    int(sparsity * n)-th smallest magnitude of all layers. Raises RunFailed when that number is 0.
+    int(sparsity * n)-th smallest magnitude of all layers. Raises Unreachable when that number is 0.
     """
 
     def __init__(self, model: nn.Module, sparsity: float):
         super().__init__(model)
         self._rank = int(sparsity * sum(mask.numel() for mask in self.masks.kept.values()))
         if self._rank < 1:
-            raise RunFailed(f"DNW needs at least one weight to prune; sparsity {sparsity:g} gives none")
+            raise Unreachable(f"DNW needs at least one weight to prune; sparsity {sparsity:g} gives none")
 
     def effective(self, trainer: Trainer) -> dict[str, Tensor]:
         weights = self.masks.weights(trainer.model)

@@ -16,7 +16,7 @@ from common.core.models import build
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Masks, prunable, squared_norm
 from common.core.run import Context, Needed, Outcome, Run
-from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
+from common.core.trainer import Diverged, Hooks, RunFailed, Trainer, Unreachable
 from common.records import Record
 from replications.imp_slr import baselines, method
 from replications.imp_slr.settings import RETRAINED, DenseSchedule, percent
@@ -67,7 +67,7 @@ def _execute_imp(run: Run, context: Context, data: Dataset) -> Outcome:
     rate = _dense_rate(context)
     sparsity = context.needs[1].record.cost["sparsity"] if settings.get("matched") else run.target
     if not 0 < sparsity < 1:
-        raise RunFailed(
+        raise Unreachable(
             f"{context.needs[1].record.variant} reached a sparsity of {sparsity:g}: nothing to compare with"
         )
     distance, before = _relative_distance(model, sparsity), dense.record.metrics["test_accuracy"]

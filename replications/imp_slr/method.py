@@ -18,7 +18,7 @@ from torch import nn
 
 from common.core.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, prunable, squared_norm
 from common.core.schedules import linear
-from common.core.trainer import RunFailed, Trainer
+from common.core.trainer import Trainer, Unreachable
 
 Schedule = Literal["FT", "LRW", "SLR", "CLR", "LLR", "ALLR", "LLR_min", "LC", "LCT", "LCN"]
 Tunable = Literal["constant", "stepped", "cosine", "linear", "linear_min"]
@@ -95,14 +95,14 @@ def retraining_rates(
 
     start: the rate right after the warm-up; required by the adaptive and the tunable kinds, unused by the
     others. warmup_share: share of the iterations that rise from 0 along a cosine; none for FT and LRW.
-    Raises ValueError for an unknown kind, for a missing start, and RunFailed when LRW would rewind beyond the
+    Raises ValueError for an unknown kind, for a missing start, and Unreachable when LRW would rewind beyond the
     beginning of dense training.
     """
     if kind == "FT":
         return [history.eta_min] * length
     if kind == "LRW":
         if length > len(history.rates):
-            raise RunFailed(
+            raise Unreachable(
                 f"LRW cannot rewind {length} iterations: dense training had {len(history.rates)}; "
                 "retrain for less"
             )

@@ -17,7 +17,7 @@ from common.core.identity import stream
 from common.core.models import Network
 from common.core.pruning import channels, counting
 from common.core.run import Context, Needed, Outcome, Run
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer
 from common.settings import DataError
 from replications.pretraining_impact import measures, method, transfer
 from replications.pretraining_impact.filters import (
@@ -110,7 +110,7 @@ def labelled(data: Dataset, labels: int | None, per_class: int | float | None, s
 
 
 def perform(run: Run, context: Context) -> Outcome:
-    """Do what the run's settings call its `step`. Raises RunFailed, Diverged."""
+    """Do what the run's settings call its `step`. Raises Diverged, DataError."""
     job = _Job(run, context)
     steps = {"pretrain": _pretrain, "dense": _dense, "choose": _choose, "level": _level, "gradual": _gradual}
     return {**steps, "small": _small}[run.settings["step"]](job)
@@ -141,7 +141,7 @@ class _Job:
         if checkpoint := self.settings.get("checkpoint"):
             state, digest = transfer.read_checkpoint(checkpoint["source"])
             if digest != checkpoint["digest"]:
-                raise RunFailed(f"checkpoint {checkpoint['source']} has changed since the run was planned")
+                raise DataError(f"checkpoint {checkpoint['source']} has changed since the run was planned")
             tensors = transfer.trunk_from_checkpoint(
                 model, state, checkpoint["classes"], checkpoint["source"]
             )

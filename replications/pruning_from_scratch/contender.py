@@ -6,7 +6,7 @@ from common.arena import Contest
 from common.core.identity import stream
 from common.core.pruning import counting
 from common.core.run import Outcome
-from common.core.trainer import RunFailed
+from common.core.trainer import Unreachable
 from replications.pruning_from_scratch.protocol import EXPANSION, GateSettings, learned
 from replications.pruning_from_scratch.structure import Layout, Ranking, search
 
@@ -25,7 +25,7 @@ def contend(contest: Contest) -> Outcome:
 
     found = search(Ranking.of(gates.layers()), parameters, contest.parameters, contest.run.target)
     if found.status == "unreachable":
-        raise RunFailed(
+        raise Unreachable(
             f"{contest.run.target:g} of the parameters must go; at most {found.floor:.4f} can be removed"
         )
     trainer = contest.trainer(contest.network(found.candidate.widths))

@@ -10,7 +10,7 @@ from torch import nn
 from common.core.identity import stream
 from common.core.pruning.counting import cost
 from common.core.run import Outcome, Run
-from common.core.trainer import RunFailed
+from common.core.trainer import Unreachable
 from common.settings import PaperSettings, Rate, Seeds, Targets
 
 
@@ -65,7 +65,7 @@ def execute(run, context):
 def _misbehave(run):
     wanted = f"{run.variant}-{run.seed}"
     if f"fail:{wanted}" in run.settings["fails"]:
-        raise RunFailed("made to fail")
+        raise Unreachable("made to fail")
     if f"defect:{wanted}" in run.settings["fails"]:
         raise KeyError("made to break")
     if f"kill:{wanted}" in run.settings["fails"]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer, Unreachable
 
 Layers = Literal["conv+linear", "conv"]
 Allocation = Literal["global", "uniform", "uniform_plus", "ERK", "LAMP", "random"]
@@ -28,7 +28,7 @@ _MODULES = {
 _UNIFORM_PLUS_LAST = 0.8
 
 
-class Infeasible(RunFailed):
+class Infeasible(Unreachable):
     """A sparsity that the allocation rule cannot meet in this network."""
 
 
