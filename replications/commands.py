@@ -6,11 +6,12 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.core.compute import Compute
+from common.records import Entry, curves_file
 from common.settings import SettingsError
 from common.stage import importing, pipeline, plan
 from common.stage.papers import load
@@ -63,17 +64,16 @@ def run_paper(paper: str, params: str, profile_name: str | None, ends: float) ->
         entries = execute(planned, store, profile.execution, paper, log.add, TimeBudget(ends))
         records = write_results(profile, paper, entries, RESULTS)
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
-    about |= {"seconds": {entry["record"]["settings_hash"]: entry["seconds"] for entry in entries}}
+    about |= {"seconds": {entry.record.settings_hash: entry.seconds for entry in entries}}
     about |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
     # by which an import on another machine knows that they are whole
-    files = (records, records.with_suffix(".curves.jsonl"))
+    files = (records, curves_file(records))
     about |= {"sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
     beside = RESULTS / "environment" / profile.name / f"{paper}.json"
     write_atomically(beside, json.dumps(about, indent=1, sort_keys=True).encode())
-    for record in (entry["record"] for entry in entries if entry["record"]["status"] != "ok"):
-        print(
-            f"failed: {paper}/{record['variant']} seed {record['seed']}: {record['reason']}", file=sys.stderr
-        )
+    for record in (entry.record for entry in entries):
+        if record.status == "failed":
+            print(f"failed: {paper}/{record.variant} seed {record.seed}: {record.reason}", file=sys.stderr)
 
 
 def import_results(folder: Path, only: Sequence[str], params: str) -> None:
@@ -108,11 +108,11 @@ class _NoTracking:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def add(self, entry: dict) -> None:
+    def add(self, entry: Entry) -> None:
         pass
 
 
-def _tracking(paper: str, profile: str, environment: dict):
+def _tracking(paper: str, profile: str, environment: Mapping[str, Any]) -> StageLog | _NoTracking:
     try:
         from common.stage.tracking import StageLog
     except ModuleNotFoundError as missing:

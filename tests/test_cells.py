@@ -95,7 +95,7 @@ def test_a_cell_with_its_own_data_and_settings_runs_to_its_records(paper, photos
     store = Store(tmp_path / "runs")
     needed = {need.settings_hash for run in own for need in run.needs}
     for run in own:
-        record = perform(run, store, execution, run.settings_hash in needed)["record"]
+        record = perform(run, store, execution, run.settings_hash in needed).record.content()
         assert record["status"] == "ok", record
         assert record["dataset"] == "photos" and record["data"] == [
             loading.fingerprint(DatasetSettings(**PHOTOS))

@@ -293,7 +293,9 @@ def _records(profile, folder):
     store = Store(folder)
     listed = in_order(protocol.runs(profile))
     needed = {need.settings_hash for run in listed for need in run.needs}
-    entries = [perform(run, store, profile.execution, run.settings_hash in needed) for run in listed]
+    entries = [
+        perform(run, store, profile.execution, run.settings_hash in needed).model_dump() for run in listed
+    ]
     return {(e["record"]["architecture"], e["record"]["variant"]): e for e in entries}
 
 

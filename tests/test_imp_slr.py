@@ -412,7 +412,9 @@ def outcomes(settings, folder):
     planned = in_order(protocol.runs(settings))
     store = Store(folder)
     needed = {need.settings_hash for run in planned for need in run.needs}
-    entries = [perform(run, store, settings.execution, run.settings_hash in needed) for run in planned]
+    entries = [
+        perform(run, store, settings.execution, run.settings_hash in needed).model_dump() for run in planned
+    ]
     return {entry["record"]["variant"]: entry for entry in entries}
 
 

@@ -136,7 +136,10 @@ def test_a_run_that_is_given_twice_is_named(inside, folder):
         (lambda r: r["settings"].update(extra=1), "seed 0: settings.extra = 1, here absent"),
         (lambda r: r.update(data=["0" * 64]), "seed 0: data = 000000000000, but the data prepared here is"),
         (lambda r: r.pop("cost"), "example.jsonl, line 1: cost is missing"),
-        (lambda r: r.update(status="done"), "seed 0: status = 'done': must be ok or failed"),
+        (
+            lambda r: r.update(status="done"),
+            "example.jsonl, line 1.status = 'done': should be 'ok' or 'failed'",
+        ),
         (lambda r: r.update(status="failed"), "seed 0: it failed without a reason"),
         (lambda r: r["metrics"].update(test_accuracy=93.1), "seed 0: test_accuracy = 93.1: must be between"),
     ],

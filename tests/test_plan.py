@@ -105,14 +105,14 @@ def test_a_rehearsal_has_all_epochs_and_few_iterations(performed, monkeypatch):
     hook = _Shrinking()
     trainer = _trainer(hook)
     entry = performed(lambda run, context: _outcome(trainer))
-    assert entry["cost"]["epochs"] == EPOCHS and not entry["cost"]["from_macs"]
+    assert entry.cost.epochs == EPOCHS and not entry.cost.from_macs
     assert hook.epochs == [(epoch, (epoch + 1) * PER_EPOCH) for epoch in range(EPOCHS)]
     assert hook.steps == 2 * 3  # the network had two shapes
     keys = {"phase", "epoch", "lr", "train_loss", "train_accuracy", "validation_accuracy", "validation_loss"}
-    assert [row["epoch"] for row in entry["curves"]] == list(range(EPOCHS))
-    assert all(set(row) == keys for row in entry["curves"])
+    assert [row["epoch"] for row in entry.curves] == list(range(EPOCHS))
+    assert all(set(row) == keys for row in entry.curves)
     # 100,000 bytes of state, and the record twice
-    assert 100_000 < entry["cost"]["disk"] < 120_000
+    assert 100_000 < entry.cost.disk < 120_000
 
 
 def test_iterations_that_are_left_out_are_reckoned(performed):
@@ -123,7 +123,7 @@ def test_iterations_that_are_left_out_are_reckoned(performed):
 
     entry = performed(execute)
     # each iteration sleeps for at least 1 ms
-    assert entry["cost"]["seconds"] > EPOCHS * PER_EPOCH * 0.001 > entry["seconds"]
+    assert entry.cost.seconds > EPOCHS * PER_EPOCH * 0.001 > entry.seconds
 
 
 class _Slow(Hooks):
@@ -136,8 +136,8 @@ def test_what_is_unknown_when_time_is_over_is_reckoned_from_macs(performed):
     (known,) = (timing for key, timing in rehearsal._known.items() if key[0] == "train")
     hook = _Counting()
     entry = performed(lambda run, context: _outcome(_trainer(hook, width=32)), measured=False)
-    assert entry["cost"]["from_macs"] and hook.steps == 0 and len(entry["curves"]) == EPOCHS
-    assert entry["cost"]["seconds"] > EPOCHS * 2 * known.seconds
+    assert entry.cost.from_macs and hook.steps == 0 and len(entry.curves) == EPOCHS
+    assert entry.cost.seconds > EPOCHS * 2 * known.seconds
 
 
 class _Counting(_Shrinking):
@@ -149,7 +149,7 @@ def test_a_run_that_fails_says_why(performed):
     def execute(run, context):
         raise RunFailed("made to fail")
 
-    assert performed(execute)["cost"]["problem"] == "made to fail"
+    assert performed(execute).cost.problem == "made to fail"
 
 
 def test_kinds_without_a_cost_count_as_the_mean_of_the_others():

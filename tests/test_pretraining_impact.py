@@ -51,7 +51,7 @@ def records(folder, *arguments, **changes):
     store = Store(folder)
     found = {}
     for run in listed:
-        found[run.variant, run.target] = perform(run, store, CPU, True)["record"]
+        found[run.variant, run.target] = perform(run, store, CPU, True).record.content()
     assert {record["status"] for record in found.values()} == {"ok"}, found
     return found
 

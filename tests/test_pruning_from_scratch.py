@@ -489,7 +489,7 @@ def test_an_architecture_can_have_its_own_data(tmp_path):
     runs = protocol.runs(plan)
     assert [run.dataset for run in runs] == ["digits", "digits", "own", "own"]
     assert runs[2].settings["data"] == DatasetSettings(**own).model_dump(mode="json")
-    assert perform(runs[3], Store(tmp_path), CPU, False)["record"]["status"] == "ok"
+    assert perform(runs[3], Store(tmp_path), CPU, False).record.status == "ok"
     same = profile(variants=variants, architectures=[{"name": "digits_vgg", "data": DATA.model_dump()}])
     assert [run.settings_hash for run in protocol.runs(same)] == [run.settings_hash for run in runs[:2]]
     for repeated in ({"name": "digits_vgg"}, {"name": "digits_vgg", "data": {"source": "digits"}}):
@@ -522,7 +522,7 @@ def records(tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("runs"))
     done = {}
     for run in in_order(protocol.runs(profile(variants=variants))):
-        entry = perform(run, store, CPU, keep_state=True)
+        entry = perform(run, store, CPU, keep_state=True).model_dump()
         assert entry["record"]["status"] == "ok", entry["record"]
         done[run.variant, run.target] = entry["record"]
     return done
@@ -575,7 +575,7 @@ def pruned_blocks(tmp_path_factory):
     )
     store = Store(tmp_path_factory.mktemp("blocks"))
     runs = in_order(protocol.runs(plan))
-    done = {(run.variant, run.target): perform(run, store, CPU, keep_state=True) for run in runs}
+    done = {(run.variant, run.target): perform(run, store, CPU, keep_state=True).model_dump() for run in runs}
     assert {entry["record"]["status"] for entry in done.values()} == {"ok"}
     return done
 
@@ -621,7 +621,7 @@ def test_the_larger_recipe_trains(tmp_path):
     )
     store = Store(tmp_path)
     run = protocol.runs(plan)[-1]
-    entry = perform(run, store, CPU, keep_state=False)
+    entry = perform(run, store, CPU, keep_state=False).model_dump()
     assert entry["record"]["details"]["epochs"] == 2
     rates = [row["lr"] for row in entry["curves"]]
     assert rates == pytest.approx([0.1 * 64 / 256, 0.05 * 64 / 256])

@@ -15,6 +15,7 @@ import pytest
 from scipy import stats
 from synthetic import SEEDS, Maker, claim
 
+from common.records import Record
 from common.report import command, equal_footing, evidence, figures, gathering, panels
 from common.statistics import __main__ as statistics
 from common.statistics.claims import Claim
@@ -224,9 +225,9 @@ def test_training_curves_average_over_seeds_and_name_phases(project):
     panel = next(p for p in gathering.paper_panels(paper, found.curves) if isinstance(p, panels.CurvesPanel))
     curve = next(curve for curve in panel.curves if curve.label == "gated")
     runs = [
-        found.curves[r["settings_hash"]]
+        found.curves[r.settings_hash]
         for r in paper.records
-        if r["variant"] == "gated" and r["architecture"] == "vgg"
+        if r.variant == "gated" and r.architecture == "vgg"
     ]
     assert curve.phases == ((1, "prune"), (3, "retrain"))
     assert curve.epochs == tuple(range(1, 11))
@@ -474,10 +475,16 @@ def _damage(path: Path, text: str):
         (_damage(Path("verdicts.json"), "[]"), ["verdicts.json", "papers"]),
         (
             _damage(Path("results/digits/gates.jsonl"), '{"paper": "gates", "vari'),
-            ["gates.jsonl:1", "not valid JSON"],
+            ["gates.jsonl, line 1", "not valid JSON"],
         ),
-        (_damage(Path("results/digits/gates.jsonl"), '\n{"paper": "gates"}\n'), ["gates.jsonl:2", "variant"]),
-        (_damage(Path("results/digits/gates.curves.jsonl"), "{}"), ["gates.curves.jsonl:1", "settings_hash"]),
+        (
+            _damage(Path("results/digits/gates.jsonl"), '\n{"paper": "gates"}\n'),
+            ["gates.jsonl, line 2", "variant"],
+        ),
+        (
+            _damage(Path("results/digits/gates.curves.jsonl"), "{}"),
+            ["gates.curves.jsonl, line 1", "settings_hash"],
+        ),
         (
             _damage(Path("replications/gates/claims.yaml"), "paper: gates\nclams: []\n"),
             ["claims.yaml", "clams"],
@@ -571,13 +578,7 @@ def test_ranks_and_improvement_are_those_counted_by_hand():
             "seed": seed,
         }
         metrics = {"test_accuracy": accuracy}
-        return {
-            **identity,
-            "status": "ok",
-            "settings_hash": f"{variant}{seed}",
-            "metrics": metrics,
-            "cost": {},
-        }
+        return Record(**identity, status="ok", settings_hash=f"{variant}{seed}", metrics=metrics)
 
     scores = {"a": (0.9, 0.8, 0.7, 0.9, 0.6), "b": (0.8, 0.8, 0.9, 0.5, 0.5), "c": (0.1, 0.2, 0.3, 0.4, 0.5)}
     found = [

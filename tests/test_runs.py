@@ -294,6 +294,6 @@ def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, m
             monkeypatch.setattr("common.stage.scheduler._start_thread", lambda devices: None)
         store = Store(tmp_path / place)
         entries = execute(_example_runs(4, arena=arena), store, ExecutionSettings(device="cpu"), "test")
-        results.append([(entry["record"], entry["curves"]) for entry in entries])
+        results.append([(entry.record, entry.curves) for entry in entries])
     assert results[0] == results[1]
     assert len({json.dumps(curves) for _, curves in results[0]}) == 4

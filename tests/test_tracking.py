@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from project import environment
 
+from common.records import Entry
 from common.stage import tracking
 
 pytestmark = pytest.mark.slow
@@ -22,9 +23,11 @@ ENVIRONMENT = {
 }
 
 
-def _entry(seed: int, status: str = "ok", epochs: int = 30) -> dict:
+def _entry(seed: int, status: str = "ok", epochs: int = 30, **more) -> Entry:
     record = {"paper": "example", "variant": "dense", "dataset": "digits", "architecture": "linear"}
     record |= {
+        "device": "cpu",
+        "precision": "bfloat16",
         "target": 0.5,
         "seed": seed,
         "status": status,
@@ -38,9 +41,9 @@ def _entry(seed: int, status: str = "ok", epochs: int = 30) -> dict:
         "details": {},
     }
     if status == "failed":
-        record |= {"reason": "the training loss is nan", "metrics": {}, "cost": {}}
+        record |= {"reason": "the training loss is nan", "failure": "diverged", "metrics": {}, "cost": {}}
     rows = [{"phase": "train", "epoch": e, "lr": 0.1, "train_loss": 1 / (e + 1)} for e in range(epochs)]
-    return {"record": record, "curves": rows, "seconds": 1.5, "has_state": False}
+    return Entry(record=record | more, curves=rows, seconds=1.5)
 
 
 @pytest.fixture
@@ -78,23 +81,24 @@ def test_the_store_holds_what_the_records_hold(store):
     assert len(children) == 3 and len(parents) == 1
     by_seed = {run.data.tags["seed"]: run for run in children}
     for entry in entries[:2]:
-        record = entry["record"]
-        run = by_seed[str(record["seed"])]
+        record = entry.record
+        run = by_seed[str(record.seed)]
         assert run.info.status == "FINISHED"
-        assert run.data.metrics["test_accuracy"] == record["metrics"]["test_accuracy"]
+        assert run.data.metrics["test_accuracy"] == record.metrics["test_accuracy"]
         assert run.data.metrics["cost.macs"] == 640 and run.data.metrics["seconds"] == 1.5
         assert run.data.params["optimiser.learning_rate"] == "0.1" and run.data.tags["variant"] == "dense"
-        assert run.data.tags["settings_hash"] == record["settings_hash"]
+        assert run.data.tags["settings_hash"] == record.settings_hash
+        assert run.data.tags["device"] == "cpu" and run.data.tags["precision"] == "bfloat16"
+        assert "failure" not in run.data.tags
         assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         assert run.inputs.dataset_inputs[0].dataset.name == "digits"
         curve = client.get_metric_history(run.info.run_id, "curve/train_loss")
         assert [(p.step, p.value) for p in sorted(curve, key=lambda p: p.step)] == [
             (e, 1 / (e + 1)) for e in range(30)
         ]
-    assert (
-        by_seed["2"].info.status == "FAILED"
-        and by_seed["2"].data.tags["reason"] == "the training loss is nan"
-    )
+    lost = by_seed["2"]
+    assert lost.info.status == "FAILED" and lost.data.tags["failure"] == "diverged"
+    assert lost.data.tags["reason"] == "the training loss is nan"
     assert parents[0].data.metrics == {"runs": 3, "failed": 1, "seconds": 4.5}
     assert (
         parents[0].data.tags["machine.device"] == "test" and parents[0].data.tags["versions.torch"] == "0.0"
@@ -109,9 +113,8 @@ def test_a_repeated_stage_adds_what_is_missing_and_no_twins(store):
 
 
 def test_long_curves_and_many_parameters_are_kept_whole(store):
-    entry = _entry(0, epochs=1500)
-    entry["record"]["settings"] = {f"option{i}": i for i in range(250)} | {"long": "x" * 7000}
-    _log(entry)
+    settings = {f"option{i}": i for i in range(250)} | {"long": "x" * 7000}
+    _log(_entry(0, epochs=1500, settings=settings))
     client, (run,), _ = _runs()
     assert len(client.get_metric_history(run.info.run_id, "curve/train_loss")) == 1500
     assert run.data.params["option249"] == "249" and len(run.data.params["long"]) == 6000

@@ -64,12 +64,11 @@ def _draw(planned: Sequence[panels.Panel]) -> list[figures.Drawn]:
 
 def _rows(papers: Sequence[evidence.Paper]) -> str:
     """Test accuracy of every finished run as flat rows, for `dvc plots`."""
-    identity = ("paper", "variant", "dataset", "architecture", "target", "seed")
     rows = [
-        {name: record[name] for name in identity} | {"test_accuracy": accuracy}
+        record.identity | {"test_accuracy": accuracy}
         for paper in papers
         for record in paper.records
-        if record["status"] == "ok" and (accuracy := gathering.measured(record, "test_accuracy")) is not None
+        if record.status == "ok" and (accuracy := gathering.measured(record, "test_accuracy")) is not None
     ]
     return json.dumps(rows, indent=0) + "\n"
 

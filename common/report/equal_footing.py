@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from common.records import Record
 from common.report.evidence import EQUAL_FOOTING, Paper
-from common.report.gathering import Looks, Targets, cost_panel, gather, measured, reference
+from common.report.gathering import Targets, cost_panel, gather, measured, reference
 from common.report.panels import CONFIDENCE, Panel, slug
 
+Accuracies = Mapping[float, Mapping[int, float]]
+"""Target -> seed -> test accuracy in %."""
 RESAMPLES = 2000
 FEWEST_SEEDS = 5
 """Below this many seeds a bootstrap interval says too little to be shown."""
@@ -56,27 +59,26 @@ class Comparison:
     improvements: tuple[tuple[Improvement | None, ...], ...]
 
 
-def tagged(papers: Sequence[Paper]) -> list[dict]:
+def tagged(papers: Sequence[Paper]) -> list[Record]:
     """The records on equal footing; where several papers take part, variants bear the paper's name too."""
     found = [
         record
         for paper in papers
         for record in paper.records
-        if paper.name == EQUAL_FOOTING or (record.get("details") or {}).get(EQUAL_FOOTING) is True
+        if paper.name == EQUAL_FOOTING or record.details.get(EQUAL_FOOTING) is True
     ]
-    if len({record["paper"] for record in found}) < 2:
+    if len({record.paper for record in found}) < 2:
         return found
-    return [{**record, "variant": f"{record['paper']}: {record['variant']}"} for record in found]
+    return [record.model_copy(update={"variant": f"{record.paper}: {record.variant}"}) for record in found]
 
 
-def panels(records: Sequence[Mapping]) -> list[Panel]:
+def panels(records: Sequence[Record]) -> list[Panel]:
     """Accuracy against parameters and against MACs, all methods on common axes; trained networks only."""
-    drawn = []
+    drawn: list[Panel] = []
     for (dataset, architecture), cell in gather(r for r in records if not _interpolated(r)).items():
         level = reference(cell)
-        look: Looks = {
-            method: number for number, method in enumerate(method for method in cell if method != level)
-        }
+        compared = (method for method in cell if method != level)
+        look: dict[str, int | None] = {method: number for number, method in enumerate(compared)}
         look |= {level: None} if level else {}
         for cost in ("parameters", "macs"):
             name = "-".join((slug(EQUAL_FOOTING), "all", slug(dataset), slug(architecture), cost))
@@ -86,7 +88,7 @@ def panels(records: Sequence[Mapping]) -> list[Panel]:
     return drawn
 
 
-def comparisons(records: Sequence[Mapping], papers: Sequence[Paper]) -> list[Comparison]:
+def comparisons(records: Sequence[Record], papers: Sequence[Paper]) -> list[Comparison]:
     """Ranks, probabilities of improvement and training cost.
 
     One comparison a cell at common targets, and one at common MACs where records hold interpolated values.
@@ -108,15 +110,15 @@ def comparisons(records: Sequence[Mapping], papers: Sequence[Paper]) -> list[Com
     return found
 
 
-def _interpolated(record: Mapping) -> bool:
+def _interpolated(record: Record) -> bool:
     """Whether a record is no trained network, but read off between those at another cost."""
-    return (record.get("details") or {}).get("interpolated") is True
+    return record.details.get("interpolated") is True
 
 
 def _comparison(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, float]) -> Comparison:
     values = {
         method: {
-            target: {r["seed"]: 100 * a for r in runs if (a := measured(r, "test_accuracy")) is not None}
+            target: {r.seed: 100 * a for r in runs if (a := measured(r, "test_accuracy")) is not None}
             for target, runs in targets.items()
         }
         for method, targets in cell.items()
@@ -136,9 +138,7 @@ def _comparison(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, f
             accuracies={t: list(found[t].values()) for t in targets if found.get(t)},
             ranks={t: float(mean[number]) for t, mean in ranks.items()},
             rank=float(np.mean([mean[number] for mean in ranks.values()])) if ranks else None,
-            seconds=_average(
-                [seconds.get(r["settings_hash"]) for runs in cell[method].values() for r in runs]
-            ),
+            seconds=_average([seconds.get(r.settings_hash) for runs in cell[method].values() for r in runs]),
             training_macs=_average(
                 [measured(r, "training_macs") for runs in cell[method].values() for r in runs]
             ),
@@ -151,7 +151,7 @@ def _comparison(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, f
     return Comparison(place, targets, min(map(len, shared.values())), tuple(rows), improvements)
 
 
-def _improvement(first: Mapping, second: Mapping, targets: Sequence[float]) -> Improvement | None:
+def _improvement(first: Accuracies, second: Accuracies, targets: Sequence[float]) -> Improvement | None:
     """P(first > second) + P(equal) / 2 over pairs of runs, averaged over targets; seeds are resampled."""
     shared = [t for t in targets if t in first and t in second]
     seeds = sorted(set.intersection(*(set(first[t]) & set(second[t]) for t in shared))) if shared else []

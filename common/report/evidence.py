@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.settings import SettingsError, validated
+from common.records import CURVES_SUFFIX, Curves, Record, read
+from common.records import files as record_files
+from common.settings import SettingsError
 from common.statistics.claims import CLAIMS_FILE, Claim, ClaimsFile, read_all
-from common.statistics.records import CURVES_SUFFIX, Record
 
 EQUAL_FOOTING = "equal_footing"
 """Name of the paper, and of the tag in `details`, of records that compare all methods with each other."""
@@ -37,16 +38,16 @@ class Paper:
     """SHA-256 of the bytes of `claims.yaml`."""
     judged_digest: str | None = None
     """Digest of the claims that the verdicts belong to."""
-    judged: dict[str, dict] = field(default_factory=dict)
+    judged: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Claim id -> its entry in the verdicts file."""
     deviations: str | None = None
     """Markdown below the heading `Deviations` of the paper's README."""
-    records: list[dict] = field(default_factory=list)
-    environment: dict | None = None
+    records: list[Record] = field(default_factory=list)
+    environment: dict[str, Any] | None = None
 
     @property
-    def failed(self) -> list[dict]:
-        return [record for record in self.records if record["status"] != "ok"]
+    def failed(self) -> list[Record]:
+        return [record for record in self.records if record.status == "failed"]
 
     @property
     def stale(self) -> bool:
@@ -63,7 +64,7 @@ class Evidence:
     profile: str
     alpha: float | None
     papers: list[Paper]
-    curves: dict[str, list[dict]]
+    curves: dict[str, list[dict[str, Any]]]
     """`settings_hash` of a run -> its per-epoch measurements."""
 
 
@@ -75,21 +76,14 @@ def load(profile: str, results: Path, replications: Path, verdicts: Path, enviro
     damaged.
     """
     judgement = _judgement(verdicts)
-    records: dict[str, list[dict]] = {}
-    curves: dict[str, list[dict]] = {}
-    for path in sorted(results.glob("*.jsonl")):
-        if path.name.endswith(CURVES_SUFFIX):
-            for where, line in _json_lines(path):
-                if not isinstance(line.get("settings_hash"), str) or not isinstance(line.get("curves"), list):
-                    raise ReportError(
-                        f"{where}: needs `settings_hash` and `curves`, a list of per-epoch measurements"
-                    )
-                curves[line["settings_hash"]] = line["curves"]
+    records: dict[str, list[Record]] = {}
+    curves: dict[str, list[dict[str, Any]]] = {}
     try:
-        for path in sorted(results.glob("*.jsonl")):
-            if not path.name.endswith(CURVES_SUFFIX):
-                for where, record in _json_lines(path):
-                    records.setdefault(validated(Record, record, where).paper, []).append(record)
+        for path in record_files(results):
+            for _, record in read(path, Record):
+                records.setdefault(record.paper, []).append(record)
+        for path in sorted(results.glob(f"*{CURVES_SUFFIX}")):
+            curves |= {line.settings_hash: line.curves for _, line in read(path, Curves)}
         files = {file.paper: file for file in read_all(sorted(replications.glob(f"*/{CLAIMS_FILE}")))}
     except SettingsError as error:
         raise ReportError(str(error)) from error
@@ -113,33 +107,40 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
-def _paper(name: str, file: ClaimsFile | None, records: list[dict], judged: dict, environment: Path) -> Paper:
-    shared = {
-        "records": records,
-        "judged": {claim["id"]: claim for claim in judged.get("claims", [])},
-        "judged_digest": judged.get("claims_digest"),
-        "environment": _environment(environment / f"{name}.json"),
-    }
+def _paper(
+    name: str,
+    file: ClaimsFile | None,
+    records: list[Record],
+    judged: Mapping[str, Any],
+    environment: Path,
+) -> Paper:
+    paper = Paper(
+        name=name,
+        title=name,
+        records=records,
+        judged={claim["id"]: claim for claim in judged.get("claims", [])},
+        judged_digest=judged.get("claims_digest"),
+        environment=_environment(environment / f"{name}.json"),
+    )
     if file is None:
-        return Paper(name=name, title=name, **shared)
+        return paper
     readme = file.path.parent / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     title = re.search(r"^# +(.+?) *$", text, flags=re.MULTILINE)
     deviations = re.search(
         r"^## +Deviations\b[^\n]*\n(.*?)(?=^#{1,2} |\Z)", text, flags=re.MULTILINE | re.DOTALL
     )
-    return Paper(
-        name=name,
+    return replace(
+        paper,
         title=title.group(1) if title else name,
         claims=file.claims,
         claims_file=file.path.as_posix(),
         claims_digest=file.digest,
         deviations=deviations.group(1).strip() if deviations else None,
-        **shared,
     )
 
 
-def _judgement(path: Path) -> dict:
+def _judgement(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,22 +154,7 @@ def _judgement(path: Path) -> dict:
     return document
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(`file:line`, object) for every line that is not blank."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ReportError(f"{where}: damaged line, not valid JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise ReportError(f"{where}: damaged line, not a JSON object")
-        yield where, value
-
-
-def _environment(path: Path) -> dict | None:
+def _environment(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
+from common.records import Record
 from common.report.evidence import Paper, finite
 from common.report.panels import (
     CostPanel,
@@ -31,7 +33,7 @@ from common.statistics.claims import Claim
 MOST_LINES = 7
 MOST_EPOCHS = 100
 
-Targets = dict[float, list[dict]]
+Targets = dict[float, list[Record]]
 """Target -> finished runs of one variant, by seed."""
 Gathered = dict[tuple[str, str], dict[str, Targets]]
 """(dataset, architecture) -> variant -> its targets."""
@@ -47,7 +49,7 @@ COSTS = {
 """Name of a figure -> (field, axis title, unit of its ticks)."""
 
 
-def measured(record: Mapping[str, Any], name: str) -> float | None:
+def measured(record: Record, name: str) -> float | None:
     """A finite value from a record's metrics or cost, else None.
 
     `macs_left` is `sparse_macs` where the record counts them, else `macs`.
@@ -55,25 +57,23 @@ def measured(record: Mapping[str, Any], name: str) -> float | None:
     if name == "macs_left":
         left = measured(record, "sparse_macs")
         return measured(record, "macs") if left is None else left
-    for part in ("metrics", "cost"):
-        value = finite((record.get(part) or {}).get(name))
+    for part in (record.metrics, record.cost):
+        value = finite(part.get(name))
         if value is not None:
             return value
     return None
 
 
-def gather(records: Iterable[Mapping[str, Any]]) -> Gathered:
+def gather(records: Iterable[Record]) -> Gathered:
     """Finished runs by cell, variant and target; variants in the order of the records, targets ascending."""
     gathered: Gathered = {}
     for record in records:
-        if record["status"] == "ok":
-            cell = gathered.setdefault((str(record["dataset"]), str(record["architecture"])), {})
-            cell.setdefault(str(record["variant"]), {}).setdefault(float(record["target"]), []).append(record)
+        if record.status == "ok":
+            cell = gathered.setdefault((record.dataset, record.architecture), {})
+            cell.setdefault(record.variant, {}).setdefault(record.target, []).append(record)
     for cell in gathered.values():
         for variant, targets in cell.items():
-            cell[variant] = {
-                t: sorted(targets[t], key=lambda record: record["seed"]) for t in sorted(targets)
-            }
+            cell[variant] = {t: sorted(targets[t], key=attrgetter("seed")) for t in sorted(targets)}
     return gathered
 
 
@@ -83,8 +83,7 @@ def reference(cell: Mapping[str, Targets]) -> str | None:
     None where there is no such variant, or more than one.
     """
     seeds = {
-        variant: len({r["seed"] for runs in targets.values() for r in runs})
-        for variant, targets in cell.items()
+        variant: len({r.seed for runs in targets.values() for r in runs}) for variant, targets in cell.items()
     }
     dense = [v for v, targets in cell.items() if set(targets) == {0.0} and seeds[v] == max(seeds.values())]
     return dense[0] if len(dense) == 1 < len(cell) else None
@@ -230,9 +229,7 @@ def _curve_panels(
     chosen: dict[str, tuple[float, list[Sequence[Mapping[str, Any]]]]] = {}
     for variant in look:
         for target, records in reversed(cell.get(variant, {}).items()):
-            runs = [
-                curves[r["settings_hash"]] for r in records if len(curves.get(r.get("settings_hash"), ())) > 1
-            ]
+            runs = [curves[r.settings_hash] for r in records if len(curves.get(r.settings_hash, ())) > 1]
             if runs:
                 chosen[variant] = (target, runs)
                 break
@@ -276,8 +273,8 @@ def _curve(label: str, look: int | None, runs: Sequence[Sequence[Mapping[str, An
             if known:
                 statistics[:, row, column] = mean_interval(known)
     phases: list[tuple[int, str]] = []
-    for epoch, row in enumerate(longest):
-        name = str(row.get("phase", ""))
+    for epoch, measurements in enumerate(longest):
+        name = str(measurements.get("phase", ""))
         if not phases or phases[-1][1] != name:
             phases.append((epoch + 1, name))
     means, lows, highs = statistics

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from markdown_it import MarkdownIt
 
+from common.records import Record
 from common.report import equal_footing
 from common.report.evidence import EQUAL_FOOTING, Evidence, Paper
 from common.report.figures import Drawn
@@ -73,14 +74,14 @@ def _paper(
     verdicts = [view.verdict for view in views]
     gathered = gather(paper.records)
     records_file = paths["results"] / f"{paper.name}.jsonl"
-    shown = paper.records[-1] if paper.records else {"variant": "…", "target": "…"}
+    last = paper.records[-1] if paper.records else None
     return {
         "name": paper.name,
         "anchor": slug(paper.name),
         "title": paper.title,
         "runs": len(paper.records) - len(paper.failed),
         "failed": [
-            {"name": _run_name(record), "reason": record.get("reason", "no reason given")}
+            {"name": _run_name(record), "reason": record.reason or "no reason given"}
             for record in paper.failed
         ],
         "counts": {verdict: verdicts.count(verdict) for verdict in VERDICTS},
@@ -102,7 +103,7 @@ def _paper(
         "commands": _commands(paper, profile, paths, records_file),
         "experiment": EXPERIMENT.format(paper=paper.name),
         "records_file": records_file.as_posix(),
-        "example": {"variant": shown["variant"], "target": shown["target"]},
+        "example": {"variant": last.variant if last else "…", "target": last.target if last else "…"},
         "environment": _environment(paper.environment),
     }
 
@@ -114,9 +115,9 @@ def _by_heading(figures: Sequence[Drawn]) -> list[tuple[str, list[Drawn]]]:
     ]
 
 
-def _run_name(record: Mapping[str, Any]) -> str:
+def _run_name(record: Record) -> str:
     """A run as its paper names it, for lists."""
-    return "{variant}, {dataset}, {architecture}, target {target}, seed {seed}".format(**record)
+    return "{variant}, {dataset}, {architecture}, target {target}, seed {seed}".format(**record.identity)
 
 
 def _commands(paper: Paper, profile: str, paths: Mapping[str, Path], records_file: Path) -> str:
@@ -185,7 +186,7 @@ def _markdown(text: str) -> str:
 
 def _tables(gathered: Gathered, paper: Paper) -> list[dict[str, Any]]:
     """By cell: test accuracy (mean, standard deviation) by variant and target, and the networks' costs."""
-    lost = Counter((r["dataset"], r["architecture"], r["variant"], float(r["target"])) for r in paper.failed)
+    lost = Counter((r.dataset, r.architecture, r.variant, r.target) for r in paper.failed)
     named = {variant for claim in paper.claims for variant in used_variants(claim)}
     tables = []
     for (dataset, architecture), cell in gathered.items():
@@ -223,7 +224,7 @@ def _tables(gathered: Gathered, paper: Paper) -> list[dict[str, Any]]:
     return tables
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]], lost: int) -> dict[str, str] | None:
+def _accuracy(records: Sequence[Record], lost: int) -> dict[str, str] | None:
     values = [100 * value for record in records if (value := measured(record, "test_accuracy")) is not None]
     if not values and not lost:
         return None
@@ -239,7 +240,7 @@ def _mean_sd(values: Sequence[float]) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
-def _costs(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _costs(records: Sequence[Record]) -> list[str]:
     shown = []
     for name, form in (
         ("parameters", "{:,.0f}"),

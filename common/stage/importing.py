@@ -18,9 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common.core.identity import canonical, digest
+from pydantic import BaseModel, ConfigDict
+
+from common.core.identity import canonical
 from common.core.run import Run
-from common.settings import PARAMS_FILE, hint, selected_profile
+from common.records import Curves, Entry, Line, Record, curves_file, parsed
+from common.settings import PARAMS_FILE, SettingsError, hint, selected_profile, validated
 from common.stage import pipeline, resolve
 from common.stage.papers import load, papers
 from common.stage.store import StageError, code_digest, data_prints
@@ -29,12 +32,20 @@ _PENDING, _UNFINISHED = ".import", ".import.tmp"
 _MISSING = object()
 _NAMED = 5
 """How many differences an error names."""
-_ENVIRONMENT = {"code": str, "machine": dict, "versions": dict, "seconds": dict, "sha256": dict}
-_IDENTITY = {"paper": str, "variant": str, "dataset": str, "architecture": str}
-_IDENTITY |= {"target": (int, float), "seed": int}
-_RECORD = _IDENTITY | {"status": str, "settings": dict, "settings_hash": str, "data": list}
-_RECORD |= {"metrics": dict, "cost": dict, "details": dict}
-_CURVES = {"settings_hash": str, "curves": list}
+_LEFT = ("settings", "settings_hash", "data", "metrics", "cost", "details")
+"""What a stage has written of each run, though a record that is only judged may lack it."""
+
+
+class _Environment(BaseModel):
+    """What is checked of the file beside the records; the rest of it is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    seconds: dict[str, float]
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Imported:
     paper: str
     profile: str
     environment: dict[str, Any]
-    entries: list[dict[str, Any]]
+    entries: list[Entry]
     files: dict[Path, bytes]
 
 
@@ -108,43 +119,44 @@ def _found(folder: Path, profile: str, only: Sequence[str], params: str) -> list
 
 
 def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
-    records, curves = Path(profile, f"{paper}.jsonl"), Path(profile, f"{paper}.curves.jsonl")
+    records = Path(profile, f"{paper}.jsonl")
+    curves = curves_file(records)
     beside = Path("environment", profile, f"{paper}.json")
     files = {path: _read(folder / path) for path in (records, curves, beside)}
-    (environment,) = _objects(folder / beside, [files[beside]], _ENVIRONMENT)
+    about = _environment(files[beside], folder / beside)
     for path in (records, curves):
-        if environment["sha256"].get(path.name) != hashlib.sha256(files[path]).hexdigest():
+        if about.sha256.get(path.name) != hashlib.sha256(files[path]).hexdigest():
             raise StageError(
                 f"{folder / path}: damaged or changed: its SHA-256 is not the one in {folder / beside}"
             )
     runs = pipeline.planned(paper, load(paper, params, profile))
     code = code_digest(runs)
-    if environment["code"] != code:
+    if about.code != code:
         raise StageError(
-            f"{folder / beside}: made by other code (digest {environment['code'][:12]}, here {code[:12]}); "
+            f"{folder / beside}: made by other code (digest {about.code[:12]}, here {code[:12]}); "
             "use the same revision of the project on both machines"
         )
-    rows = _objects(folder / records, files[records].splitlines(), _RECORD)
-    of_curves = _objects(folder / curves, files[curves].splitlines(), _CURVES)
-    hashes = [row["settings_hash"] for row in rows]
-    if [row["settings_hash"] for row in of_curves] != hashes:
+    rows = list(_records(files[records], folder / records))
+    of_curves = [line for _, line in _lines(files[curves], folder / curves, Curves)]
+    hashes = [row.settings_hash for row in rows]
+    if [row.settings_hash for row in of_curves] != hashes:
         raise StageError(f"{folder / curves}: not the curves of the runs in {records.name}")
-    if missing := set(hashes) - set(environment["seconds"]):
+    if missing := set(hashes) - set(about.seconds):
         raise StageError(f"{folder / beside}: seconds of run {min(missing)} are missing")
     if problems := list(_problems(rows, runs)):
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise StageError(f"{folder / records}: {'; '.join(problems[:_NAMED])}{more}")
     if find_spec("dvc") is not None:
-        for path, producer in pipeline.producers(paper).items():
-            if not Path(path).exists():
+        for made, producer in pipeline.producers(paper).items():
+            if not Path(made).exists():
                 raise StageError(
-                    f"{paper} depends on {path}, which is not there: `dvc repro {producer}` makes it"
+                    f"{paper} depends on {made}, which is not there: `dvc repro {producer}` makes it"
                 )
     entries = [
-        {"record": row, "curves": own["curves"], "seconds": environment["seconds"][row["settings_hash"]]}
+        Entry(record=row, curves=own.curves, seconds=about.seconds[row.settings_hash])
         for row, own in zip(rows, of_curves)
     ]
-    return Imported(paper, profile, environment, entries, files)
+    return Imported(paper, profile, about.model_dump(), entries, files)
 
 
 def _read(path: Path) -> bytes:
@@ -156,53 +168,57 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _objects(file: Path, texts: Sequence[bytes], fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """JSON objects with at least these fields."""
-    found = []
-    for number, text in enumerate(texts, start=1):
-        where = f"{file}, line {number}" if len(texts) > 1 else str(file)
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise StageError(f"{where}: not valid JSON: {error}") from None
-        for name, kind in fields.items():
-            value = content.get(name, _MISSING) if isinstance(content, dict) else _MISSING
-            if value is _MISSING:
+def _environment(content: bytes, file: Path) -> _Environment:
+    try:
+        return validated(_Environment, json.loads(content), str(file))
+    except ValueError as error:
+        raise StageError(f"{file}: not valid JSON: {error}") from None
+    except SettingsError as error:
+        raise StageError(str(error)) from None
+
+
+def _lines(content: bytes, file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
+    try:
+        yield from parsed(content, file, kind)
+    except SettingsError as error:
+        raise StageError(str(error)) from None
+
+
+def _records(content: bytes, file: Path) -> Iterator[Record]:
+    for where, record in _lines(content, file, Record):
+        for name in _LEFT:
+            if name not in record.model_fields_set:
                 raise StageError(f"{where}: {name} is missing")
-            if not isinstance(value, kind):
-                raise StageError(f"{where}: {name} = {value!r}: must be of another type")
-        found.append(content)
-    return found
+        yield record
 
 
-def _problems(records: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
+def _problems(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
     """In what the records are not those of the planned runs."""
-    planned = {canonical(run.identity): run for run in runs}
+    planned = {tuple(run.identity.values()): run for run in runs}
     for record in records:
-        identity = {name: record[name] for name in _IDENTITY}
-        run = planned.pop(canonical(identity), None)
+        run = planned.pop(tuple(record.identity.values()), None)
         if run is None:
-            yield f"{Run(**identity, settings={})} is given twice or not planned here"
+            yield f"{Run(**record.identity, settings={})} is given twice or not planned here"
             continue
         ours = json.loads(canonical(run.settings))
-        if differences := list(_differences("settings", record["settings"], ours)):
+        if differences := list(_differences("settings", record.settings, ours)):
             yield f"{run}: {differences[0]}"
-        elif record["settings_hash"] != digest(
-            {**identity, "settings": record["settings"], "needs": [need.settings_hash for need in run.needs]}
-        ):
+        elif record.settings_hash != run.settings_hash:
             yield f"{run}: settings_hash is not that of its settings and of the runs that it needs here"
-        if record["data"] != (prints := data_prints(run)):
-            yield f"{run}: data = {_short(record['data'])}, but the data prepared here is {_short(prints)}"
+        if record.data != (prints := data_prints(run)):
+            yield f"{run}: data = {_short(record.data)}, but the data prepared here is {_short(prints)}"
         yield from (f"{run}: {problem}" for problem in _invalid(record))
     yield from (f"{run} is missing" for run in planned.values())
 
 
-def _invalid(record: Mapping[str, Any]) -> Iterator[str]:
-    if record["status"] not in ("ok", "failed"):
-        yield f"status = {record['status']!r}: must be ok or failed"
-    if record["status"] == "failed" and not record.get("reason"):
+def _invalid(record: Record) -> Iterator[str]:
+    if record.status == "failed" and not record.reason:
         yield "it failed without a reason"
-    accuracy = record["metrics"].get("test_accuracy")
+    if record.status == "ok" and record.failure:
+        yield f"failure = {record.failure!r}, but it has not failed"
+    if (record.failure == "needs") != (record.cause is not None):
+        yield "a failure of kind 'needs', and no other, has a cause"
+    accuracy = record.metrics.get("test_accuracy")
     if accuracy is not None and not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
         yield f"test_accuracy = {accuracy!r}: must be between 0 and 1"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.core.compute import Compute
 from common.core.run import Run
+from common.records import Record, read
 from common.settings import DataError, Profile
 from common.stage import pipeline, rehearsal
 from common.stage.papers import load, papers
@@ -58,7 +59,7 @@ def _done(paper: str, profile: Profile, runs: Sequence[Run], results: Path) -> s
     records = results / profile.name / f"{paper}.jsonl"
     beside = results / "environment" / profile.name / f"{paper}.json"
     if records.exists() and beside.exists() and json.loads(beside.read_text())["code"] == code_digest(runs):
-        found |= {json.loads(line)["settings_hash"] for line in records.read_text().splitlines()}
+        found |= {record.settings_hash for _, record in read(records, Record)}
     return found & planned
 
 

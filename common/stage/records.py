@@ -1,10 +1,11 @@
-"""What a run leaves in the results, and what stands beside the records."""
+"""The records that runs leave in the results, and what stands beside them."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,62 @@ import torch
 
 from common.core.compute import Compute
 from common.core.identity import canonical
-from common.core.run import Outcome, Run
-from common.settings import Profile
-from common.stage.store import code_digest, data_prints, write_atomically
+from common.core.run import Context, Outcome, Run
+from common.records import Cause, Curves, Entry, Failure, Record, curves_file
+from common.settings import DatasetSettings, Profile
+from common.stage.store import code_digest, data_prints, data_settings, write_atomically
 
 
-def record_of(
-    run: Run, status: str, outcome: Outcome | None = None, reason: str | None = None
-) -> dict[str, Any]:
-    """The record of a run that ended as `status` (ok or failed) says."""
-    record = {**run.identity, "status": status, "settings": run.settings, "settings_hash": run.settings_hash}
-    record |= {"data": data_prints(run), "metrics": {}, "cost": {}, "details": {}}
-    if outcome is not None:
-        record |= {"metrics": outcome.metrics, "cost": outcome.cost, "details": outcome.details}
-    return record | ({"reason": reason} if reason else {})
+@dataclass(frozen=True)
+class Failed:
+    """Why a run cannot be completed: as of Record."""
+
+    failure: Failure
+    reason: str
+    cause: Cause | None = None
 
 
-def entry_of(
-    record: Mapping, seconds: float, curves: Sequence = (), has_state: bool = False
-) -> dict[str, Any]:
+def record_of(run: Run, compute: Compute, ended: Outcome | Failed) -> Record:
+    """The record of a run that has come to this."""
+    record = {**run.identity, "settings": run.settings, "settings_hash": run.settings_hash}
+    record |= {"data": data_prints(run), "device": compute.device.type, "precision": precision(compute)}
+    record |= {"torch": str(torch.__version__)}
+    if isinstance(ended, Failed):
+        # a device without memory left cannot hold the data, either
+        compute = replace(compute, device=torch.device("cpu"))
+        record |= {"status": "failed", "failure": ended.failure, "reason": ended.reason, "cause": ended.cause}
+    else:
+        record |= {"status": "ok", "metrics": ended.metrics, "cost": ended.cost, "details": ended.details}
+    return Record.model_validate(_plain(record | {"chance": chance(run, compute)}))
+
+
+def entry_of(record: Record, seconds: float, curves: Sequence = (), has_state: bool = False) -> Entry:
     """A record with what is kept beside it."""
-    return _plain({"record": record, "curves": curves, "seconds": seconds, "has_state": has_state})
+    return Entry(record=record, curves=_plain(curves), seconds=seconds, has_state=has_state)
+
+
+def chance(run: Run, compute: Compute) -> float | None:
+    """The share of the most frequent class among the test images.
+
+    They are those of the first data set that the run's settings name; None where they name none.
+    """
+    if not (sources := data_settings(run)):
+        return None
+    if sources[0] not in _chances:
+        # in a process that has trained the run, the data is there already
+        labels = Context(run, compute, ()).dataset(sources[0]).labels["test"]
+        with compute.turn():
+            counts = labels.cpu().bincount()
+        _chances[sources[0]] = counts.max().item() / len(labels)
+    return _chances[sources[0]]
+
+
+_chances: dict[DatasetSettings, float] = {}
+
+
+def precision(compute: Compute) -> str:
+    """The number format of convolutions and matrix products."""
+    return str(compute.autocast or torch.float32).removeprefix("torch.")
 
 
 def _plain(value: Any) -> Any:
@@ -47,12 +83,12 @@ def _plain(value: Any) -> Any:
 
 
 def environment(runs: Sequence[Run], compute: Compute) -> dict[str, Any]:
-    """What the records leave out: code, machine and versions."""
+    """What the records leave out, and what a whole stage shares: code, machine and versions."""
     return {
         "code": code_digest(runs),
         "machine": machine(compute),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "precision": str(compute.autocast or torch.float32).removeprefix("torch."),
+        "precision": precision(compute),
     }
 
 
@@ -67,13 +103,14 @@ def machine(compute: Compute) -> dict[str, Any]:
     }
 
 
-def write_results(profile: Profile, paper: str, entries: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+def write_results(profile: Profile, paper: str, entries: Sequence[Entry], folder: Path) -> Path:
     """Write `<paper>.jsonl` (records) and `<paper>.curves.jsonl` into `folder`/<profile>; returns the records' path."""
     target = folder / profile.name / f"{paper}.jsonl"
-    records = [canonical(entry["record"]) for entry in entries]
-    curves = [
-        canonical({"settings_hash": e["record"]["settings_hash"], "curves": e["curves"]}) for e in entries
-    ]
-    write_atomically(target, "".join(line + "\n" for line in records).encode())
-    write_atomically(target.with_suffix(".curves.jsonl"), "".join(line + "\n" for line in curves).encode())
+    _write_lines(target, [entry.record.content() for entry in entries])
+    curves = [Curves(settings_hash=e.record.settings_hash, curves=e.curves) for e in entries]
+    _write_lines(curves_file(target), [line.model_dump(mode="json") for line in curves])
     return target
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_atomically(path, "".join(canonical(line) + "\n" for line in lines).encode())

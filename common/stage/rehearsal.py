@@ -30,6 +30,7 @@ from common.core.identity import digest
 from common.core.pruning import counting
 from common.core.run import Context, Run
 from common.core.trainer import BatchSource, Trainer
+from common.records import Entry
 from common.settings import ExecutionSettings
 from common.stage.papers import protocol
 from common.stage.scheduler import execute, in_order
@@ -90,8 +91,9 @@ def rehearse(
     turns = [kind.run for turn in zip_longest(*stages.values()) for kind in turn if kind is not None]
     found: dict[str, Cost] = {}
 
-    def note(entry: dict[str, Any]) -> None:
-        found[entry["record"]["settings_hash"]] = Cost(**entry["cost"])
+    def note(entry: Entry) -> None:
+        if isinstance(entry, _Rehearsed):
+            found[entry.record.settings_hash] = entry.cost
 
     SCRATCH.mkdir(parents=True, exist_ok=True)
     begun = time.time()
@@ -111,6 +113,12 @@ def rehearse(
 # ------------------------------------------------------------------------------------------ one run
 
 
+class _Rehearsed(Entry):
+    """What a rehearsed run leaves, and what it would cost."""
+
+    cost: Cost
+
+
 class _Rehearsal(Store):
     """A store whose runs are rehearsed: a run begins when it asks for its checkpoints, and ends when it is saved."""
 
@@ -127,18 +135,19 @@ class _Rehearsal(Store):
             torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0).step()
         return super().checkpoints(run, budget)
 
-    def save(self, run: Run, entry: dict[str, Any], state: Mapping[str, Any] | None) -> None:
+    def save(self, run: Run, entry: Entry, state: Mapping[str, Any] | None) -> Entry:
         super().save(run, entry, state)
         tally, key = _own.tally, self.key(run)
         record, *others = (self.folder / f"{key}.{suffix}" for suffix in ("json", "pt"))
         kept = 2 * record.stat().st_size + sum(file.stat().st_size for file in others if file.exists())
-        entry["cost"] = {
-            "seconds": entry["seconds"] - tally.spent + tally.reckoned,
-            "epochs": tally.epochs,
-            "disk": kept,
-            "from_macs": tally.from_macs,
-            "problem": entry["record"].get("reason"),
-        }
+        cost = Cost(
+            seconds=entry.seconds - tally.spent + tally.reckoned,
+            epochs=tally.epochs,
+            disk=kept,
+            from_macs=tally.from_macs,
+            problem=entry.record.reason,
+        )
+        return _Rehearsed(**dict(entry), cost=cost)
 
 
 @dataclass

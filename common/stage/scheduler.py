@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -24,20 +24,19 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
 from common.core.identity import canonical
-from common.core.run import Context, Needed, Run
-from common.core.trainer import RunFailed
-from common.records import Record
+from common.core.run import Context, Needed, Outcome, Run
+from common.core.trainer import OutOfMemory, RunFailed
+from common.records import Entry
 from common.settings import ExecutionSettings
 from common.stage import processes
 from common.stage.papers import protocol
-from common.stage.records import entry_of, record_of
+from common.stage.records import Failed, entry_of, record_of
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 
 RUNS_PER_GPU = 8
@@ -48,43 +47,55 @@ STREAMS_PER_GPU = 32
 
 def perform(
     run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget | None = None
-) -> dict[str, Any] | None:
+) -> Entry | None:
     """Execute one run in this process and keep it.
 
-    Returns its entry {"record", "curves", "seconds", ...}, or None if the time budget ended before the run did.
+    Returns what it leaves, or None if the time budget ended before the run did.
     """
     begun = time.perf_counter()
-    needs = tuple(
-        Needed(Record.model_validate(store.load(need)["record"]), store.state(need) or {})
-        for need in run.needs
-    )
-    lost = [(need, n.record) for need, n in zip(run.needs, needs) if n.record.status != "ok"]
+    compute = Compute.choose(execution.device, execution.precision, execution.compilation)
+    needs = tuple(_needed(need, store) for need in run.needs)
     checkpoints = store.checkpoints(run, budget)
-    outcome, reason = None, None
-    if lost:
-        reason = f"it starts from {lost[0][0]}, which failed: {lost[0][1].reason}"
+    try:
+        ended = _ended(Context(run, compute, needs, checkpoints.of_next_trainer))
+    except OutOfTime:
+        return None
+    if isinstance(ended, Failed):
+        release_memory(compute.device)
+        curves, state = [], None
     else:
-        compute = Compute.choose(execution.device, execution.precision, execution.compilation)
-        context = Context(run, compute, needs, checkpoints.of_next_trainer)
-        try:
-            outcome = protocol(run.paper).execute(run, context)
-        except OutOfTime:
-            return None
-        except RunFailed as failure:
-            reason = str(failure)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            reason = f"out of memory on {compute.device} outside training; lower its batch size or width"
-        if reason:
-            release_memory(compute.device)
-    record = record_of(run, "failed" if outcome is None else "ok", outcome, reason)
-    state = outcome.state if outcome and keep_state else None
+        curves, state = ended.curves, ended.state if keep_state else None
+    record = record_of(run, compute, ended)
     seconds = round(time.perf_counter() - begun, 3)
-    entry = entry_of(record, seconds, outcome.curves if outcome else [], state is not None)
-    store.save(run, entry, state)
+    entry = store.save(run, entry_of(record, seconds, curves, state is not None), state)
     checkpoints.clear()
     return entry
+
+
+def _needed(need: Run, store: Store) -> Needed:
+    if (entry := store.load(need)) is None:
+        raise StageError(f"{need} is no longer in {store.folder}; the same command does it again")
+    return Needed(entry.record, store.state(need))
+
+
+def _ended(context: Context) -> Outcome | Failed:
+    """What a run comes to. Raises OutOfTime."""
+    run = context.run
+    for need, left in zip(run.needs, context.needs):
+        if left.record.status == "failed":
+            reason = f"it starts from {need}, which failed: {left.record.reason}"
+            return Failed("needs", reason, left.record.root)
+    try:
+        return protocol(run.paper).execute(run, context)
+    except RunFailed as error:
+        return Failed(error.failure, str(error))
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        where = context.compute.device
+        return Failed(
+            OutOfMemory.failure, f"out of memory on {where} outside training; lower its batch size or width"
+        )
 
 
 def prepare_process(execution: ExecutionSettings) -> None:
@@ -116,7 +127,7 @@ def _start_thread(devices: queue.SimpleQueue[str]) -> None:
 
 def _work(
     run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget
-) -> dict[str, Any] | None:
+) -> Entry | None:
     if device := getattr(_own, "device", None):
         execution = execution.model_copy(update={"device": device})
     return None if budget.spent else perform(run, store, execution, keep_state, budget)
@@ -151,9 +162,9 @@ def execute(
     store: Store,
     execution: ExecutionSettings,
     title: str,
-    finished: Callable[[dict[str, Any]], None] = lambda entry: None,
+    finished: Callable[[Entry], object] = lambda entry: None,
     budget: TimeBudget | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Entry]:
     """Execute all runs that are not finished yet, several at once, and return the entries of all, in order.
 
     finished: called with each entry as soon as it is there, also with those of an earlier attempt. budget: when to stop;
@@ -162,7 +173,7 @@ def execute(
     """
     ordered = in_order(runs)
     needed = {need.settings_hash for run in ordered for need in run.needs}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Entry] = {}
     for run in ordered:
         if entry := store.finished(run, run.settings_hash in needed):
             entries[run.settings_hash] = entry
@@ -174,8 +185,8 @@ def execute(
         quiet = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=len(ordered), initial=done, desc=title, unit="run", mininterval=quiet) as bar:
 
-            def done_with(entry: dict[str, Any]) -> None:
-                entries[entry["record"]["settings_hash"]] = entry
+            def done_with(entry: Entry) -> None:
+                entries[entry.record.settings_hash] = entry
                 bar.update()
                 finished(entry)
 
@@ -207,14 +218,24 @@ class _Scheduler:
     take turns there.
     """
 
-    def __init__(self, store, execution, workers, devices, needed, entries, finish, budget):
+    def __init__(
+        self,
+        store: Store,
+        execution: ExecutionSettings,
+        workers: int,
+        devices: Sequence[str],
+        needed: Collection[str],
+        entries: Mapping[str, Entry],
+        finish: Callable[[Entry], object],
+        budget: TimeBudget,
+    ):
         self.store, self.execution, self.workers, self.devices = store, execution, workers, devices
         self.needed, self.entries, self.finish, self.budget = needed, entries, finish, budget
-        self.running: dict[Future, Run] = {}
+        self.running: dict[Future[Entry | None], Run] = {}
         self.defects: list[str] = []
 
     def execute(self, todo: list[Run]) -> None:
-        waiting, suspects = list(todo), []
+        waiting, suspects = list(todo), list[Run]()
         while waiting or suspects:
             # after a worker has died, those that were running go on one by one, so that only the guilty one fails
             workers, batch = (1, [suspects.pop(0)]) if suspects else (self.workers, waiting)
@@ -258,7 +279,7 @@ class _Scheduler:
             for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                 self._collect(future)
 
-    def _collect(self, future: Future) -> None:
+    def _collect(self, future: Future[Entry | None]) -> None:
         try:
             entry = future.result()
         except (BrokenProcessPool, OSError):
@@ -280,9 +301,9 @@ class _Scheduler:
         for run in runs:
             entry = self.store.load(run)
             if entry is None and alone:
-                reason = "its process died (killed, or the machine is out of memory)"
-                entry = entry_of(record_of(run, "failed", reason=reason), 0.0)
-                self.store.save(run, entry, None)
+                died = Failed("died", "its process died (killed, or the machine is out of memory)")
+                compute = Compute.choose(self.execution.device, self.execution.precision)
+                entry = self.store.save(run, entry_of(record_of(run, compute, died), 0.0), None)
             if entry is None:
                 suspects.append(run)
             else:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import shutil
@@ -27,6 +26,7 @@ from common.core import loading
 from common.core.compute import Compute
 from common.core.identity import canonical, digest
 from common.core.run import Run
+from common.records import Entry
 from common.settings import ROOT, DatasetSettings, ExecutionSettings
 
 CONTENDER = "contender.py"
@@ -164,25 +164,26 @@ class Store:
         code = code_digest([run], self.root)
         return digest([run.settings_hash, [code, self._numerics], data_prints(run), needs])[:32]
 
-    def load(self, run: Run) -> dict[str, Any] | None:
-        """{"record", "curves", "seconds"} of a finished run, or None."""
+    def load(self, run: Run) -> Entry | None:
+        """What a finished run has left, or None."""
         content = load_checked(self.folder / f"{self.key(run)}.json")
-        return None if content is None else json.loads(content)
+        return None if content is None else Entry.model_validate_json(content)
 
     def state(self, run: Run) -> dict[str, Any] | None:
         """What a finished run kept for others."""
         return _unpack(load_checked(self.folder / f"{self.key(run)}.pt"))
 
-    def save(self, run: Run, entry: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
-        """Keep a finished run. The record comes last: with it, the run counts as finished."""
+    def save(self, run: Run, entry: Entry, state: Mapping[str, Any] | None) -> Entry:
+        """Keep a finished run; returns its entry. The record comes last: with it, the run counts as finished."""
         if state is not None:
             save_checked(self.folder / f"{self.key(run)}.pt", _pack(state))
         save_checked(self.folder / f"{self.key(run)}.json", canonical(entry).encode())
+        return entry
 
-    def finished(self, run: Run, needed: bool) -> dict[str, Any] | None:
+    def finished(self, run: Run, needed: bool) -> Entry | None:
         """As `load`, but None as well when others need a state that has been lost or damaged."""
         entry = self.load(run)
-        if entry and needed and entry["has_state"] and self.state(run) is None:
+        if entry and needed and entry.has_state and self.state(run) is None:
             return None
         return entry
 
@@ -191,11 +192,16 @@ class Store:
         return RunCheckpoints(self.folder / f"{self.key(run)}.part", budget)
 
 
-def data_prints(run: Run) -> list[str]:
-    """The fingerprints of the data sets that the run's settings name under `data`."""
+def data_settings(run: Run) -> list[DatasetSettings]:
+    """The data sets that the run's settings name under `data`; it is tested on the first."""
     data = run.settings.get("data") or []
     sources = data if isinstance(data, list) else [data]
-    return [loading.fingerprint(DatasetSettings.model_validate(source)) for source in sources]
+    return [DatasetSettings.model_validate(source) for source in sources]
+
+
+def data_prints(run: Run) -> list[str]:
+    """The fingerprints of the run's data sets."""
+    return [loading.fingerprint(data) for data in data_settings(run)]
 
 
 # ---------------------------------------------------------------------------------------------- code

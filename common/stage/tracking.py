@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -28,8 +29,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from common.core.identity import digest
+from common.records import Entry, Record
 
 EXPERIMENT = "pruning-replications/{paper}"
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _METRICS_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH = 1000, 100, 6000  # limits of the store
 
 
@@ -60,7 +63,7 @@ class StageLog:
         self.paper, self.profile, self.environment = paper, profile, environment
         self.error: Exception | None = None
         self.added = 0
-        self._entries: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._seconds, self._count, self._failed = 0.0, 0, 0
         self._thread = threading.Thread(target=self._log, daemon=True)
 
@@ -73,8 +76,8 @@ class StageLog:
         self._entries.put(None)
         self._thread.join()
 
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Log one entry {"record", "curves", "seconds"}; returns at once."""
+    def add(self, entry: Entry) -> None:
+        """Log one entry; returns at once."""
         self._entries.put(entry)
 
     def _log(self) -> None:
@@ -105,10 +108,10 @@ class StageLog:
             shared |= {f"{group}.{key}": str(value) for key, value in self.environment[group].items()}
         parent = None
         while (entry := self._entries.get()) is not None:
-            self._seconds += entry["seconds"]
+            self._seconds += entry.seconds
             self._count += 1
-            self._failed += entry["record"]["status"] != "ok"
-            run_key = _run_key(entry["record"], self.environment)
+            self._failed += entry.record.status == "failed"
+            run_key = _run_key(entry.record, self.environment)
             if run_key not in known:
                 parent = parent or _stage_run(client, experiment, self.paper, shared)
                 _log_run(client, experiment, parent, entry, shared, run_key)
@@ -149,9 +152,9 @@ def _experiment(client: MlflowClient, paper: str) -> str:
     return client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
 
-def _run_key(record: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+def _run_key(record: Record, environment: Mapping[str, Any]) -> str:
     """What makes a run in the store the same as this one: settings, code and torch version."""
-    return f"{record['settings_hash']}-{environment['code'][:16]}-{environment['versions']['torch']}"
+    return f"{record.settings_hash}-{environment['code'][:16]}-{environment['versions']['torch']}"
 
 
 def _origin() -> str:
@@ -170,37 +173,37 @@ def _search(client: MlflowClient, experiment: str, text: str) -> Iterator[Run]:
 
 
 def _log_run(
-    client, experiment: str, parent: str, entry: Mapping, shared: Mapping[str, str], run_key: str
+    client: MlflowClient,
+    experiment: str,
+    parent: str,
+    entry: Entry,
+    shared: Mapping[str, str],
+    run_key: str,
 ) -> None:
-    record = entry["record"]
-    identity = {k: record[k] for k in ("paper", "variant", "dataset", "architecture", "target", "seed")}
+    record = entry.record
     # machine and versions stand at the stage's run, which is the parent
     own = {key: value for key, value in shared.items() if "." not in key or key.startswith("git.")}
-    tags = {**own, **{k: str(v) for k, v in identity.items()}, "mlflow.parentRunId": parent}
-    tags |= {"status": record["status"], "settings_hash": record["settings_hash"]}
-    if "reason" in record:
-        tags["reason"] = record["reason"][:_VALUE_LENGTH]
-    name = f"{record['variant']} {record['architecture']} t={record['target']:g} s={record['seed']}"
+    tags = {**own, **{k: str(v) for k, v in record.identity.items()}, "mlflow.parentRunId": parent}
+    for name in ("status", "settings_hash", "failure", "reason", "device", "precision"):
+        if (value := getattr(record, name)) is not None:
+            tags[name] = value[:_VALUE_LENGTH]
+    name = f"{record.variant} {record.architecture} t={record.target:g} s={record.seed}"
     run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    params = dict(_flat("", record["settings"]))
-    numbers = {
-        **_numbers("", record["metrics"]),
-        **_numbers("cost.", record["cost"]),
-        "seconds": entry["seconds"],
-    }
+    params = dict(_flat("", record.settings))
+    numbers = {**_numbers("", record.metrics), **_numbers("cost.", record.cost), "seconds": entry.seconds}
     # the key by which the run is found again comes last: half a run is never taken for a whole one
-    _send(client, run_id, params=params, metrics=numbers, curves=entry["curves"], tags={"run_key": run_key})
-    source = json.dumps(record["settings"].get("data"))
+    _send(client, run_id, params=params, metrics=numbers, curves=entry.curves, tags={"run_key": run_key})
+    source = json.dumps(record.settings.get("data"))
     inputs = [
         DatasetInput(
-            MlflowDataset(record["dataset"], fingerprint[:32], "local", source),
+            MlflowDataset(record.dataset, fingerprint[:32], "local", source),
             [InputTag("mlflow.data.context", "train")],
         )
-        for fingerprint in record["data"]
+        for fingerprint in record.data
     ]
     if inputs:
         client.log_inputs(run_id, inputs)
-    client.set_terminated(run_id, "FINISHED" if record["status"] == "ok" else "FAILED")
+    client.set_terminated(run_id, "FINISHED" if record.status == "ok" else "FAILED")
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -219,21 +222,29 @@ def _numbers(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _send(client, run_id: str, *, params=(), metrics=(), curves: Sequence[Mapping] = (), tags=()) -> None:
+def _send(
+    client: MlflowClient,
+    run_id: str,
+    *,
+    params: Mapping[str, Any] = _NONE,
+    metrics: Mapping[str, float] = _NONE,
+    curves: Sequence[Mapping[str, Any]] = (),
+    tags: Mapping[str, str] = _NONE,
+) -> None:
     """Send everything in as few calls as the store's limits allow, the tags in the last one."""
     now = int(time.time() * 1000)
-    rows = [Metric(key, value, now, 0) for key, value in dict(metrics).items()]
+    rows = [Metric(key, value, now, 0) for key, value in metrics.items()]
     for step, row in enumerate(curves):
         rows += [
             Metric(f"curve/{key}", value, now, step)
             for key, value in _numbers("", row).items()
             if key != "epoch"
         ]
-    texts = [Param(key, str(value)[:_VALUE_LENGTH]) for key, value in dict(params).items()]
+    texts = [Param(key, str(value)[:_VALUE_LENGTH]) for key, value in params.items()]
     while len(rows) > _METRICS_PER_CALL or len(texts) > _PARAMS_PER_CALL:
         client.log_batch(run_id, rows[:_METRICS_PER_CALL], texts[:_PARAMS_PER_CALL])
         rows, texts = rows[_METRICS_PER_CALL:], texts[_PARAMS_PER_CALL:]
-    client.log_batch(run_id, rows, texts, [RunTag(key, value) for key, value in dict(tags).items()])
+    client.log_batch(run_id, rows, texts, [RunTag(key, value) for key, value in tags.items()])
 
 
 def _revision() -> dict[str, str]:

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
+from common.records import Record, files, read
+from common.settings import SettingsError
 
-from common.settings import SettingsError, Strict, validated
-
-CURVES_SUFFIX = ".curves.jsonl"
 SECTIONS = ("metrics", "cost", "details")
-
-
-class Record(Strict, extra="ignore"):
-    """What statistics reads of a record."""
-
-    paper: str
-    variant: str
-    dataset: str
-    architecture: str
-    target: float = Field(ge=0)
-    seed: int
-    status: Literal["ok", "failed"]
-    reason: str | None = None
-    metrics: dict[str, Any] = {}
-    cost: dict[str, Any] = {}
-    details: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -55,13 +36,13 @@ def read_all(paths: list[Path]) -> dict[str, Records]:
     The same record given twice counts once. Raises SettingsError naming file and line for a damaged line and
     for two different records of one run.
     """
-    found: dict[tuple, tuple[str, Record]] = {}
+    found: dict[tuple[Any, ...], tuple[str, Record]] = {}
     for path in paths:
         for file in _files(path):
-            for where, record in _lines(file):
+            for where, record in read(file, Record):
                 key = (record.paper, *_run(record), record.seed)
                 other, same = found.setdefault(key, (where, record))
-                if same != record:
+                if _read(same) != _read(record):
                     raise SettingsError(f"{where}: another record of the run in {other}, with other results")
     papers: dict[str, list[Record]] = {}
     for _, record in found.values():
@@ -72,27 +53,14 @@ def read_all(paths: list[Path]) -> dict[str, Records]:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.glob("*.jsonl") if not file.name.endswith(CURVES_SUFFIX))
-    if not files:
+    if not (found := files(path)):
         raise SettingsError(f"{path}: no records (*.jsonl) in this folder")
-    return files
+    return found
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            try:
-                content = json.loads(line)
-            except ValueError as error:
-                raise SettingsError(f"{where}: not valid JSON (half written?): {error}") from None
-            yield where, validated(Record, content, where)
+def _read(record: Record) -> tuple[Any, ...]:
+    """What is read of a run's record."""
+    return record.status, record.reason, *(getattr(record, section) for section in SECTIONS)
 
 
 def _run(record: Record) -> tuple[str, str, str, float]:
