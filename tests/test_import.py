@@ -141,6 +141,12 @@ def test_a_run_that_is_given_twice_is_named(inside, folder):
             "example.jsonl, line 1.status = 'done': should be 'ok' or 'failed'",
         ),
         (lambda r: r.update(status="failed"), "seed 0: it failed without a reason"),
+        (lambda r: r.update(failure="died"), "seed 0: failure = 'died', but it has not failed"),
+        (
+            lambda r: r.update(status="failed", reason="r", failure="needs"),
+            "seed 0: a failure of kind 'needs', and no other, has a cause",
+        ),
+        (lambda r: r.update(chance=2), "example.jsonl, line 1.chance = 2: should be less than or equal to 1"),
         (lambda r: r["metrics"].update(test_accuracy=93.1), "seed 0: test_accuracy = 93.1: must be between"),
     ],
 )

@@ -108,6 +108,7 @@ def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(project):
     assert (
         records["dense", 0.0, 1]["status"] == "failed"
         and records["dense", 0.0, 1]["reason"] == "made to fail"
+        and records["dense", 0.0, 1]["failure"] == "unreachable"
     )
     assert "starts from example/dense" in records["pruned", 0.9, 1]["reason"]
     assert [r["status"] for r in records.values()].count("ok") == 4
@@ -118,7 +119,14 @@ def test_a_run_that_kills_its_worker_fails_alone(project):
     params(project, example={"fails": ["kill:dense-1"]})
     result = run(project, *STAGE)
     assert result.returncode == 0, result.stderr
-    status = {_identity(r): r["status"] for r in _records(project)}
+    records = {_identity(r): r for r in _records(project)}
+    dense, pruned = records["dense", 0.0, 1], records["pruned", 0.9, 1]
+    assert dense["failure"] == "died" and pruned["failure"] == "needs" and "cause" not in dense
+    named = ("paper", "variant", "dataset", "architecture", "target", "seed", "settings_hash", "failure")
+    assert pruned["cause"] == {name: dense[name] for name in named}
+    for name in ("chance", "device", "precision", "torch"):
+        assert {r[name] for r in records.values()} == {dense[name]}
+    status = {name: r["status"] for name, r in records.items()}
     assert status.pop(("dense", 0.0, 1)) == "failed" and status.pop(("pruned", 0.9, 1)) == "failed"
     assert set(status.values()) == {"ok"}
 
