@@ -22,7 +22,7 @@ from common.core.models.chain import MLP
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Diverged, Hooks, RunFailed, Trainer, Unreachable
+from common.core.trainer import Diverged, Hooks, Trainer, Unreachable
 from common.settings import (
     CellSettings,
     Count,

@@ -16,7 +16,7 @@ from common.core.models import build
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Masks, prunable, squared_norm
 from common.core.run import Context, Needed, Outcome, Run
-from common.core.trainer import Diverged, Hooks, RunFailed, Trainer, Unreachable
+from common.core.trainer import Diverged, Hooks, Trainer, Unreachable
 from common.records import Record
 from replications.imp_slr import baselines, method
 from replications.imp_slr.settings import RETRAINED, DenseSchedule, percent
