@@ -59,14 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
     # this loads torch, as the process that was just started does beside it
     from replications import commands
 
-    if options.command == "run":
-        own = (options.paper, options.params, options.profile, options.time_budget)
-        return commands.status(lambda: commands.run_paper(*own))
-    if options.command == "plan":
-        own = (options.params, options.profile, options.seconds)
-        return commands.status(lambda: commands.print_plan(*own))
-    own = (options.folder, options.paper, options.params)
-    return commands.status(lambda: commands.import_results(*own))
+    o = options
+    command = {
+        "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget),
+        "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
+        "import": lambda: commands.import_results(o.folder, o.paper, o.params),
+    }
+    return commands.status(command[o.command])
 
 
 if __name__ == "__main__":

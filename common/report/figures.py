@@ -13,6 +13,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -40,6 +41,9 @@ from common.report.panels import (
 )
 from common.report.svg import compact, inline
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c3e")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = (
@@ -58,7 +62,7 @@ THEMED |= {colour: f"var(--series-{i})" for i, colour in enumerate(PALETTE)}
 WIDTH = 4.0
 """Inches of every figure: drawn at a telephone's width, so that its text stays readable there."""
 PNG_DPI = 144
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "pruning-replications",
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
@@ -227,7 +231,7 @@ def _(panel: TargetPanel) -> Figure:
         shift = 0.0 if line.look is None else step * (compared.index(line) - (len(compared) - 1) / 2)
         xs = [place(point.target) + shift for point in line.points]
         spread = [step * np.linspace(-0.4, 0.4, len(point.ys)) for point in line.points]
-        _seeds(axes, line, [x + beside for x, beside in zip(xs, spread)])
+        _seeds(axes, line, [(x + beside).tolist() for x, beside in zip(xs, spread)])
         _means(axes, line, xs)
         if line.look is None and len(line.points) == 1 and len(targets) > 1:
             axes.axhline(
@@ -548,7 +552,7 @@ def _(panel: OverviewPanel) -> Figure:
             colour = _VERDICT_LOOKS[verdict][0]
             axes.add_patch(Rectangle((x, y), wide, side, facecolor=colour, alpha=0.25, linewidth=0))
             axes.add_patch(Rectangle((x, y), wide, side, fill=False, edgecolor=colour, linewidth=1.2))
-            middle = {"ha": "center", "va": "center"}
+            middle: dict[str, Any] = {"ha": "center", "va": "center"}
             axes.text(x + wide / 2, y + 0.14, VERDICTS[verdict], fontsize=11, **middle)
             parts = textwrap.wrap(claim, 11) or [""]
             size = min(6.5, 68 / max(map(len, parts)), 14 / len(parts))

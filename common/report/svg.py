@@ -43,7 +43,7 @@ def inline(svg: str, name: str, title: str, colours: Mapping[str, str]) -> str:
     -> what CSS shall use in its place.
     """
     body = svg[svg.index("<svg") :]
-    box = re.search(r'viewBox="([^"]*)"', body).group(1)
+    box = re.findall(r'viewBox="([^"]*)"', body)[0]
     body = body[body.index(">") + 1 :]
     # ids are numbered behind a short digest of the figure's name, so that they are unique on the page
     referred = dict.fromkeys(re.findall(r'(?:url\(|href=")#([\w-]+)', body))

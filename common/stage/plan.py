@@ -84,7 +84,11 @@ class Expected:
             for value in (attrgetter(name) for name in ("seconds", "epochs", "disk"))
         ]
         unknown = [(Cost(*mean), kind) for kind in stage.kinds if not _is_known(kind, costs)]
-        each = [(cost, run.settings_hash in stage.done) for cost, k in known + unknown for run in k.members]
+        each = [
+            (cost, run.settings_hash in (stage.done or ()))
+            for cost, k in known + unknown
+            for run in k.members
+        ]
         return cls(
             epochs=sum(cost.epochs for cost, _ in each),
             seconds=sum(cost.seconds for cost, _ in each),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -52,8 +52,8 @@ def canonical(arrays: Arrays) -> Arrays:
     found = dict(arrays)
     for labels in [key for key in arrays if key.startswith("y_")]:
         split = labels.removeprefix("y")
-        if (digests := arrays.get(f"sha256{split}")) is not None:
-            digests = [digest.tobytes() for digest in digests]
+        if (known := arrays.get(f"sha256{split}")) is not None:
+            digests = [digest.tobytes() for digest in known]
         else:
             digests = [hashlib.sha256(image.tobytes()).digest() for image in arrays[f"x{split}"]]
         keys = list(zip(arrays[labels].tolist(), digests, strict=True))
@@ -79,7 +79,7 @@ def _downloaded(make: Callable, origin: str):
 def _mnist(settings: DatasetSettings) -> Arrays:
     from torchvision import datasets as tv
 
-    arrays = {}
+    arrays: Arrays = {}
     for split in ("train", "test"):
         data = _downloaded(
             lambda s=split: tv.MNIST(settings.path or DOWNLOADS, train=s == "train", download=True), "mnist"
@@ -103,7 +103,7 @@ def _cifar(settings: DatasetSettings) -> Arrays:
 def _svhn(settings: DatasetSettings) -> Arrays:
     from torchvision import datasets as tv
 
-    arrays = {}
+    arrays: Arrays = {}
     for split in ("train", "test"):
         data = _downloaded(
             lambda s=split: tv.SVHN(settings.path or DOWNLOADS, split=s, download=True), "svhn"
@@ -129,7 +129,7 @@ def _caltech101(settings: DatasetSettings) -> Arrays:
 
 def _folder(settings: DatasetSettings) -> Arrays:
     """`path`/<class>/<image>, or `path`/train/<class>/<image> with the test images likewise in `path`/test or `path`/val."""
-    root = Path(settings.path)
+    root = Path(settings.origin)
     if (root / "train").is_dir():
         folders = {"train": root / "train", "test": _test_folder(root)}
         found = {split: _listed(folder) for split, folder in folders.items()}
@@ -257,7 +257,8 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 def write(path: Path, arrays: Arrays) -> None:
     """Write a prepared file with the digest of its arrays, whole or not at all. Raises DataError."""
     with _whole(path) as file:
-        np.savez(file, **arrays, sha256=np.array(content_digest(arrays)))
+        whole: dict[str, Any] = {**arrays, "sha256": np.array(content_digest(arrays))}
+        np.savez(file, **whole)
 
 
 def _described(settings: DatasetSettings) -> dict[str, object]:
@@ -275,18 +276,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     parser.add_argument("--profile", help="profile to use in place of the one that the file selects")
     options = parser.parse_args(arguments)
-    manifest, errors = {}, []
+    manifest: dict[str, object] = {}
+    errors: list[SettingsError] = []
     try:
         for settings in profile_datasets(options.params, options.profile):
             if settings.source in _SOURCES:
                 try:
                     manifest[settings.origin] = _described(settings)
-                except DataError as error:
-                    errors.append(error)
+                except DataError as missing:
+                    errors.append(missing)
         with _whole(Path("data/prepared/manifest.json")) as file:
             file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-    except SettingsError as error:
-        errors.append(error)
+    except SettingsError as wrong:
+        errors.append(wrong)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 2 if errors else 0

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
@@ -189,12 +189,24 @@ _EPOCH, _EVALUATE, _DATASET = Trainer._epoch, Trainer.evaluate, Context.dataset
 
 def _replace() -> None:
     """From here on, every trainer of this process is rehearsed, however a paper makes it."""
-    Trainer._epoch, Trainer.evaluate = _rehearsed_epoch, _rehearsed_evaluate
-    Context.dataset = _unreckoned_dataset
+    _put(_rehearsed_epoch, _rehearsed_evaluate, _unreckoned_dataset)
 
 
 def _restore() -> None:
-    Trainer._epoch, Trainer.evaluate, Context.dataset = _EPOCH, _EVALUATE, _DATASET
+    _put(_EPOCH, _EVALUATE, _DATASET)
+
+
+def _put(
+    epoch: Callable[[Trainer, Sequence[float]], dict[str, float]],
+    evaluate: Callable[..., dict[str, float]],
+    dataset: Callable[[Context, Any], Dataset],
+) -> None:
+    for owner, name, method in (
+        (Trainer, "_epoch", epoch),
+        (Trainer, "evaluate", evaluate),
+        (Context, "dataset", dataset),
+    ):
+        setattr(owner, name, method)
 
 
 def _unreckoned_dataset(context: Context, settings: Any) -> Dataset:
@@ -213,6 +225,8 @@ def _rehearsed_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> dict[
 
 def _rehearsed_evaluate(trainer: Trainer, batches: BatchSource | None = None) -> dict[str, float]:
     source = trainer.validation if batches is None else batches
+    if source is None:
+        raise ValueError("there are no batches to evaluate on")
     return _timing(trainer, source, "evaluate", lambda: _time_evaluation(trainer, source))
 
 

@@ -108,9 +108,12 @@ def _start_worker(execution: ExecutionSettings) -> None:
     """Prepare a worker process and let it end with its parent."""
     prepare_process(execution)
 
+    parent = multiprocessing.parent_process()
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        if parent:
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

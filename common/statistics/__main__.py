@@ -19,11 +19,11 @@ from common.statistics.verdicts import judge, metrics
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m common.statistics", description=__doc__)
-    several = {"type": Path, "nargs": "+", "required": True, "metavar": "PATH"}
-    parser.add_argument("--records", help="record files, or folders of them", **several)
-    parser.add_argument(
-        "--claims", help="claims files, or folders that hold claims.yaml or */claims.yaml", **several
-    )
+    for name, what in (
+        ("--records", "record files, or folders of them"),
+        ("--claims", "claims files, or folders that hold claims.yaml or */claims.yaml"),
+    ):
+        parser.add_argument(name, help=what, type=Path, nargs="+", required=True, metavar="PATH")
     parser.add_argument("--out", help="verdicts to write", type=Path, required=True, metavar="FILE")
     parser.add_argument(
         "--metrics", help="short metrics to write for `dvc metrics show`", type=Path, metavar="FILE"

@@ -19,8 +19,19 @@ CLAIMS_FILE = "claims.yaml"
 OTHER = "other"
 """Key of a table by data set that stands for every data set without its own entry."""
 
+Test = Literal[
+    "superiority",
+    "difference",
+    "noninferiority",
+    "equivalence",
+    "threshold",
+    "trend",
+    "sign",
+    "diversity",
+    "count",
+]
 # the fields that a test needs, and those that it can do without; all others are errors
-_FIELDS: dict[str, tuple[set[str], set[str]]] = {
+_FIELDS: dict[Test, tuple[set[str], set[str]]] = {
     "superiority": ({"control", "direction"}, {"margin", "targets", "scale"}),
     "difference": ({"control"}, {"margin", "targets", "scale"}),
     "noninferiority": ({"control", "direction", "margin"}, {"targets", "scale"}),
@@ -100,7 +111,7 @@ class Claim(Strict):
     where: Where = Where()
     targets: TargetLists | None = None
     metric: Name = "test_accuracy"
-    test: Literal[tuple(_FIELDS)]
+    test: Test
     direction: Literal["higher", "lower"] | None = None
     margin: Margins | None = None
     value: float | None = None
@@ -243,7 +254,7 @@ def _check(claim: Claim, where: str) -> None:
     lengths = {len(claim.treatment), len(claim.control or (None,))} - {1}
     if len(lengths) > 1:
         raise SettingsError(
-            f"{where}.control: {len(claim.control)} controls for {len(claim.treatment)} treatments; "
+            f"{where}.control: {len(claim.control or ())} controls for {len(claim.treatment)} treatments; "
             "give one, or as many"
         )
     for treatment, control in claim.pairs():
@@ -260,7 +271,7 @@ def _check(claim: Claim, where: str) -> None:
         raise SettingsError(f"{where}.treatment.variant: missing")
     if claim.targets and any(selection.target is not None for selection in claim.treatment):
         raise SettingsError(f"{where}.targets: the treatment fixes its target already")
-    if claim.test == "diversity" and any(part.minus for part in (*claim.treatment, *claim.control)):
+    if claim.test == "diversity" and any(part.minus for part in (*claim.treatment, *(claim.control or ()))):
         raise SettingsError(f"{where}: vectors are not subtracted; test diversity takes no `minus`")
     if claim.scale == "ratio" and claim.value is not None and claim.value <= 0:
         raise SettingsError(f"{where}.value = {claim.value:g}: a ratio is compared with a positive number")

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from common.statistics.claims import Claim, Selection
 from common.statistics.records import Quantity, Records, place
+
+Known = TypeVar("Known")
+
+
+def known(value: Known | None) -> Known:
+    """What a claim gives, or a test has found; a test that does not is not asked for it."""
+    if value is None:
+        raise TypeError("a value is asked for that this claim or test does not have")
+    return value
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Comparison:
     problem: str | None = None
     n: int = 0
     seeds: list[int] = field(default_factory=list)
-    lost: list[dict] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     treatment_mean: float | None = None
     control_mean: float | None = None
@@ -76,10 +86,11 @@ class Comparison:
 
     def bound_met(self) -> int:
         """How many values of a count keep the claimed bound."""
-        slack = 1e-12 * abs(self.claim.value)
+        bound = known(self.claim.value)
+        slack = 1e-12 * abs(bound)
         if self.claim.direction == "lower":
-            return sum(value <= self.claim.value + slack for value in self.values)
-        return sum(value >= self.claim.value - slack for value in self.values)
+            return sum(value <= bound + slack for value in self.values)
+        return sum(value >= bound - slack for value in self.values)
 
 
 def find(claim: Claim, records: Records) -> list[Comparison]:
@@ -165,7 +176,7 @@ class _Cell:
             return
         run = self.records.targets(open_to[0])
         shared = [t for t in run if not self.missing(t)]
-        targets = self.claim.targets_for(self.dataset) or shared
+        targets = self.claim.targets_for(known(self.dataset)) or shared
         if self.claim.test == "trend" and not self.claim.steps:
             yield self.trend(targets)
         elif targets:

@@ -12,6 +12,8 @@ from common.records import Record, files, read
 from common.settings import SettingsError
 
 SECTIONS = ("metrics", "cost", "details")
+_Place = tuple[str | None, str | None, str | None, float]
+"""Variant, data set, architecture and target of runs that differ in their seed; None where a claim names nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _read(record: Record) -> tuple[Any, ...]:
     return record.status, record.reason, *(getattr(record, section) for section in SECTIONS)
 
 
-def _run(record: Record) -> tuple[str, str, str, float]:
+def _run(record: Record) -> _Place:
     return record.variant, record.dataset, record.architecture, _rounded(record.target)
 
 
@@ -75,7 +77,7 @@ class Records:
     """The records of one paper, by run and seed."""
 
     def __init__(self, records: list[Record]):
-        self._runs: dict[tuple[str, str, str, float], dict[int, Record]] = {}
+        self._runs: dict[_Place, dict[int, Record]] = {}
         for record in records:
             self._runs.setdefault(_run(record), {})[record.seed] = record
 
@@ -83,9 +85,10 @@ class Records:
         """(dataset, architecture) pairs in which one of the variants was run, sorted."""
         return sorted(
             {
-                (dataset, architecture)
-                for variant, dataset, architecture, _ in self._runs
-                if variant in variants
+                (record.dataset, record.architecture)
+                for runs in self._runs.values()
+                for record in runs.values()
+                if record.variant in variants
             }
         )
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from common.statistics import inference
 from common.statistics.claims import Claim
-from common.statistics.comparisons import Comparison, Point
-from common.statistics.records import Lost, Records, place
+from common.statistics.comparisons import Comparison, Point, known
+from common.statistics.records import Lost, Quantity, Records, place
 
 _FEWEST = {"count": 1, "diversity": 3}  # seeds without which a test says nothing; 2 for all others
 
@@ -44,9 +46,9 @@ class _Sample:
     """
 
     seeds: list[int] = field(default_factory=list)
-    lost: list[dict] = field(default_factory=list)
-    treatment: list[list] = field(default_factory=list)
-    control: list[list] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+    treatment: list[list[Any]] = field(default_factory=list)
+    control: list[list[Any]] = field(default_factory=list)
 
     def means(self) -> tuple[float, float | None]:
         """Means of both sides, None for a missing control."""
@@ -82,19 +84,23 @@ def _gather(claim: Claim, points: list[Point], records: Records) -> _Sample:
     return sample
 
 
-def _measured(claim: Claim, point: Point, seed: int, records: Records) -> tuple:
+def _measured(claim: Claim, point: Point, seed: int, records: Records) -> tuple[Any, Any]:
     vector = claim.test == "diversity"
-    pair = []
-    for quantity in (point.treatment, point.control):
-        value = records.measure(quantity, seed, vector) if quantity else None
-        if claim.scale == "ratio" and quantity and value <= 0:
+
+    def measured(quantity: Quantity | None) -> Any:
+        if quantity is None:
+            return None
+        value = records.measure(quantity, seed, vector)
+        if claim.scale == "ratio" and value <= 0:
             raise Lost(
                 f"{quantity.metric} of {place(quantity)} is {value:g}: no ratio of what is not positive"
             )
-        pair.append(value)
-    if vector and len(pair[0]) != len(pair[1]):
-        raise Lost(f"{claim.metric} has {len(pair[0])} numbers on one side and {len(pair[1])} on the other")
-    return tuple(pair)
+        return value
+
+    treatment, control = measured(point.treatment), measured(point.control)
+    if vector and len(treatment) != len(control):
+        raise Lost(f"{claim.metric} has {len(treatment)} numbers on one side and {len(control)} on the other")
+    return treatment, control
 
 
 def _too_few(comparison: Comparison, fewest: int, records: Records) -> str:
@@ -121,7 +127,7 @@ def _test_numbers(comparison: Comparison, sample: _Sample) -> None:
     if claim.test == "count":
         comparison.low, comparison.high = min(comparison.values), max(comparison.values)
         comparison.reference, comparison.test_name = (
-            [claim.value],
+            [known(claim.value)],
             "every run against the bound, no chance in it",
         )
         return
@@ -134,11 +140,13 @@ def _test_numbers(comparison: Comparison, sample: _Sample) -> None:
     if not comparison.constant:
         centre = nulls[0] if claim.test == "threshold" else 0.0
         comparison.effect_size = inference.effect_size(values, centre)
-        comparison.smallest_effect = float(back(inference.smallest_effect(comparison.n, comparison.sd)))
+        comparison.smallest_effect = float(
+            back(inference.smallest_effect(comparison.n, known(comparison.sd)))
+        )
 
 
 def _slopes(comparison: Comparison, contrasts: np.ndarray) -> np.ndarray:
-    x = [point.x for point in comparison.points]
+    x = [known(point.x) for point in comparison.points]
     comparison.point_means = contrasts.mean(axis=0).tolist()
     comparison.p_page = inference.page(contrasts, x, comparison.alternative)
     return inference.slopes(contrasts, x)
@@ -151,7 +159,8 @@ def _nulls(comparison: Comparison) -> list[float]:
     if ratio:
         margin = math.log1p(margin)
     if claim.test == "threshold":
-        return [math.log(claim.value) if ratio else claim.value]
+        value = known(claim.value)
+        return [math.log(value) if ratio else value]
     if claim.test in ("equivalence", "difference"):
         return [-margin, margin] if margin else [0.0]
     worse = -margin if claim.direction == "higher" else margin
@@ -163,9 +172,9 @@ def _decide(comparison: Comparison, values: np.ndarray, nulls: list[float], stud
     kind, alternative = comparison.claim.test, comparison.alternative
     main = inference.sign_flip if comparison.constant else inference.t_test
 
-    def stated(test) -> float:
+    def stated(test: Callable[..., float]) -> float:
         if kind == "equivalence":
-            return inference.tost(values, *nulls, test)
+            return inference.tost(values, nulls[0], nulls[-1], test)
         if kind == "difference":
             return test(values, 0.0, "two-sided")
         return test(values, nulls[0], alternative)
@@ -179,7 +188,7 @@ def _decide(comparison: Comparison, values: np.ndarray, nulls: list[float], stud
         comparison.p_opposite = min(main(values, nulls[0], "less"), main(values, nulls[1], "greater"))
     elif kind == "difference":
         comparison.test_name = f"two-sided {student}"
-        comparison.p_opposite = inference.tost(values, *nulls, main) if len(nulls) == 2 else None
+        comparison.p_opposite = inference.tost(values, nulls[0], nulls[1], main) if len(nulls) == 2 else None
     else:
         comparison.test_name = f"one-sided {student}" + (" on slopes" if kind == "trend" else "")
         comparison.p_opposite = main(values, nulls[0], inference.opposite(alternative))

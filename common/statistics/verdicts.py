@@ -10,7 +10,7 @@ from typing import Any
 
 from common.statistics import inference, words
 from common.statistics.claims import Claim, ClaimsFile
-from common.statistics.comparisons import Comparison, find
+from common.statistics.comparisons import Comparison, find, known
 from common.statistics.records import Quantity, Records
 from common.statistics.testing import test
 
@@ -32,7 +32,7 @@ def judge(files: Sequence[ClaimsFile], records: Mapping[str, Records]) -> dict[s
     tested.
     """
     papers = {file.paper: _paper(file, records.get(file.paper, Records([]))) for file in files}
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for paper in papers.values():
         counts.update(paper["counts"])
     return _plain({"alpha": inference.ALPHA, "counts": _counts(counts), "papers": papers})
@@ -62,10 +62,10 @@ def _counts(found: Mapping[str, int]) -> dict[str, int]:
 def _correct(comparisons: Sequence[Comparison]) -> None:
     """Holm's correction of the stated tests, and apart from it of the opposite tests that can contradict."""
     stated = [c for c in comparisons if c.p is not None]
-    for comparison, p in zip(stated, inference.holm([c.p for c in stated]), strict=True):
+    for comparison, p in zip(stated, inference.holm([known(c.p) for c in stated]), strict=True):
         comparison.p_holm = float(p)
     opposite = [c for c in stated if c.claim.test not in _BY_INTERVAL]
-    for comparison, p in zip(opposite, inference.holm([c.p_opposite for c in opposite]), strict=True):
+    for comparison, p in zip(opposite, inference.holm([known(c.p_opposite) for c in opposite]), strict=True):
         comparison.p_opposite_holm = float(p)
 
 
@@ -74,13 +74,13 @@ def _verdict(comparison: Comparison) -> str:
         return NOT_TESTED
     if comparison.claim.test == "count":
         return _count_verdict(comparison)
-    if comparison.p_holm < inference.ALPHA:
+    if known(comparison.p_holm) < inference.ALPHA:
         return REPLICATED
     if comparison.claim.test in _BY_INTERVAL:
         # one-sided p below alpha / 2 is the same as: the 95% interval lies wholly on the wrong side
         contradicted = comparison.p_opposite is not None and comparison.p_opposite < inference.ALPHA / 2
     else:
-        contradicted = comparison.p_opposite_holm < inference.ALPHA
+        contradicted = known(comparison.p_opposite_holm) < inference.ALPHA
     return CONTRADICTED if contradicted else INCONCLUSIVE
 
 
@@ -161,10 +161,11 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _side(quantities: list[Quantity | None]) -> dict[str, Any] | None:
+def _side(side: list[Quantity | None]) -> dict[str, Any] | None:
     """One side of a comparison; what differs between its points is null."""
-    if quantities[0] is None:
+    if side[0] is None:
         return None
+    quantities = [quantity for quantity in side if quantity is not None]
     found: dict[str, Any] = {}
     for name in ("variant", "dataset", "architecture", "target", "metric"):
         values = {getattr(quantity, name) for quantity in quantities}

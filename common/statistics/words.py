@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from common.statistics.comparisons import Comparison
+from common.statistics.comparisons import Comparison, known
 from common.statistics.inference import ALPHA
 from common.statistics.records import SECTIONS, Quantity
 
@@ -103,25 +103,28 @@ def _side(quantity: Quantity, comparison: Comparison, other: Quantity | None = N
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-def _number(value: float) -> str:
+def _number(given: float | None) -> str:
+    value = known(given)
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
-def _shown(value: float, comparison: Comparison) -> str:
+def _shown(given: float | None, comparison: Comparison) -> str:
     """A value on the scale of the claim, without its unit."""
+    value = known(given)
     return _number(100 * value if comparison.claim.scale == "points" else value)
 
 
-def _amount(value: float, comparison: Comparison) -> str:
+def _amount(value: float | None, comparison: Comparison) -> str:
     text = _shown(value, comparison)
     if comparison.claim.scale != "points":
         return text
     return f"{text} point{'' if text in ('1', '-1') else 's'}"
 
 
-def _p(value: float) -> str:
+def _p(given: float | None) -> str:
+    value = known(given)
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
 
 
@@ -138,8 +141,9 @@ def _seeds(n: int) -> str:
     return f"{n} seed{'s' * (n != 1)}"
 
 
-def _agreeing(comparison: Comparison, neutral: float) -> str:
-    """`9 of 10 seeds`: those whose value lies in the claimed direction."""
+def _agreeing(comparison: Comparison, given: float | None) -> str:
+    """`9 of 10 seeds`: those whose value lies in the claimed direction from the one given."""
+    neutral = known(given)
     higher = comparison.claim.direction == "higher"
     agree = sum(value > neutral if higher else value < neutral for value in comparison.values)
     return f"{agree} of {_seeds(comparison.n)}"
@@ -154,7 +158,7 @@ def _numbers(comparison: Comparison) -> str:
     treatment = _side(first.treatment, comparison)
     control = _side(first.control, comparison, first.treatment) if first.control else None
     if claim.test == "sign":
-        agree = f"{round(comparison.estimate * comparison.n)} of {comparison.n} cells"
+        agree = f"{round(known(comparison.estimate) * comparison.n)} of {comparison.n} cells"
         share = f"95% interval of the share {comparison.low:.2f} to {comparison.high:.2f}"
         evidence = f"({share}, Holm {_p(comparison.p_holm)})"
         return f"{agree}: {treatment} is {claim.direction} than {control} {evidence}"
@@ -181,15 +185,15 @@ def _numbers(comparison: Comparison) -> str:
 def _paired(comparison: Comparison) -> str:
     claim, first = comparison.claim, comparison.points[0]
     treatment = _side(first.treatment, comparison)
-    control = _side(first.control, comparison, first.treatment)
-    ratio = claim.scale == "ratio"
+    control = _side(known(first.control), comparison, first.treatment)
+    ratio, estimate = claim.scale == "ratio", known(comparison.estimate)
     if ratio:
-        relation = f"is {_number(comparison.estimate)} times {control}"
-    elif comparison.estimate == 0:
+        relation = f"is {_number(estimate)} times {control}"
+    elif estimate == 0:
         relation = f"is the same on average as {control}"
     else:
-        amount = _amount(abs(comparison.estimate), comparison)
-        relation = f"is {amount} {'higher' if comparison.estimate > 0 else 'lower'} than {control}"
+        amount = _amount(abs(estimate), comparison)
+        relation = f"is {amount} {'higher' if estimate > 0 else 'lower'} than {control}"
     seeds = (
         _agreeing(comparison, 1.0 if ratio else 0.0) if claim.test == "superiority" else _seeds(comparison.n)
     )
@@ -205,8 +209,9 @@ def _slope(comparison: Comparison, treatment: str, control: str | None) -> str:
         treatment = f"{_metric(comparison.points[0].treatment)} over {label(comparison)}"
     axis = "the steps" if claim.steps else "the target" if claim.x == "target" else "the logit of the target"
     subject = treatment + (f" minus {control}" if control and not claim.steps else "")
-    amount = _amount(abs(comparison.estimate), comparison)
-    change = "rises" if comparison.estimate > 0 else "falls"
+    slope = known(comparison.estimate)
+    amount = _amount(abs(slope), comparison)
+    change = "rises" if slope > 0 else "falls"
     page = [f"Page {_p(comparison.p_page)}"] if comparison.p_page == comparison.p_page else []
     return (
         f"{_agreeing(comparison, 0.0)}: {subject} {change} by {amount} per unit of {axis} "
@@ -216,7 +221,7 @@ def _slope(comparison: Comparison, treatment: str, control: str | None) -> str:
 
 def _vectors(comparison: Comparison) -> str:
     first = comparison.points[0]
-    names = [_name(quantity, comparison) for quantity in (first.treatment, first.control)]
+    names = [_name(quantity, comparison) for quantity in (first.treatment, known(first.control))]
     return (
         f"{_seeds(comparison.n)}: {_metric(first.treatment)} correlates {comparison.treatment_mean:.3f} "
         f"on average between seeds of {names[0]} and {comparison.control_mean:.3f} between those of "
@@ -251,9 +256,9 @@ def _unsettled(comparison: Comparison) -> str:
 
 def _obstacle(comparison: Comparison) -> str:
     """What kept a test from its conclusion: the smallest p that so few pairs allow, or Holm's correction."""
-    test = comparison.claim.test
+    test, p = comparison.claim.test, known(comparison.p)
     floor = (2 if test == "difference" else 1) / 2**comparison.n
-    if (comparison.constant or test in ("sign", "diversity")) and comparison.p <= floor * (1 + 1e-9):
+    if (comparison.constant or test in ("sign", "diversity")) and p <= floor * (1 + 1e-9):
         units = "cells" if test == "sign" else "seeds"
         return f"; with {comparison.n} {units} this exact test cannot go below p = {floor:.2g}, before Holm"
-    return f"; {_p(comparison.p)} before Holm's correction" if comparison.p < ALPHA else ""
+    return f"; {_p(p)} before Holm's correction" if p < ALPHA else ""
