@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 from markdown_it import MarkdownIt
 
@@ -169,7 +170,7 @@ def _address(_renderer: Any, tokens: Sequence[Any], index: int, *_: Any) -> str:
     opened = next(token for token in reversed(tokens[:index]) if token.type == "link_open")
     address = str(opened.attrs.get("href", "")).split("://")[-1].removeprefix("#")
     text = "".join(token.content for token in tokens[tokens.index(opened) : index])
-    return "" if not address or address in text else f" ({jinja2.utils.markupsafe.escape(address)})"
+    return "" if not address or address in text else f" ({markupsafe.escape(address)})"
 
 
 def _markdown(text: str) -> str:

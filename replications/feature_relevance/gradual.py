@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.core.identity import stream
-from common.core.models import Network
+from common.core.models import Network, weight_of
 from common.core.pruning import channels
 from common.core.trainer import BatchSource, Hooks, Trainer
 from replications.feature_relevance import method
@@ -76,7 +76,7 @@ class Pruner:
 
     def __post_init__(self) -> None:
         self.layers, self.units = ([g.name for g in groups] for groups in method.prunable_layers(self.model))
-        self.widths = {name: len(method.weight_of(self.model, name)) for name in self.layers + self.units}
+        self.widths = {name: len(weight_of(self.model, name)) for name in self.layers + self.units}
         self.removed = {name: [] for name in self.widths}
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from common.core.models import ChannelGroup, Network
+from common.core.models import ChannelGroup, Network, weight_of
 from common.core.models.chain import ConvNet
 from common.core.models.resnet import ResNet
 from common.core.pruning import channels
@@ -52,11 +52,6 @@ def prunable_layers(model: Network) -> tuple[list[ChannelGroup], list[ChannelGro
     units = [g for g in groups if isinstance(model.get_submodule(g.name), nn.Linear)]
     convolutions = [g for g in groups if g not in units]
     return convolutions[: -PROTECTED_CONVOLUTIONS if isinstance(model, ConvNet) else None], units
-
-
-def weight_of(model: nn.Module, name: str) -> nn.Parameter:
-    """The weight of a model's layer."""
-    return model.get_parameter(f"{name}.weight")
 
 
 def kept(widths: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

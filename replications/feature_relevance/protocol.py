@@ -24,7 +24,7 @@ from common.core.models import Network
 from common.core.models.resnet import ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import cost
-from common.core.run import Context, Needed, Outcome, Run
+from common.core.run import Context, Outcome, Run
 from common.core.trainer import Hooks, Trainer, Unreachable
 from common.settings import (
     AugmentationSettings,
@@ -390,7 +390,7 @@ class _Job:
         hook = GradualPruning(pruner, goals.events, goals.units, physical=settings["removal"] == "physical")
         trainer = self.trainer(hook)
         start = min(goals.events)
-        _go_on(trainer, _state_of(self.context.needs[0]), start)
+        _go_on(trainer, self.context.needs[0].state, start)
         hook.prune(trainer, start)
         trainer.fit(self.rates(trainer)[start * len(trainer.batches) :])
         return self.measured(trainer, hook, table, variant, len(batches.labels))
@@ -449,12 +449,6 @@ class _Snapshots(Hooks):
 
     def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
         self.taken = state
-
-
-def _state_of(need: Needed) -> dict[str, Any]:
-    """What a run that others start from has kept."""
-    assert need.state is not None, f"{need.record.variant} keeps no state"
-    return need.state
 
 
 def _go_on(trainer: Trainer, dense: Mapping[str, Any], epoch: int) -> None:

@@ -15,7 +15,7 @@ from common.core.identity import stream
 from common.core.models import build
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Masks, prunable, squared_norm
-from common.core.run import Context, Needed, Outcome, Run
+from common.core.run import Context, Outcome, Run
 from common.core.trainer import Diverged, Hooks, Trainer, Unreachable
 from common.records import Record
 from replications.imp_slr import baselines, method
@@ -59,7 +59,7 @@ def _execute_imp(run: Run, context: Context, data: Dataset) -> Outcome:
     if dense.record.details.get("diverged"):
         raise Diverged(dense.record.details["diverged"])
     model = _network(run, context, data)
-    model.load_state_dict(_state_of(dense)["model"])
+    model.load_state_dict(dense.state["model"])
     masks = Masks.dense(model)
     trainer = _trainer(run, context, model, data, KeepMasked(masks))
     # data order goes on where dense training ended
@@ -114,12 +114,6 @@ def _execute_bimp2022(run: Run, context: Context, data: Dataset) -> Outcome:
     trainer = _trainer(run, context, model, data, hook)
     trainer.fit(method.bimp_rates(rate, *shape, len(trainer.batches)), phase="bimp")
     return _outcome(run, context, trainer, data, settings["total"], details)
-
-
-def _state_of(need: Needed) -> dict[str, Any]:
-    """What a run that others start from has kept."""
-    assert need.state is not None, f"{need.record.variant} keeps no state"
-    return need.state
 
 
 def _network(run: Run, context: Context, data: Dataset) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.core.models import ChannelGroup
+from common.core.models import ChannelGroup, weight_of
 from common.core.pruning import channels
 from common.core.trainer import Hooks, Trainer
 from common.settings import SettingsError, Strict
@@ -29,11 +29,6 @@ class FilterSelection(Strict):
     """Input channels that count: those that the layers before keep at the same event, or all there are."""
     score: Literal["producer", "group"] = "producer"
     """The producing filter's score, or mean |w| of all that belongs to the channel."""
-
-
-def weight_of(model: nn.Module, name: str) -> nn.Parameter:
-    """The weight of a model's layer."""
-    return model.get_parameter(f"{name}.weight")
 
 
 def filter_groups(model: nn.Module) -> list[ChannelGroup]:

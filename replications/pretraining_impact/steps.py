@@ -141,12 +141,12 @@ class _Job:
         if checkpoint := self.settings.get("checkpoint"):
             state, digest = transfer.read_checkpoint(checkpoint["source"])
             if digest != checkpoint["digest"]:
-                raise DataError(f"checkpoint {checkpoint['source']} has changed since the run was planned")
+                raise DataError(f"checkpoint {checkpoint['source']} has changed since the run was listed")
             tensors = transfer.trunk_from_checkpoint(
                 model, state, checkpoint["classes"], checkpoint["source"]
             )
         else:
-            tensors = _state_of(self.needed(pretrained))["trunk"]
+            tensors = self.needed(pretrained).state["trunk"]
         if self.settings["start"] == "shuffled":
             tensors = transfer.shuffled(
                 tensors, torch.Generator().manual_seed(stream(self.run.seed, "shuffle"))
@@ -156,7 +156,7 @@ class _Job:
 
     def resumed(self) -> tuple[Network, Network | None]:
         """The network that the first needed run left, and the one that it started from if that was kept."""
-        state = _state_of(self.needed(0))
+        state = self.needed(0).state
 
         def network(key: str) -> Network:
             model = self.network()
@@ -251,12 +251,6 @@ def _adam(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     vectors = [p for n, p in model.named_parameters() if not _decays(n, p)]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.95, 0.99), eps=1e-5, weight_decay=weight_decay)
-
-
-def _state_of(need: Needed) -> dict[str, Any]:
-    """What a run that others start from has kept."""
-    assert need.state is not None, f"{need.record.variant} keeps no state"
-    return need.state
 
 
 def _state(model: nn.Module, initial: nn.Module | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ free; the stream keeps its width. A branch may also feed only some channels of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
@@ -195,7 +195,7 @@ class ResNet(Network):
         return widths
 
 
-def _accept_other_names(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+def _accept_other_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """torchvision calls the shortcut `downsample` and the last layer `fc`."""
     for key in [key for key in state if key.startswith(prefix)]:
         name = key[len(prefix) :]
