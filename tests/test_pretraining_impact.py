@@ -2,11 +2,16 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from fontTools.ttLib import TTFont
 from torch import nn
 
 from common.core import loading, models
@@ -67,35 +72,123 @@ FONTS = glyphs.font_files(["DejaVuSans", "cmr10"])
 
 def test_glyphs_have_the_form_of_the_digits():
     images, labels = glyphs.render(105, "abcdefghij", 0, FONTS)
-    assert images.shape == (105, 8, 8) and images.dtype == torch.uint8
+    assert images.shape == (105, 8, 8) and images.dtype == np.uint8
     assert images.max() == 16 and images.min() == 0
-    assert labels.bincount().tolist() == [11] * 5 + [10] * 5
-    assert (images.flatten(1).float().std(1) > 0).all()
+    assert np.bincount(labels).tolist() == [11] * 5 + [10] * 5
+    assert (images.reshape(105, -1).std(1) > 0).all()
 
 
 def test_glyphs_are_a_function_of_the_seed_alone():
     first, labels = glyphs.render(60, "abc", 3, FONTS)
     again, same = glyphs.render(60, "abc", 3, FONTS, batch=7)
     other, _ = glyphs.render(60, "abc", 4, FONTS)
-    assert torch.equal(first, again) and torch.equal(labels, same)
-    assert not torch.equal(first, other)
+    assert np.array_equal(first, again) and np.array_equal(labels, same)
+    assert not np.array_equal(first, other)
+
+
+def test_the_corpus_is_the_same_everywhere(tmp_path, capsys):
+    file = tmp_path / "glyphs.npz"
+    assert glyphs.main(["--out", str(file)]) == 0, capsys.readouterr().err
+    with np.load(file) as arrays:
+        assert str(arrays["digest"]) == glyphs.DIGEST
+        images, labels = (np.concatenate([arrays[f"{n}_train"], arrays[f"{n}_test"]]) for n in "xy")
+        assert glyphs.digest_of(images, labels) == glyphs.DIGEST
+
+
+def test_samples_do_not_depend_on_the_processor():
+    """The same samples in a process whose libraries take the machine for an older one."""
+    older = {
+        "NPY_DISABLE_CPU_FEATURES": " ".join(
+            np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+        ),
+        "ATEN_CPU_CAPABILITY": "default",
+        "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-FMA,-FMA4",
+    }
+    code = (
+        "from replications.pretraining_impact import glyphs\n"
+        "fonts = glyphs.font_files(['DejaVuSans', 'cmr10'])\n"
+        "print(glyphs.digest_of(*glyphs.render(300, 'agW%', 7, fonts)))"
+    )
+    root = Path(__file__).parent.parent
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | older, cwd=root, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == glyphs.digest_of(*glyphs.render(300, "agW%", 7, FONTS))
+
+
+def test_another_corpus_than_the_expected_one_is_not_written(tmp_path, capsys, monkeypatch):
+    small = {"count": 60, "test": 20, "classes": "digits", "seed": 0}
+    monkeypatch.setattr(glyphs, "DEFAULTS", small)
+    file = tmp_path / "glyphs.npz"
+    assert glyphs.main(["--out", str(file)]) == 1 and not file.exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and glyphs.DIGEST in error and "--other-fonts" in error
+    assert glyphs.main(["--out", str(file), "--other-fonts"]) == 0 and file.exists()
+    assert glyphs.main(["--out", str(file), "--seed", "1"]) == 0
+
+
+def test_sines_of_whole_numbers():
+    degrees = np.linspace(-15, 15, 1001)
+    sine, cosine = glyphs.sines((np.radians(degrees) * 2**30).astype(np.int64))
+    assert np.abs(sine / glyphs.ONE - np.sin(np.radians(degrees))).max() < 2e-5
+    assert np.abs(cosine / glyphs.ONE - np.cos(np.radians(degrees))).max() < 2e-5
+
+
+def test_distortions_have_the_ranges_they_say():
+    maps = glyphs.distortions(2000, glyphs._Draws(0)) / glyphs.ONE
+    view = np.linalg.inv(maps[:, :, :2])
+    shift = -(view @ maps[:, :, 2:])[:, :, 0] * glyphs.CANVAS / glyphs.GRID
+    # view = rotation @ shear @ scale
+    angle, wide = np.arctan2(view[:, 1, 0], view[:, 0, 0]), np.hypot(view[:, 0, 0], view[:, 1, 0])
+    high = np.linalg.det(view) / wide
+    shear = (np.cos(angle) * view[:, 0, 1] + np.sin(angle) * view[:, 1, 1]) / high
+    for values, low, top in (
+        (np.degrees(angle), -15, 15), (wide, 0.85, 1.2), (high, 0.85, 1.2), (shear, -0.25, 0.25), (shift, -6, 6),
+    ):  # fmt: skip
+        slack, room = (top - low) / 1000, (top - low) / 100
+        assert low - slack < values.min() < low + room and top - room < values.max() < top + slack
+        assert abs(values.mean() - (low + top) / 2) < (top - low) / 40
+
+
+def test_a_drawing_is_its_outline_filled():
+    for character in "lO%g":
+        (image,), _ = glyphs.drawings(character, FONTS[:1])
+        rows, columns = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
+        sides = [places[-1] - places[0] + 1 for places in (rows, columns)]
+        assert max(sides) == glyphs.LONGER_SIDE * glyphs.GRID // glyphs.CANVAS
+        assert all(abs(places[0] + places[-1] + 1 - glyphs.GRID) <= 1 for places in (rows, columns))
+        assert image.max() == glyphs.FULL
+    # the ring of an O: ink, a hole, ink
+    (image,), _ = glyphs.drawings("O", FONTS[:1])
+    middle = image[glyphs.GRID // 2].astype(int)
+    assert (np.diff(middle > 0).sum(), middle[glyphs.GRID // 2]) == (4, 0)
+    with TTFont(FONTS[0]) as font:
+        (x0, y0), (x1, y1) = glyphs.outline(font, "O").transpose(1, 2, 0) / (glyphs.CELL * glyphs.ONE)
+    area = abs((x0 * y1 - x1 * y0).sum()) / 2
+    assert image.sum() / glyphs.FULL == pytest.approx(area, rel=2e-3)
 
 
 def test_an_undistorted_view_is_the_drawing_itself():
-    generator = torch.Generator().manual_seed(0)
-    maps = glyphs.distortions(200, generator)
-    inverse = torch.linalg.inv(maps[:, :, :2])
-    assert inverse.det().min() > 0.85**2 - 1e-5 and inverse.det().max() < 1.2**2 + 1e-5
-    shift = (-inverse @ maps[:, :, 2:])[:, :, 0] * glyphs.CANVAS / 2
-    assert 5.5 < shift.abs().max() <= 6
-    (images, classes) = glyphs.drawings("l", FONTS[:1])
-    rows = torch.nonzero(images[0].amax(1))
-    assert rows.max() - rows.min() + 1 == glyphs.LONGER_SIDE
+    image, _ = glyphs.drawings("g", FONTS[:1])
+    same = np.array([[[glyphs.ONE, 0, 0], [0, glyphs.ONE, 0]]])
+    (view,) = glyphs.views(image, np.array([0]), same)
+    assert np.array_equal(view, image[0, 1::2, 1::2])
+    moved = same + [[0, 0, 4 * glyphs.ONE], [0, 0, 0]]
+    assert np.array_equal(glyphs.views(image, np.array([0]), moved)[0], np.roll(view, -2, 1))
+
+
+def test_reduction_rounds_halves_to_the_even_sixteenth():
+    ink = np.array([1, 3, 5, 31], dtype=np.uint8)[:, None, None] * np.ones((8, 16), dtype=np.uint8)
+    assert glyphs.reduce(ink, 32, glyphs.ONE)[:, 0, 0].tolist() == [0, 2, 2, 16]
+    assert glyphs.reduce(ink, 32, np.full((4, 1, 1), 2 * glyphs.ONE))[:, 0, 0].tolist() == [1, 3, 5, 16]
+    with pytest.raises(ValueError, match="8x12 images"):
+        glyphs.reduce(np.ones((8, 12), dtype=np.uint8), 4, glyphs.ONE)
 
 
 def test_tex_fonts_draw_letters_and_digits_only():
     _, classes = glyphs.drawings("a<", FONTS)
-    assert classes.bincount().tolist() == [2, 1]
+    assert np.bincount(classes).tolist() == [2, 1]
     with pytest.raises(SettingsError, match="no font has the character '<'; fonts: cmr10"):
         glyphs.drawings("<", FONTS[1:])
 

@@ -1,5 +1,7 @@
 """Golden vectors of `pretraining_impact`: each kind translated to a call of the project's own functions."""
 
+import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -163,7 +165,13 @@ def iso_accuracy_parameters(case, document):
 
 
 def glyph_to_8x8(case, document):
-    return {"image8": glyphs.reduce(_tensor(case["inputs"]["image"]), case["inputs"]["gain"]).tolist()}
+    # decimals become whole numbers over a common denominator, so that halves are halves
+    image = [[Fraction(str(value)) for value in row] for row in case["inputs"]["image"]]
+    gain = Fraction(str(case["inputs"]["gain"]))
+    full = math.lcm(*(value.denominator for row in image for value in row))
+    ink = np.array([[int(value * full) for value in row] for row in image], dtype=object)
+    found = glyphs.reduce(ink, full, gain.numerator, gain.denominator)
+    return {"image8": (found / glyphs.LEVELS).tolist()}
 
 
 def transfer_keys(case, document):
