@@ -374,11 +374,55 @@ def test_settings_that_cannot_be_are_named(paper, message):
         ({"name": "resnet14", "runs": {}, "options": {"stern": 8}}, "did you mean 'stem'"),
         ({"name": "mobilenet_v1", "runs": {}}, "plain and residual"),
         ({"name": "mlp", "runs": {}}, "plain and residual"),
+        (
+            {"name": "vgg_mini", "runs": {}, "protected": ["features.0", "features.1"]},
+            r"vgg_mini.protected = 'features.1': allowed: features.0, features.3, .*classifier.0",
+        ),
+        (
+            {"name": "resnet8", "runs": {}, "protected": ["layer1.0.conv3"]},
+            r"resnet8.protected = 'layer1.0.conv3': allowed: layer1.0.conv1.*did you mean 'layer1.0.conv\d'",
+        ),
+        (
+            {"name": "vgg_mini", "runs": {}, "protected": ["classifier.0"], "units_per_event": 1},
+            "every hidden linear layer: units_per_event must be 0, not 1",
+        ),
+        (
+            {"name": "convnet", "options": {"cfg": [4]}, "runs": {}, "protected": ["features.0"]},
+            "every convolution",
+        ),
     ],
 )
 def test_plans_that_cannot_be_are_named_before_training(architecture, message):
     with pytest.raises(SettingsError, match=message):
         protocol.runs(_profile(architectures=[architecture]))
+
+
+def test_protected_layers_are_part_of_a_run_and_lose_nothing(tmp_path):
+    plain = {"name": "vgg_mini", "options": {"dropout": 0.0}, "runs": {"frs": [0.3]}}
+    other = {**plain, "protected": ["features.7", "features.0"]}
+    same = {**plain, "protected": ["features.3", "features.0"]}
+    dense, first = protocol.runs(_profile(architectures=[plain]))
+    assert first.settings["protected"] == ["features.0", "features.3"]
+    assert "protected" not in dense.settings
+    found = [
+        protocol.runs(_profile(architectures=[given]))[1].settings_hash for given in (plain, same, other)
+    ]
+    assert found[0] == found[1] != found[2]
+    record = _records(_profile(architectures=[other]), tmp_path)["vgg_mini", "frs"]["record"]
+    left = record["details"]["events"][-1]["left"]
+    assert "features.3" in left and not {"features.0", "features.7"} & set(left)
+
+
+def test_without_a_setting_the_paper_protects_two_convolutions_of_a_plain_network():
+    plain, residual = (
+        build(name, classes=10, image_shape=(1, 8, 8), device="meta") for name in ("vgg_mini", "resnet8")
+    )
+    layers, units = method.prunable_layers(plain)
+    convolutions = [name for name, m in plain.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [group.name for group in layers] == convolutions[:1:-1]
+    assert [group.name for group in units] == ["classifier.0"]
+    assert method.protected_layers(residual) == []
+    assert len(method.prunable_layers(residual)[0]) == 6
 
 
 def _context(run):

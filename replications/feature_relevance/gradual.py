@@ -8,7 +8,7 @@ network, which differ from those of a narrow one because filters of zeros hand r
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,17 +65,20 @@ class Event:
 class Pruner:
     """Decides what goes, and remembers what has gone.
 
-    model: at its full width. batches: the images that are scored.
+    model: at its full width. batches: the images that are scored. protected: names of layers that lose
+    nothing (default: those of the paper).
     """
 
     model: Network
     scoring: Scoring
     batches: BatchSource
+    protected: Collection[str] | None = None
     removed: method.Removed = field(init=False)
     events: int = 0
 
     def __post_init__(self) -> None:
-        self.layers, self.units = ([g.name for g in groups] for groups in method.prunable_layers(self.model))
+        layers = method.prunable_layers(self.model, self.protected)
+        self.layers, self.units = ([group.name for group in groups] for groups in layers)
         self.widths = {name: len(weight_of(self.model, name)) for name in self.layers + self.units}
         self.removed = {name: [] for name in self.widths}
 

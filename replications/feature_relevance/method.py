@@ -7,7 +7,7 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -32,8 +32,6 @@ Removed = dict[str, list[int]]
 
 KNOWN = (ConvNet, ResNet)
 """Networks that relevance is defined for."""
-PROTECTED_CONVOLUTIONS = 2
-"""The first convolutions of a plain network are never pruned."""
 SCORING_PASSES = {"relevance": 5, "taylor": 3, "l1": 0, "random": 0}
 """Cost of scoring an image, in forward passes: for relevance one, and four convolutions for each in it."""
 
@@ -41,17 +39,30 @@ SCORING_PASSES = {"relevance": 5, "taylor": 3, "l1": 0, "random": 0}
 # ------------------------------------------------------------------------------------------ what is prunable
 
 
-def prunable_layers(model: Network) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
+def protected_layers(model: Network) -> list[str]:
+    """The layers that the paper never prunes: the first two convolutions of a plain network, by name."""
+    if not isinstance(model, ConvNet):
+        return []
+    names = [group.name for group in channels.groups_of(model)]
+    return [name for name in names if isinstance(model.get_submodule(name), nn.Conv2d)][:2]
+
+
+def prunable_layers(
+    model: Network, protected: Collection[str] | None = None
+) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
     """(layers whose channels compete with one another, layers of hidden units), each list the deepest first.
 
-    Residual networks: every convolution inside a block. Plain networks: all convolutions but the first two,
-    and hidden linear layers. Raises ValueError for a network that describes no channels.
+    Every convolution inside a block of a residual network, every convolution of a plain one, and hidden
+    linear layers; all but those whose names are in `protected` (default: `protected_layers`). Raises
+    ValueError for a network that describes no channels.
     """
+    if protected is None:
+        protected = protected_layers(model)
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
     groups = sorted(channels.groups_of(model), key=lambda group: -position[group.name])
+    groups = [group for group in groups if group.name not in protected]
     units = [g for g in groups if isinstance(model.get_submodule(g.name), nn.Linear)]
-    convolutions = [g for g in groups if g not in units]
-    return convolutions[: -PROTECTED_CONVOLUTIONS if isinstance(model, ConvNet) else None], units
+    return [g for g in groups if g not in units], units
 
 
 def kept(widths: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

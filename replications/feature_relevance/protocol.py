@@ -87,6 +87,8 @@ class ArchitectureCell(CellSettings):
     """Hidden units that every event removes from each hidden layer of a plain network."""
     min_channels_per_layer: Annotated[int, Field(ge=0)] | None = None
     """Default: 0 in residual networks, 1 in plain ones."""
+    protected: tuple[str, ...] | None = None
+    """Names of layers that are never pruned. Default: the first two convolutions of a plain network."""
     every: Count | None = None
     """In place of the `every` of all networks."""
 
@@ -228,6 +230,7 @@ def runs(profile: Profile) -> list[Run]:
             "every": every,
             "units_per_event": architecture.units_per_event,
             "min_channels_per_layer": _least_channels(architecture, model),
+            "protected": _protected(architecture, model),
         }
         # pruned runs part from the dense one at their first event
         parting = {"gradual": every, "once": settings.last, "end": settings.epochs}
@@ -260,11 +263,31 @@ def _shape_of(architecture: ArchitectureCell, data: Dataset) -> Network:
         raise SettingsError(f"{where}: {error}") from None
     if not isinstance(model, method.KNOWN):
         raise SettingsError(f"{where}: relevance is only defined for plain and residual networks")
-    if architecture.units_per_event and not method.prunable_layers(model)[1]:
+    if architecture.units_per_event and not method.prunable_layers(model, ())[1]:
         raise SettingsError(
             f"{where}.units_per_event = {architecture.units_per_event}: it has no hidden linear layer"
         )
     return model
+
+
+def _protected(architecture: ArchitectureCell, model: Network) -> list[str]:
+    """The layers that no run of this network prunes, in the network's order."""
+    if architecture.protected is None:
+        return method.protected_layers(model)
+    where = f"{PAPER}.architectures: {architecture.name}.protected"
+    known = [group.name for group in channels.groups_of(model)]
+    for name in architecture.protected:
+        if name not in known:
+            raise SettingsError(f"{where} = {name!r}: {hint(name, known)}")
+    layers, units = method.prunable_layers(model, architecture.protected)
+    if not layers:
+        raise SettingsError(f"{where} names every convolution, so none is left to prune")
+    if architecture.units_per_event and not units:
+        raise SettingsError(
+            f"{where} names every hidden linear layer: units_per_event must be 0, not "
+            f"{architecture.units_per_event}"
+        )
+    return [name for name in known if name in architecture.protected]
 
 
 def _least_channels(architecture: ArchitectureCell, model: Network) -> int:
@@ -296,7 +319,8 @@ def event_goals(
     """
     variant, least = Variant.model_validate(settings["method"]), settings["min_channels_per_layer"]
     table = method.CostTable(model, image_shape)
-    layers, units = ([group.name for group in groups] for groups in method.prunable_layers(model))
+    prunable = method.prunable_layers(model, settings["protected"])
+    layers, units = ([group.name for group in groups] for groups in prunable)
     gradual = method.pruning_schedule(settings["epochs"], settings["every"], settings["last"])
     # how many events' worth is gone after each event; a single one takes what all gradual ones take together
     done = {epoch: i + 1 for i, epoch in enumerate(gradual)}
@@ -386,7 +410,7 @@ class _Job:
         goals = event_goals(self.model, self.data.image_shape, self.run.target, settings)
         table = method.CostTable(self.model, self.data.image_shape)
         batches = scoring_batches(self.data, settings["scoring_share"])
-        pruner = Pruner(self.model, self.scoring(variant), batches)
+        pruner = Pruner(self.model, self.scoring(variant), batches, settings["protected"])
         hook = GradualPruning(pruner, goals.events, goals.units, physical=settings["removal"] == "physical")
         trainer = self.trainer(hook)
         start = min(goals.events)
