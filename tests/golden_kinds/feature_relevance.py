@@ -1,14 +1,19 @@
 """Golden vectors of `feature_relevance`: each kind translated to a call of the project's own functions."""
 
+import contextlib
+import dataclasses
+import functools
 import math
 
 import torch
+from golden_inputs import floor_of, only
 from torch import nn
 
 from common.core import schedules
 from common.core.data import FixedBatches
 from common.core.models import ChannelGroup, build
 from common.core.models.chain import ConvNet
+from common.core.models.network import BatchNorm2d, Conv2d, Linear
 from common.core.models.resnet import BasicBlock, Bottleneck, ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import layer_costs
@@ -17,13 +22,39 @@ from replications.feature_relevance import gradual, method, relevance
 
 def _tensor(values):
     """A float64 tensor; null stands for NaN."""
-    filled = [[math.nan if v is None else v for v in row] if isinstance(row, list) else row for row in values]
-    return torch.tensor(filled, dtype=torch.float64)
+    return torch.tensor(_filled(values), dtype=torch.float64)
+
+
+def _filled(values):
+    if isinstance(values, list):
+        return [_filled(value) for value in values]
+    return math.nan if values is None else values
+
+
+def _with_eps(kind):
+    """The adapter `kind`, with the case's `eps` in every denominator."""
+
+    @functools.wraps(kind)
+    def adapter(case, document):
+        with _eps(case["inputs"].get("eps", relevance.EPS)):
+            return kind(case, document)
+
+    return adapter
+
+
+@contextlib.contextmanager
+def _eps(value):
+    before = relevance.EPS, method.EPS
+    relevance.EPS = method.EPS = value
+    try:
+        yield
+    finally:
+        relevance.EPS, method.EPS = before
 
 
 def _weighted(inputs, rule, *layout):
     x, weight, of_output = (_tensor(inputs[key]) for key in ("x", "weight", "relevance_out"))
-    found = rule(x, weight, of_output, *layout, alpha=inputs["alpha"])
+    found = rule(x, weight, of_output, *layout, alpha=inputs.get("alpha", 2))
     totals = {"total_in": found.sum().item(), "total_out": of_output.sum().item()}
     return {
         "relevance_in": found.tolist(),
@@ -31,28 +62,42 @@ def _weighted(inputs, rule, *layout):
     } | totals
 
 
+@_with_eps
 def relprop_linear(case, document):
     return _weighted(case["inputs"], relevance.linear)
 
 
+@_with_eps
 def relprop_conv2d(case, document):
-    return _weighted(case["inputs"], relevance.conv2d, case["inputs"]["stride"], case["inputs"]["padding"])
+    inputs = case["inputs"]
+    layout = (_sides(inputs.get(key, default)) for key, default in (("stride", 1), ("padding", 0)))
+    return _weighted(inputs, relevance.conv2d, *layout)
 
 
+def _sides(value):
+    return tuple(value) if isinstance(value, list) else (value, value)
+
+
+@_with_eps
 def relprop_maxpool2d(case, document):
     inputs = case["inputs"]
+    only(inputs, "stride", inputs["kernel"])
     found = relevance.max_pool2d(_tensor(inputs["x"]), _tensor(inputs["relevance_out"]), inputs["kernel"])
     return {"relevance_in": found.tolist()}
 
 
+@_with_eps
 def relprop_avgpool2d(case, document):
     inputs = case["inputs"]
-    found = relevance.avg_pool2d(
-        _tensor(inputs["x"]), _tensor(inputs["relevance_out"]), (inputs["kernel"],) * 2
-    )
+    x = _tensor(inputs["x"])
+    kernel = _sides(inputs.get("kernel", list(x.shape[2:])))
+    if _sides(inputs.get("stride", kernel)) != kernel:
+        only(inputs, "stride", inputs["kernel"])
+    found = relevance.avg_pool2d(x, _tensor(inputs["relevance_out"]), kernel)
     return {"relevance_in": found.tolist()}
 
 
+@_with_eps
 def relprop_residual_add(case, document):
     terms = (_tensor(case["inputs"][key]) for key in ("branch", "skip", "relevance_out"))
     branch, skip = relevance.residual_add(*terms)
@@ -63,97 +108,111 @@ def relprop_residual_add(case, document):
 
 
 def _network(inputs):
-    """The project's network with the layers of a case."""
-    layers, image_shape = inputs["layers"], torch.tensor(inputs["x"]).shape[1:]
-    residual = any(layer["type"] in ("basic_block", "bottleneck") for layer in layers)
-    model, names = (_resnet if residual else _chain)(layers, inputs["classes"], image_shape)
-    model = model.double().eval()
-    for name, layer in names.items():
-        _fill(model.get_submodule(name), layer)
-    return model
+    """The project's network with the layers of a case, and the place in the case of each scored layer."""
+    layers = inputs["layers"]
+    residual = any(layer["type"] in BLOCKS for layer in layers)
+    model, places = (_resnet if residual else _chain)(layers)
+    return model.double().eval(), places
 
 
-def _chain(layers, classes, image_shape):
-    cfg, hidden, features, linears = [], [], [], []
-    for layer in layers:
-        if layer["type"] == "conv2d":
-            cfg += ["S"] * (layer["stride"] == 2) + [len(layer["weight"])]
-        elif layer["type"] == "maxpool2d":
-            cfg.append("M")
-        elif layer["type"] == "linear":
-            hidden.append(len(layer["weight"]))
-            linears.append(layer)
-        if layer["type"] in ("conv2d", "batchnorm2d", "relu", "maxpool2d") and not linears:
-            features.append(layer)
-    convolutions = [layer for layer in features if layer["type"] == "conv2d"]
-    options = {
-        "kernel": len(convolutions[0]["weight"][0][0]),
-        "padding": [layer["padding"] for layer in convolutions],
-    }
-    model = ConvNet(
-        classes, image_shape, None, cfg=cfg, hidden=hidden[:-1], head="flatten", dropout=0.0, **options
-    )
-    names = {f"features.{i}": layer for i, layer in enumerate(features)}
-    return model, names | {f"classifier.{3 * i}": layer for i, layer in enumerate(linears)}
+BLOCKS = {"basic_block": BasicBlock, "bottleneck": Bottleneck}
 
 
-def _resnet(layers, classes, image_shape):
-    blocks = [layer for layer in layers if layer["type"] in ("basic_block", "bottleneck")]
-    kind = BasicBlock if blocks[0]["type"] == "basic_block" else Bottleneck
-    model = ResNet(classes, image_shape, None, block=kind, blocks=[len(blocks)], stem=1)
-    stem, norm, linear = layers[0], layers[1], layers[-1]
-    model.conv1, model.bn1 = _conv(stem), nn.BatchNorm2d(len(stem["weight"]))
-    model.linear = nn.Linear(len(linear["weight"][0]), classes)
-    names = {"conv1": stem, "bn1": norm, "linear": linear}
-    channels_in, built = len(stem["weight"]), []
-    for i, case in enumerate(blocks):
-        convs = [case[f"conv{k}"] for k in range(1, len(kind.kernels) + 1)]
-        *inner, outputs = [len(conv["weight"]) for conv in convs]
-        stride = max(conv["stride"] for conv in convs)
-        built.append(kind(channels_in, inner, outputs, outputs, stride, "B"))
-        for key, layer in case.items():
-            if key.startswith(("conv", "bn")):
-                names[f"layer1.{i}.{key}"] = layer
-        if case["shortcut"]:
-            names |= {
-                f"layer1.{i}.shortcut.0": case["shortcut"]["conv"],
-                f"layer1.{i}.shortcut.1": case["shortcut"]["bn"],
-            }
-        channels_in = outputs
-    model.layer1 = nn.Sequential(*built)
-    return model, names
+def _chain(layers):
+    """Everything before the flattening is `features`, everything behind it `classifier`."""
+    last = max(i for i, layer in enumerate(layers) if layer["type"] not in ("flatten", "linear", "relu"))
+    flat = next(i for i in range(last + 1, len(layers)) if layers[i]["type"] in ("flatten", "linear"))
+    parts = {"features": range(flat), "classifier": range(flat, len(layers))}
+    model, places = ConvNet(1, (1, 1, 1), None, cfg=[1], head="flatten"), {}
+    for part, numbers in parts.items():
+        numbers = [i for i in numbers if layers[i]["type"] != "flatten"]
+        setattr(model, part, nn.Sequential(*(_layer(layers[i]) for i in numbers)))
+        for place, i in enumerate(numbers):
+            if layers[i]["type"] in ("conv2d", "linear"):
+                places[f"{part}.{place}"] = {"layer": i, "part": layers[i]["type"].removesuffix("2d")}
+    # the logits' own layer is not scored
+    places.popitem()
+    return model, places
 
 
-def _conv(layer):
-    weight = torch.tensor(layer["weight"])
-    return nn.Conv2d(
-        weight.shape[1], weight.shape[0], weight.shape[2], layer["stride"], layer["padding"], bias=False
-    )
+def _resnet(layers):
+    """Stem, blocks (of any kind) in one stage, average pooling, linear layer."""
+    numbers = [i for i, layer in enumerate(layers) if layer["type"] in BLOCKS]
+    model = ResNet(1, (1, 1, 1), None, block=BLOCKS[layers[numbers[0]]["type"]], blocks=[1], stem=1)
+    model.conv1, model.bn1, model.maxpool = nn.Identity(), nn.Identity(), nn.Identity()
+    slots = {"conv2d": "conv1", "batchnorm2d": "bn1", "maxpool2d": "maxpool"}
+    for layer in layers[: numbers[0]]:
+        if layer["type"] != "relu":
+            setattr(model, slots[layer["type"]], _layer(layer))
+    behind = [layer["type"] for layer in layers[numbers[-1] + 1 :]]
+    assert behind in (["avgpool2d", "flatten", "linear"], ["avgpool2d", "linear"]), behind
+    model.linear = _layer(layers[-1])
+    blocks, places = [], {}
+    for place, i in enumerate(numbers):
+        blocks.append(_block(layers[i]))
+        for part in layers[i]:
+            if part.startswith("conv"):
+                places[f"layer1.{place}.{part}"] = {"layer": i, "part": part}
+    model.layer1 = nn.Sequential(*blocks)
+    return model, places
 
 
-@torch.no_grad()
-def _fill(module, layer):
-    for entry in ("weight", "bias", "running_mean", "running_var"):
-        if entry in layer:
-            getattr(module, entry).copy_(_tensor(layer[entry]))
-    if "eps" in layer:
-        module.eps = layer["eps"]
+def _block(layer):
+    kind = BLOCKS[layer["type"]]
+    convolutions = [layer[f"conv{i}"]["weight"] for i in range(1, len(kind.kernels) + 1)]
+    inputs, (*inner, outputs) = len(convolutions[0][0]), map(len, convolutions)
+    block = kind(inputs, inner, outputs, outputs, 1, "B")
+    for part in layer:
+        if part.startswith(("conv", "bn")):
+            setattr(block, part, _layer(layer[part]))
+    shortcut = layer.get("shortcut") or {}
+    block.shortcut = nn.Sequential(*map(_layer, shortcut.values())) if shortcut else nn.Identity()
+    return block
 
 
+def _layer(layer):
+    """The project's layer for an entry of a case, with its values."""
+    kind, weight = layer["type"], layer.get("weight")
+    if kind == "relu":
+        return nn.ReLU()
+    if kind == "maxpool2d":
+        return nn.MaxPool2d(layer["kernel"], layer.get("stride"))
+    if kind == "avgpool2d":
+        # the only one that networks have: over the whole map
+        return nn.AdaptiveAvgPool2d(1)
+    bias = "bias" in layer
+    if kind == "linear":
+        made = Linear(len(weight[0]), len(weight), bias=bias)
+    elif kind == "batchnorm2d":
+        made = BatchNorm2d(len(weight))
+        made.eps = layer.get("eps", made.eps)
+    elif kind == "conv2d":
+        outputs, inputs, *kernel = torch.tensor(weight).shape
+        layout = (_sides(layer.get(key, default)) for key, default in (("stride", 1), ("padding", 0)))
+        made = Conv2d(inputs, outputs, tuple(kernel), *layout, bias=bias)
+    else:
+        raise AssertionError(f"no layer for type {kind!r}")
+    made.double()
+    with torch.no_grad():
+        for entry in ("weight", "bias", "running_mean", "running_var"):
+            if entry in layer:
+                getattr(made, entry).copy_(_tensor(layer[entry]))
+    return made
+
+
+@_with_eps
 def relevance_network(case, document):
     inputs = case["inputs"]
     images, labels = _tensor(inputs["x"]), torch.tensor(inputs["labels"])
-    logits, found = relevance.relevances(_network(inputs), images, labels, inputs["alpha"])
-    return {"logits": logits.tolist(), "scored": _in_the_case_s_terms(found, case["expected"]["scored"])}
-
-
-def _in_the_case_s_terms(found, expected):
-    """Scored layers in order, without the last linear layer, shortcuts, and a residual network's stem."""
-    names = [name for name in found if ".shortcut." not in name][1:]
-    return [
-        {**site, "mean_over_positions": found[name].tolist()}
-        for name, site in zip(names, expected, strict=True)
+    model, places = _network(inputs)
+    options = {"branch_share": inputs.get("branch_share", False)}
+    logits, found = relevance.relevances(model, images, labels, inputs.get("alpha", 2), **options)
+    scored = [
+        {**places[name], "mean_over_positions": values.tolist()}
+        for name, values in found.items()
+        if name in places
     ]
+    return {"logits": logits.tolist(), "scored": scored}
 
 
 # --------------------------------------------------------------------------------------- scores and selection
@@ -164,10 +223,12 @@ def class_scale(case, document):
     return {"class_accuracy": accuracy.tolist(), "scale": method.class_scale(accuracy).tolist()}
 
 
+@_with_eps
 def channel_scores(case, document):
     inputs = case["inputs"]
     labels = torch.tensor(inputs["labels"])
-    counts = torch.bincount(labels, minlength=inputs["classes"]) + inputs["extra_count_per_class"]
+    counts = torch.bincount(labels, minlength=inputs["classes"])
+    counts = counts + torch.tensor(inputs.get("extra_count_per_class", 0))
     layers = [_tensor(layer) for layer in inputs["mean_over_positions"]]
     sums = [method.class_sums(layer, labels, inputs["classes"]) for layer in layers]
     return {"scores": [method.channel_scores(s, counts, _tensor(inputs["scale"])).tolist() for s in sums]}
@@ -180,14 +241,16 @@ def _after(removed, chosen):
 def select_channels(case, document):
     inputs = case["inputs"]
     scores, removed = [_tensor(layer) for layer in inputs["scores_deepest_first"]], inputs["already_pruned"]
-    chosen = method.select(scores, removed, gradual.until_channels(inputs["x"]))
+    enough = gradual.until_channels(inputs["x"])
+    chosen = method.select(scores, removed, enough, floor_of(inputs, 0))
     return {"selected_in_order": [list(pair) for pair in chosen], "pruned_after": _after(removed, chosen)}
 
 
 def select_units(case, document):
     inputs = case["inputs"]
     removed = [inputs["already_pruned"]]
-    chosen = method.select([_tensor(inputs["scores"])], removed, gradual.until_channels(inputs["count"]))
+    enough = gradual.until_channels(inputs["count"])
+    chosen = method.select([_tensor(inputs["scores"])], removed, enough, floor_of(inputs, 0))
     return {"selected_in_order": [unit for _, unit in chosen], "pruned_after": _after(removed, chosen)[0]}
 
 
@@ -198,15 +261,15 @@ def pruning_schedule(case, document):
     inputs = case["inputs"]
     events = method.pruning_schedule(inputs["epochs"], inputs["n"], inputs["N1"])
     removed = [min(inputs["x"] * (i + 1), inputs["prunable_channels"]) for i in range(len(events))]
-    fraction = removed[-1] / inputs["prunable_channels"]
+    fraction = (removed[-1] if removed else 0) / inputs["prunable_channels"]
     found = {"prune_after_epoch_1based": events, "events": len(events), "removed_after_event": removed}
     return found | {"final_fraction_of_channels": fraction}
 
 
 def learning_rate(case, document):
     inputs = case["inputs"]
-    options = {"epochs": inputs["epochs"], "per_epoch": 1, "gamma": inputs["gamma"]}
-    if inputs["every"]:
+    options = {"epochs": inputs["epochs"], "per_epoch": 1, "gamma": inputs.get("gamma", 0.1)}
+    if inputs.get("every"):
         rates = schedules.step(inputs["base"], step_epochs=inputs["every"], **options)
     else:
         rates = schedules.multistep(inputs["base"], milestones=inputs["milestones"], **options)
@@ -215,15 +278,18 @@ def learning_rate(case, document):
 
 def weight_mask(case, document):
     inputs = case["inputs"]
-    shape, before, own = inputs["shape"], inputs["pruned_inputs"], inputs["pruned_outputs"]
+    kind, shape = inputs["kind"], inputs["shape"]
+    only(inputs, "kind", "linear", "conv", "conv_first_of_block")
+    before, own = inputs["pruned_inputs"], inputs["pruned_outputs"]
+    bias = inputs.get("bias", kind == "linear")
     layer = (
-        nn.Linear(shape[1], shape[0])
-        if inputs["kind"] == "linear"
-        else nn.Conv2d(shape[1], shape[0], shape[2], bias=False)
+        nn.Linear(shape[1], shape[0], bias=bias)
+        if kind == "linear"
+        else nn.Conv2d(shape[1], shape[0], tuple(shape[2:]), bias=bias)
     )
     model = nn.ModuleDict({"before": nn.Linear(1, shape[1]), "layer": layer})
-    consumers = () if inputs["kind"] == "conv_first_of_block" else ("layer",)
-    groups = [ChannelGroup("before", consumers=consumers), ChannelGroup("layer")]
+    consumers = () if kind == "conv_first_of_block" else ("layer",)
+    groups = [ChannelGroup("before", consumers=consumers, minimum=0), ChannelGroup("layer", minimum=0)]
     kept = method.kept({"before": shape[1], "layer": shape[0]}, {"before": before, "layer": own})
     masks = channels.masks(model, kept, groups)
     mask, bias = masks["layer.weight"], masks.get("layer.bias")
@@ -234,13 +300,22 @@ def weight_mask(case, document):
     }
 
 
+def _protected(inputs, model):
+    """The convolutions before a case's first prunable one, which is counted from 0 (null: it is the first)."""
+    if "first_prunable_conv" not in inputs:
+        return None
+    names = [group.name for group in channels.groups_of(model)]
+    convolutions = [name for name in names if isinstance(model.get_submodule(name), nn.Conv2d)]
+    return convolutions[: inputs["first_prunable_conv"] or 0]
+
+
 def pruned_cost(case, document):
     inputs = case["inputs"]
     shape = inputs["input"]
     # the plain network of this paper has a hidden layer, other papers' do not
-    options = {"hidden": [512]} if inputs["arch"].startswith("vgg") else {}
+    options = {"hidden": inputs.get("hidden", [512])} if inputs["arch"].startswith("vgg") else {}
     model = build(inputs["arch"], classes=inputs["classes"], image_shape=shape, device="meta", **options)
-    layers, units = method.prunable_layers(model)
+    layers, units = method.prunable_layers(model, _protected(inputs, model))
     counts = dict(
         zip([group.name for group in layers], inputs["pruned_per_layer_deepest_first"], strict=True)
     )
@@ -279,7 +354,7 @@ class _Recorded(nn.Module):
 def masked_sgd(case, document):
     inputs = case["inputs"]
     model = _Recorded(_tensor(inputs["weight"]))
-    options = {"momentum": inputs["momentum"], "weight_decay": inputs["weight_decay"]}
+    options = {key: inputs[key] for key in ("momentum", "weight_decay", "nesterov") if key in inputs}
     optimizer = torch.optim.SGD(model.parameters(), lr=inputs["lr"], **options)
     masks, found = gradual.ForwardMasks(), []
     for step, gradient in enumerate(inputs["gradients"]):
@@ -292,16 +367,22 @@ def masked_sgd(case, document):
     return {"effective_weight_after_step": found}
 
 
+@_with_eps
 def gradual_pipeline(case, document):
     inputs = case["inputs"]
     images, labels = _tensor(inputs["x"]), torch.tensor(inputs["labels"])
-    model = _network(inputs)
-    pruner = gradual.Pruner(model, gradual.Scoring(), FixedBatches([(images, labels)]))
+    model, _ = _network(inputs)
+    options = {key: inputs[key] for key in ("alpha", "branch_share", "allocation") if key in inputs}
+    scoring = gradual.Scoring(minimum=floor_of(inputs, 0), **options)
+    protected = _protected(inputs, model)
+    pruner = gradual.Pruner(model, scoring, FixedBatches([(images, labels)]), protected)
+    # a mask may empty a layer, which removal must not
+    groups = [dataclasses.replace(group, minimum=0) for group in channels.groups_of(model)]
     masks, events = gradual.ForwardMasks(), []
     for _ in range(inputs["events"]):
         enough = gradual.until_channels(inputs["channels_per_event"])
-        event = pruner.event(model, enough, inputs["hidden_units_per_event"])
-        masks.set(model, channels.masks(model, pruner.kept, norms=False))
+        event = pruner.event(model, enough, inputs.get("hidden_units_per_event", 0))
+        masks.set(model, channels.masks(model, pruner.kept, groups, norms=False))
         accuracy = event.scored.notes["class_accuracy"]
         found = {
             "class_accuracy": accuracy,

@@ -1,9 +1,11 @@
 """Golden vectors of HALO: from a case's inputs to the project's functions and back."""
 
 import torch
+from golden_inputs import only
 from torch import nn
 
 from common.core.data import FixedBatches
+from common.core.models import ARCHITECTURES
 from common.core.pruning.counting import layer_costs
 from common.core.pruning.masks import prunable
 from common.core.trainer import Diverged, Hooks, Trainer
@@ -29,8 +31,8 @@ def _flat(tensors):
 
 
 def _halo(weights, inputs, lambdas):
-    target, mode = inputs.get("lambda_sum_target", 0.0), inputs.get("lambda_norm_mode", "L1")
-    halo = method.HALO(weights, inputs["xi"], inputs["psi"], method.LambdaTraining([]), target, mode)
+    training = method.LambdaTraining([])
+    halo = method.HALO(weights, inputs["xi"], inputs["psi"], training, *_target(inputs))
     _fill(halo.lambdas, lambdas)
     return halo
 
@@ -38,6 +40,21 @@ def _halo(weights, inputs, lambdas):
 def _sws(weights, inputs):
     training = method.LambdaTraining([], init=inputs["lambda_"])
     return method.SWS(weights, inputs["xi"], inputs["psi"], training)
+
+
+def _modules(inputs, order=()):
+    """The layers that a case's names (`conv1_weight`, `fc2_bias`, ...) speak of, each under its own name.
+
+    In the order of the case, those that `order` names before the others. A name that begins with conv is a
+    convolution's, every other a linear layer's.
+    """
+    names = [name.rpartition("_")[0] for name in (*order, *inputs) if name.endswith(("_weight", "_bias"))]
+    return {
+        name: (_convolution if name.startswith("conv") else _linear)(
+            inputs[f"{name}_weight"], inputs.get(f"{name}_bias")
+        )
+        for name in dict.fromkeys(names)
+    }
 
 
 def _measured(penalty):
@@ -66,7 +83,8 @@ def halo_penalty_non_finite(case, document):
 def l1_penalty(case, document):
     inputs = case["inputs"]
     weights = [_tensor(inputs["weights"])]
-    return _measured(method.L1(weights, inputs["xi"], inputs["psi"], inputs["lambda_init"]))
+    options = inputs.get("psi", 0.0), inputs.get("lambda_init", 1.0)
+    return _measured(method.L1(weights, inputs["xi"], *options))
 
 
 def sws_penalty(case, document):
@@ -91,8 +109,9 @@ def _linear(weight, bias=None):
 
 def _convolution(weight, bias=None):
     """A layer that holds the given values; a penalty does not ask for their shape."""
-    layer = nn.Conv2d(1, len(weight), 1, bias=bias is not None, dtype=torch.float64)
-    _fill([layer.weight.data], weight)
+    values = _tensor(weight).flatten()
+    layer = nn.Conv2d(1, len(values), 1, bias=bias is not None, dtype=torch.float64)
+    _fill([layer.weight.data], values.tolist())
     if bias is not None:
         _fill([layer.bias.data], bias)
     return layer
@@ -100,36 +119,40 @@ def _convolution(weight, bias=None):
 
 def halo_penalty_network(case, document):
     inputs = case["inputs"]
-    layers = {"conv1": _convolution(inputs["conv1_weight"], inputs["conv1_bias"])}
-    layers |= {"bn": nn.BatchNorm2d(6), "conv2": _convolution(inputs["conv2_weight"], inputs["conv2_bias"])}
-    model = nn.ModuleDict(layers | {"linear": _linear(inputs["linear_weight"])})
+    # a batch norm, which no case lists, carries no lambda either
+    model = nn.ModuleDict(_modules(inputs, inputs.get("order", ())) | {"bn": nn.BatchNorm2d(1)})
     halo = _halo(method.penalised(model, CIFAR), inputs, inputs["lambdas_flat"])
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for parameter, gradient in zip(halo.tensors, halo.weight_gradients(), strict=True):
         parameter.grad += gradient
     found = _measured(halo) | {"number_of_lambdas": sum(part.numel() for part in halo.lambdas)}
-    gradients = {name.replace(".", "_"): p.grad for name, p in model.named_parameters()}
-    return found | {f"grad_{n}": (g.flatten() if "conv" in n else g).tolist() for n, g in gradients.items()}
+    for name, parameter in model.named_parameters():
+        name = name.replace(".", "_")
+        if inputs.get(name) is not None:
+            found[f"grad_{name}"] = parameter.grad.view(_tensor(inputs[name]).shape).tolist()
+    return found
 
 
 def _mnist_weights(inputs):
-    model = nn.Sequential(_linear(inputs["fc1_weight"], inputs["fc1_bias"]), _linear(inputs["fc2_weight"]))
-    return method.penalised(model, MNIST)
+    return method.penalised(nn.ModuleDict(_modules(inputs)), MNIST)
 
 
 def halo_penalty_mnist(case, document):
     inputs = case["inputs"]
     halo = _halo(_mnist_weights(inputs), inputs, inputs["lambdas_flat"])
-    names = ("grad_fc1_weight", "grad_fc1_bias", "grad_fc2_weight")
+    names = [name.replace(".", "_") for name, _ in nn.ModuleDict(_modules(inputs)).named_parameters()]
     by_tensor = {
-        name: _flat([gradient]) for name, gradient in zip(names, halo.weight_gradients(), strict=True)
+        f"grad_{name}": _flat([gradient])
+        for name, gradient in zip(names, halo.weight_gradients(), strict=True)
     }
     return _measured(halo) | by_tensor
 
 
 def l1_penalty_mnist(case, document):
-    found = _measured(method.L1(_mnist_weights(case["inputs"]), case["inputs"]["xi"]))
+    inputs = case["inputs"]
+    options = {"lambda_init": inputs.get("lambda_init", 1.0)}
+    found = _measured(method.L1(_mnist_weights(inputs), inputs["xi"], **options))
     return found | {"grad_flat": found["grad_weights"]}
 
 
@@ -179,9 +202,14 @@ def _trajectory(inputs, penalty_of, rates, gradients):
     penalty = penalty_of([model.weight])
     recorder = Recorder(model.weight, penalty, gradients)
     batches = FixedBatches([(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))] * len(rates))
+    only(inputs, "nesterov", False)
     options = {"momentum": inputs["momentum"], "weight_decay": inputs["weight_decay"]}
     Trainer(model, batches, hooks=[penalty, recorder], **options).fit(rates)
     return recorder.rows
+
+
+def _target(inputs):
+    return inputs.get("lambda_sum_target", 0.0), inputs.get("lambda_norm_mode", "L1")
 
 
 def _training(inputs, rates, **more):
@@ -197,7 +225,8 @@ def _after_steps(rows):
 
 def _trajectory_halo(inputs, rates, lambda_rates, gradients):
     def halo(weights):
-        made = method.HALO(weights, inputs["xi"], inputs["psi"], _training(inputs, lambda_rates))
+        training = _training(inputs, lambda_rates)
+        made = method.HALO(weights, inputs["xi"], inputs["psi"], training, *_target(inputs))
         _fill(made.lambdas, inputs["lambdas0"])
         return made
 
@@ -214,7 +243,8 @@ def trajectory_halo_no_data_gradient(case, document):
     inputs = case["inputs"]
     steps = inputs["n_steps"]
     rates = [inputs["lr_weights"]] * steps, [inputs["lr_lambda"]] * steps
-    rows = _trajectory_halo(inputs, *rates, torch.zeros(steps, len(inputs["weights0"]), dtype=torch.float64))
+    none = torch.zeros(steps, *_tensor(inputs["weights0"]).shape, dtype=torch.float64)
+    rows = _trajectory_halo(inputs, *rates, none)
     recorded = [rows[step] for step in inputs["recorded_steps_zero_based"]]
     return {"weights": [weights for weights, _ in recorded], "lambdas": [lambdas for _, lambdas in recorded]}
 
@@ -236,7 +266,9 @@ def trajectory_l1(case, document):
     inputs = case["inputs"]
     rows = _trajectory(
         inputs,
-        lambda weights: method.L1(weights, inputs["xi"], lambda_init=inputs["lambda_init"]),
+        lambda weights: method.L1(
+            weights, inputs["xi"], inputs.get("psi", 0.0), inputs.get("lambda_init", 1.0)
+        ),
         inputs["lr_weights_per_step"],
         _tensor(inputs["data_gradients"]),
     )
@@ -259,13 +291,21 @@ class TinyNetwork(nn.Module):
 
     def __init__(self, init):
         super().__init__()
-        self.conv1, self.bn = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
-        self.conv2, self.fc = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), nn.Linear(3, 5)
+        shapes = {name: torch.tensor(values).shape for name, values in init.items()}
+
+        def convolution(name, stride):
+            outputs, inputs, *kernel = shapes[f"{name}_weight"]
+            padding = tuple(side // 2 for side in kernel)
+            bias = f"{name}_bias" in init
+            return nn.Conv2d(inputs, outputs, tuple(kernel), stride, padding, bias=bias)
+
+        self.conv1, self.bn = convolution("conv1", 1), nn.BatchNorm2d(*shapes["bn_weight"])
+        self.conv2 = convolution("conv2", 2)
+        self.fc = nn.Linear(*reversed(shapes["fc_weight"]), bias="fc_bias" in init)
         self.double()
-        _fill(
-            [self.get_parameter(_dotted(name)).data for name in init],
-            _flat([_tensor(v) for v in init.values()]),
-        )
+        values = {_dotted(name): _tensor(value) for name, value in init.items()}
+        unknown = self.load_state_dict(values, strict=False).unexpected_keys
+        assert not unknown, f"init has {unknown}"
 
     def forward(self, images):
         hidden = self.conv2(self.bn(self.conv1(images)).relu()).relu()
@@ -273,7 +313,7 @@ class TinyNetwork(nn.Module):
 
 
 def _dotted(name):
-    return name.replace("_", ".")
+    return name.replace("_", ".", 1)
 
 
 class OneBatchAnEpoch:
@@ -307,24 +347,25 @@ class StepRecorder(Hooks):
 
 def tiny_network(case, document):
     inputs = case["inputs"]
-    if "same_inputs_as" in inputs:
-        origin = next(c for c in document["cases"] if c["name"] == inputs["same_inputs_as"])
-        inputs = origin["inputs"] | inputs
+    while (name := inputs.get("same_inputs_as")) is not None:
+        origin = next(c for c in document["cases"] if c["name"] == name)
+        inputs = origin["inputs"] | {key: value for key, value in inputs.items() if key != "same_inputs_as"}
     steps = [(_tensor(x), torch.tensor(y)) for x, y in zip(inputs["x"], inputs["y"])]
     mode, model = MODES.get(inputs["mode"], inputs["mode"]), TinyNetwork(inputs["init"])
     drops = method.milestone_drops(len(steps), 1, inputs["schedule"])
-    trains_lambdas = mode in ("halo", "sws")
+    trains_lambdas, init = mode in ("halo", "sws"), inputs.get("lambda_init", 1.0)
     rates, lambda_rates = method.learning_rates(
-        drops, inputs["lr0"], inputs["gamma"], trains_lambdas, "official"
+        drops, inputs["lr0"], inputs["gamma"], trains_lambdas, _coupling(case)
     )
-    training = _training(inputs, lambda_rates, init=inputs["lambda_init"]) if trains_lambdas else None
+    training = _training(inputs, lambda_rates, init=init) if trains_lambdas else None
     common = method.penalised(model, CIFAR), inputs["xi"], inputs["psi"]
     penalty = {
-        "halo": lambda: method.HALO(*common, training),
+        "halo": lambda: method.HALO(*common, training, *_target(inputs)),
         "sws": lambda: method.SWS(*common, training),
-        "l1": lambda: method.L1(*common, inputs["lambda_init"]),
+        "l1": lambda: method.L1(*common, init),
         "mcp": lambda: method.MCP(*common),
         "no_penalty": lambda: None,
+        "none": lambda: None,
     }[mode]()
     recorder = StepRecorder(penalty)
     hooks = [recorder, penalty] if penalty else [recorder]
@@ -342,10 +383,14 @@ def tiny_network(case, document):
 # ---------------------------------------------------------------------------------------------- schedules
 
 
+def _coupling(case):
+    """Which of the two readings of the schedule a case is about: its inputs' word, else its own words."""
+    words = case["name"], case.get("checks", "")
+    return case["inputs"].get("coupling", "intended" if any("intended" in w for w in words) else "official")
+
+
 def _rates(case, drops, at, by_step=False):
-    inputs = case["inputs"]
-    # the two readings of the schedule differ in the name of the case alone
-    coupling = "intended" if "intended" in case["name"] else "official"
+    inputs, coupling = case["inputs"], _coupling(case)
     trains_lambdas = MODES.get(inputs["mode"], inputs["mode"]) in ("halo", "sws")
     rates, lambda_rates = method.learning_rates(
         drops, inputs["lr0"], inputs["gamma"], trains_lambdas, coupling, by_step
@@ -376,7 +421,7 @@ def psi_schedule(case, document):
 
 def _layers(inputs):
     layers = list(inputs["conv_layers"])
-    if inputs.get("prunable") == "conv and linear weights":
+    if "linear" in inputs.get("prunable", ""):
         layers.append(inputs["linear_last_layer"])
     return {str(number): _tensor(layer, torch.float32) for number, layer in enumerate(layers)}
 
@@ -404,13 +449,14 @@ def mask_error(case, document):
 
 
 def mask_rounds(case, document):
-    weights, pruned = _layers(case["inputs"]), []
-    for percent in case["inputs"]["percents"]:
+    weights, pruned, each = _layers(case["inputs"]), [], {}
+    for number, percent in enumerate(case["inputs"]["percents"], 1):
         found = method.cut(weights, percent)
         pruned.append(found.pruned)
         weights = {name: weight * found.kept[name] for name, weight in weights.items()}
-    masks = [part.int().tolist() for part in found.kept.values()]
-    return {"pruned_after_round": pruned, "masks_after_round_2": masks, "threshold_round_2": found.threshold}
+        each[f"masks_after_round_{number}"] = [part.int().tolist() for part in found.kept.values()]
+        each[f"threshold_round_{number}"] = found.threshold
+    return {"pruned_after_round": pruned} | each
 
 
 def count_near_zero(case, document):
@@ -423,13 +469,19 @@ def fixed_threshold_prune(case, document):
     return {"mask": method.fixed_threshold(weights, case["inputs"]["tau"])["weight"].int().tolist()}
 
 
-NETWORKS = {"vgg16_bn": "vgg16", "resnet20_cifar": "resnet20", "lenet300_100": "lenet300"}
+def _known_as(name):
+    """The project's name: without what it takes for granted (batch norm, CIFAR's form, the last width)."""
+    for wanted in (name, name.removesuffix("_bn"), name.removesuffix("_cifar"), name.removesuffix("_100")):
+        if wanted in ARCHITECTURES:
+            return wanted
+    return name
 
 
 def architecture(case, document):
     inputs = case["inputs"]
-    name, shape = inputs["architecture"], inputs["input_shape"][1:]
-    model = protocol.network(NETWORKS.get(name, name), inputs["classes"], shape, device="meta")
+    # the first number of the shape is that of the images
+    name, shape = inputs["architecture"], inputs["input_shape"][-3:]
+    model = protocol.network(_known_as(name), inputs["classes"], shape, device="meta")
     layers = MNIST if name.startswith("lenet") else CIFAR
     costs = layer_costs(model, shape)
     sizes = [weight.numel() for weight in prunable(model, layers).values()]
@@ -461,7 +513,8 @@ def architecture(case, document):
 def energy(case, document):
     features = measures.features(_tensor(case["inputs"]["conv_output_nchw"]), "corner")
     shares = measures.energy(features)
-    ranks = {f"rank_{q}": measures.directions(shares, q / 100) for q in (90, 99)}
+    asked = [name for name in case["expected"] if name.startswith("rank_")]
+    ranks = {name: measures.directions(shares, int(name.removeprefix("rank_")) / 100) for name in asked}
     return {
         "features": features.tolist(),
         "energy": shares.tolist(),

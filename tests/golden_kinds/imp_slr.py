@@ -1,9 +1,11 @@
 """Golden vectors of imp_slr: from a case's inputs to the project's functions and back."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from golden_inputs import only
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -43,7 +45,7 @@ def _retrain_lr(case, document):
     inputs = case["inputs"]
     per_epoch = inputs["iterations_per_epoch"]
     rates = document["fixtures"]["lr_history"][inputs["lr_history_ref"]]
-    history = method.History(rates, warmup=inputs["dense_warmup_epochs"] * per_epoch)
+    history = method.History(rates, warmup=inputs.get("dense_warmup_epochs", 0) * per_epoch)
     kind, length = inputs["schedule"], inputs["retrain_epochs"] * per_epoch
     got = {"eta_max": history.eta_max, "eta_min": history.eta_min}
     options = {}
@@ -58,7 +60,8 @@ def _retrain_lr(case, document):
         options = {"start": start}
         got |= {"eta_start": start}
     elif kind in TUNABLE:
-        options = {"start": inputs["init"], "warmup_share": inputs["warmup_fraction"]}
+        share = inputs.get("warmup_fraction", method.WARMUP_SHARE)
+        options = {"start": inputs["init"], "warmup_share": share}
     rates = method.retraining_rates(kind, history, length, **options)
     warmup = 0 if kind in ("FT", "LRW") else int(options.get("warmup_share", method.WARMUP_SHARE) * length)
     return got | {"lr": rates, "lr_fixed": rates, "warmup_iterations": warmup}
@@ -76,7 +79,7 @@ def _check_retrain_lr(case, document, got):
 def _legacy_retrain_lr(case, document):
     inputs = case["inputs"]
     history = method.History.of_epochs(inputs["lr_per_epoch"], inputs["iterations_per_epoch"])
-    kind, epochs, start = inputs["schedule"], inputs["retrain_epochs"], None
+    kind, epochs, start = inputs["schedule"], inputs["retrain_epochs"], inputs.get("init")
     if kind == "ALLR":
         last = inputs["phase"] == inputs["n_phases"]
         fraction = method.cycle_fraction(inputs["goal"], inputs["n_phases"])
@@ -107,7 +110,7 @@ def _cycles(case, document):
         "fraction": method.cycle_fraction(goal, cycles),
         "cumulative_sparsity": method.cumulative_sparsities(goal, cycles),
         "epochs": method.cycle_epochs(
-            cycles, each=inputs["epochs_per_cycle"], split=inputs["epochs_to_split"]
+            cycles, each=inputs.get("epochs_per_cycle"), split=inputs.get("epochs_to_split")
         ),
         "surviving": method.surviving(inputs["n_weights"], goal, cycles),
     }
@@ -136,7 +139,7 @@ def _select(case, document):
 
 def _select_ties(case, document):
     weights = {str(i): _tensor(layer) for i, layer in enumerate(case["inputs"]["layers"])}
-    kept = pruning.select(weights, case["inputs"]["amount"])
+    kept = pruning.select(weights, case["inputs"]["amount"], None, case["inputs"].get("criterion", "global"))
     return {"pruned": (~torch.cat(list(kept.values()))).nonzero().flatten().tolist()}
 
 
@@ -182,15 +185,12 @@ def _check_allocation(case, document, got):
 
 
 ARCHITECTURES = {
-    "ResNet56": ("resnet56", 10, {"shortcut": "A"}),
-    "ResNet18": ("resnet18", 10, {}),
-    "WideResNet": ("wide_resnet28_10", 100, {}),
-    "ResNet50": ("resnet50", 1000, {}),
-    "VGG16": ("vgg16", 10, {"conv_bias": True}),
-    "Simple": ("mlp", 10, {"hidden": [512]}),
+    "ResNet56": ("resnet56", {"shortcut": "A"}),
+    "WideResNet": ("wide_resnet28_10", {}),
+    "VGG16": ("vgg16", {"conv_bias": True}),
+    "Simple": ("mlp", {"hidden": [512]}),
     "SimpleCNN": (
         "convnet",
-        10,
         {
             "cfg": [32, 64, "M"],
             "hidden": [128],
@@ -201,11 +201,21 @@ ARCHITECTURES = {
         },
     ),
 }
+"""Networks that the project knows by another name, or with other options."""
+
+
+def _classes(inputs, document):
+    """As a case says, or the rows of the last layer in the fixture that it refers to."""
+    if "classes" in inputs:
+        return inputs["classes"]
+    _, shape, _ = document["fixtures"]["arch"][inputs["arch_ref"]]["layers"][-1]
+    return shape[0]
 
 
 def _arch(case, document):
     inputs = case["inputs"]
-    name, classes, options = ARCHITECTURES[inputs["arch"]]
+    name, options = ARCHITECTURES.get(inputs["arch"], (inputs["arch"].lower(), {}))
+    classes = _classes(inputs, document)
     model = build(name, classes=classes, image_shape=inputs["input"], device="meta", **options)
     chosen = pruning.prunable(model).values()
     return {
@@ -220,12 +230,15 @@ def _arch(case, document):
 def _layer(layer):
     if layer["type"] == "bn":
         return nn.BatchNorm2d(layer["ch"])
+    only(layer, "type", "conv", "linear")
+    bias = layer.get("bias", False)
     if layer["type"] == "conv":
-        numbers = (layer["in"], layer["out"], layer["k"], layer["stride"], layer["padding"])
-        module = nn.Conv2d(*numbers, groups=layer["groups"], bias=layer["bias"])
+        numbers = (layer["in"], layer["out"], layer["k"], layer.get("stride", 1), layer.get("padding", 0))
+        module = nn.Conv2d(*numbers, groups=layer.get("groups", 1), bias=bias)
     else:
-        module = nn.Linear(layer["in"], layer["out"], bias=layer["bias"])
-    module.weight.data = (torch.arange(module.weight.numel()) < layer["nnz"]).float().view_as(module.weight)
+        module = nn.Linear(layer["in"], layer["out"], bias=bias)
+    size = module.weight.numel()
+    module.weight.data = (torch.arange(size) < layer.get("nnz", size)).float().view_as(module.weight)
     if module.bias is not None:
         nn.init.ones_(module.bias)
     return module
@@ -254,15 +267,22 @@ def _flops(case, document):
     }
 
 
+NORM_DROP = ("conv_w", "conv_b", "bn_w", "bn_b", "fc_w", "fc_b")
+
+
 def _norm_drop(case, document):
     inputs = case["inputs"]
-    conv = nn.Conv2d(1, 3, (2, 4), dtype=torch.float64)
-    norm = nn.BatchNorm2d(3, dtype=torch.float64)
-    linear = nn.Linear(3, 2, dtype=torch.float64)
-    model = nn.Sequential(conv, norm, linear)
-    names = ("conv_w", "conv_b", "bn_w", "bn_b", "fc_w", "fc_b")
-    for parameter, name in zip(model.parameters(), names):
-        parameter.data = _tensor(inputs[name]).view_as(parameter)
+    # a case gives flat values: the lengths of its biases say how many rows a weight has
+    values = {name: _tensor(inputs[name]).flatten() for name in NORM_DROP if inputs.get(name) is not None}
+    outputs, classes = len(values["bn_w"]), len(values["fc_b"])
+    each, features = (len(values[n]) // rows for n, rows in (("conv_w", outputs), ("fc_w", classes)))
+    model = nn.Sequential(
+        nn.Conv2d(1, outputs, (1, each), bias="conv_b" in values),
+        nn.BatchNorm2d(outputs),
+        nn.Linear(features, classes),
+    ).double()
+    for parameter, value in zip(model.parameters(), values.values(), strict=True):
+        parameter.data = value.view_as(parameter)
     distance = method.distance_to_pruned(model, inputs["sparsity"])
     chosen = pruning.Masks.dense(model)
     weights = chosen.weights(model).values()
@@ -295,31 +315,42 @@ def _digits(mask):
 
 
 def _mlp(case, document):
-    """The two-layer network of a case and its batches."""
+    """The network of a case, linear layers with ReLU between them, and its batches."""
     data = document["fixtures"]["mlp_data"][case["inputs"]["data_ref"]]
-    w1, w2 = _tensor(data["W1"]), _tensor(data["W2"])
-    model = nn.Sequential(nn.Linear(*w1.T.shape), nn.ReLU(), nn.Linear(*w2.T.shape)).double()
-    for parameter, name in zip(model.parameters(), ("W1", "b1", "W2", "b2")):
+    layers = []
+    while f"W{len(layers) // 2 + 1}" in data:
+        outputs, inputs = _tensor(data[f"W{len(layers) // 2 + 1}"]).shape
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1]).double()
+    for name, parameter in _named(model).items():
         parameter.data = _tensor(data[name])
     return model, FixedBatches([(_tensor(b["x"]), torch.tensor(b["y"])) for b in data["batches"]])
+
+
+def _named(model):
+    """The parameters by the names of the cases: W1, b1, W2, ..."""
+    names = (f"{kind}{number}" for number in itertools.count(1) for kind in "Wb")
+    return dict(zip(names, model.parameters()))
+
+
+def _numbered(name, tensors):
+    """`name`1, `name`2, ... for the tensors, as lists."""
+    return {f"{name}{number}": tensor.tolist() for number, tensor in enumerate(tensors, 1)}
 
 
 def _trainer(case, document, model, batches, *hooks):
     inputs = case["inputs"]
     decay = inputs["weight_decay"]
-    return Trainer(
-        model, batches, momentum=inputs["momentum"], nesterov=decay > 0, weight_decay=decay, hooks=hooks
-    )
+    options = {"momentum": inputs["momentum"], "nesterov": inputs.get("nesterov", decay > 0)}
+    return Trainer(model, batches, weight_decay=decay, hooks=hooks, **options)
 
 
-def _parameters(model, suffix=""):
-    names = ("W1", "b1", "W2", "b2")
-    return {f"{name}{suffix}": p.detach().clone().tolist() for name, p in zip(names, model.parameters())}
+def _parameters(model):
+    return {name: parameter.detach().tolist() for name, parameter in _named(model).items()}
 
 
 def _masks(masks):
-    first, second = masks.kept.values()
-    return {"M1": _digits(first), "M2": _digits(second)}
+    return {f"M{number}": _digits(mask) for number, mask in enumerate(masks.kept.values(), 1)}
 
 
 class _Recorder(Hooks):
@@ -343,7 +374,9 @@ def _recorder_of(hook):
     none_yet = hook.masks.kept
 
     def look(trainer):
-        masks = {"M1": None, "M2": None} if hook.masks.kept is none_yet else _masks(hook.masks)
+        masks = _masks(hook.masks)
+        if hook.masks.kept is none_yet:
+            masks = dict.fromkeys(masks)
         return _parameters(trainer.model) | masks
 
     return _Recorder(look)
@@ -356,7 +389,7 @@ def _imp_trajectory(case, document):
     recorder = _Recorder(lambda trainer: _parameters(trainer.model))
     trainer = _trainer(case, document, model, batches, pruning.KeepMasked(masks), recorder)
     epochs = method.cycle_epochs(
-        inputs["n_phases"], each=inputs["epochs_per_phase"], split=inputs.get("epochs_to_split")
+        inputs["n_phases"], each=inputs.get("epochs_per_phase"), split=inputs.get("epochs_to_split")
     )
     retraining = method.Retraining(
         inputs["schedule"], method.History(inputs["lr_history"]), inputs["orig_epochs"]
@@ -368,6 +401,7 @@ def _imp_trajectory(case, document):
         inputs["goal"],
         epochs,
         retraining,
+        inputs.get("criterion", "global"),
         pruned=lambda *_: after.append(list(_masks(masks).values())),
     )
     return {
@@ -382,9 +416,8 @@ def _imp_trajectory(case, document):
 def _gmp_trajectory(case, document):
     inputs = case["inputs"]
     model, batches = _mlp(case, document)
-    gmp = baselines.GMP(
-        model, inputs["goal"], inputs["n_epochs"], inputs["interval"], inputs["allow_recovering"]
-    )
+    recovering = inputs.get("allow_recovering", True)
+    gmp = baselines.GMP(model, inputs["goal"], inputs["n_epochs"], inputs["interval"], recovering)
     recorder = _recorder_of(gmp)
     trainer = _trainer(case, document, model, batches, gmp, recorder)
     trainer.fit([inputs["lr"]] * inputs["n_epochs"] * len(batches))
@@ -417,8 +450,7 @@ class _Gradients(Hooks):
     """Keeps the gradients as they are when its turn comes."""
 
     def gradients_ready(self, trainer):
-        names = ("W1", "b1", "W2", "b2")
-        self.seen = {n: p.grad.clone().tolist() for n, p in zip(names, trainer.model.parameters())}
+        self.seen = {name: p.grad.tolist() for name, p in _named(trainer.model).items()}
 
 
 def _one_step(case, document, make):
@@ -463,20 +495,18 @@ def _forward_backward(case, document, make, iteration=0):
     term = hook.loss(trainer)
     loss = cross if term is None else cross + term
     loss.backward()
-    first, second = effective.values()
-    weights = list(hook.masks.weights(model).values())
-    return hook, {
-        "W1": first.tolist(),
-        "W2": second.tolist(),
-        "ce": cross.item(),
-        "loss": loss.item(),
-        "gW1": weights[0].grad.tolist(),
-        "gW2": weights[1].grad.tolist(),
-    }
+    gradients = [weight.grad for weight in hook.masks.weights(model).values()]
+    found = {"ce": cross.item(), "loss": loss.item()} | _numbered("gW", gradients)
+    return hook, found | _numbered("W", effective.values())
 
 
 def _dnw(case, document):
     return _forward_backward(case, document, lambda model: baselines.DNW(model, case["inputs"]["goal"]))[1]
+
+
+def _own(inputs, name, tensors):
+    """What a case says of a method's own tensors: `name`1, `name`2, ..."""
+    return [inputs[f"{name}{number}"] for number, _ in enumerate(tensors, 1)]
 
 
 def _with(hook, tensors, values):
@@ -509,11 +539,11 @@ def _cs(case, document):
             inputs["weight_decay"],
         )
         hook = baselines.CS(model, *numbers)
-        return _with(hook, hook.mask_parameters, (inputs["m1"], inputs["m2"]))
+        return _with(hook, hook.mask_parameters, _own(inputs, "m", hook.mask_parameters))
 
     hook, got = _forward_backward(case, document, make, inputs["it"])
-    first, second = (m.grad.tolist() for m in hook.mask_parameters)
-    return got | {"beta": hook.beta(inputs["it"]), "scale": hook.scale, "gm1": first, "gm2": second}
+    numbers = {"beta": hook.beta(inputs["it"]), "scale": hook.scale}
+    return got | numbers | _numbered("gm", [m.grad for m in hook.mask_parameters])
 
 
 def _dst(case, document):
@@ -521,12 +551,11 @@ def _dst(case, document):
 
     def make(model):
         hook = baselines.DST(model, inputs["penalty"], inputs["weight_decay"])
-        return _with(hook, hook.thresholds, (inputs["t1"], inputs["t2"]))
+        return _with(hook, hook.thresholds, _own(inputs, "t", hook.thresholds))
 
     hook, got = _forward_backward(case, document, make)
-    first, second = hook.thresholds
-    gradients = {"gt1": first.grad.tolist(), "gt2": second.grad.tolist()}
-    return got | gradients | {"t1": first.tolist(), "t2": second.tolist()}
+    gradients = _numbered("gt", [t.grad for t in hook.thresholds])
+    return got | gradients | _numbered("t", hook.thresholds)
 
 
 KINDS = {

@@ -1,11 +1,13 @@
 """Golden vectors of `pretraining_impact`: each kind translated to a call of the project's own functions."""
 
 import math
+import re
 from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from golden_inputs import floor_of, only
 from scipy import stats
 from torch import nn
 
@@ -23,9 +25,10 @@ ARCHITECTURES = {
 }
 
 
-def _shape(name, classes=10):
-    architecture, image_shape = ARCHITECTURES[name]
-    return Shape(architecture, (), classes, image_shape)
+def _shape(name, inputs):
+    """The network `name` for a case's classes (10 where it has none) and input (the usual one, likewise)."""
+    architecture, usual = ARCHITECTURES.get(name, (name, None))
+    return Shape(architecture, (), inputs.get("classes", 10), tuple(inputs.get("input", usual)))
 
 
 def _tensor(values):
@@ -34,11 +37,13 @@ def _tensor(values):
 
 def filter_scores_conv(case, document):
     inputs = case["inputs"]
-    weight, gradient, initial = (_tensor(inputs[k]) for k in ("weight", "grad", "initial_weight"))
+    weight, gradient, initial = (
+        None if inputs.get(k) is None else _tensor(inputs[k]) for k in ("weight", "grad", "initial_weight")
+    )
     scores = {c: method.filter_scores(c, weight, gradient, initial) for c in case["expected"]["scores"]}
     return {
         "scores": {name: values.tolist() for name, values in scores.items()},
-        "ascending_rank_l1": scores["l1_sum"].argsort(stable=True).tolist(),
+        "ascending_rank_l1": method.filter_scores("l1_sum", weight).argsort(stable=True).tolist(),
     }
 
 
@@ -52,26 +57,39 @@ def granularities(case, document):
     return {name: method.granular_scores(weight, name).tolist() for name in case["expected"]}
 
 
-def exact_counts(case, document):
+def _removal_counts(case, rules, floor=0):
+    """Rows of a table: n, f and what each rule removes, of which `floor` filters are left."""
     rows = [row[:2] for row in case["expected"]["rows"]]
+    counts = [[method.removal_count(n, f, rule) for rule in rules] for n, f in rows]
     return {
-        "rows": [[n, f, *(method.removal_count(n, f, rule) for rule in ("floor", "round"))] for n, f in rows]
+        "rows": [[*row, *(min(c, max(0, row[0] - floor)) for c in found)] for row, found in zip(rows, counts)]
     }
 
 
+def exact_counts(case, document):
+    inputs = case["inputs"]
+    columns = inputs.get("columns", ["n", "f", "remove_floor", "remove_round"])
+    return _removal_counts(case, [name.removeprefix("remove_") for name in columns[2:]], floor_of(inputs, 1))
+
+
 def legacy_threshold_counts(case, document):
-    rules = [name.replace("exact_floor", "floor") for name in case["inputs"]["columns"][2:]]
-    rows = [row[:2] for row in case["expected"]["rows"]]
-    return {"rows": [[n, f, *(method.removal_count(n, f, rule) for rule in rules)] for n, f in rows]}
+    return _removal_counts(case, [name.removeprefix("exact_") for name in case["inputs"]["columns"][2:]])
+
+
+def _one_filter_stays(inputs):
+    """The floor of every selection in the project."""
+    only({"floor": floor_of(inputs, 1)}, "floor", 1)
 
 
 def ties(case, document):
+    _one_filter_stays(case["inputs"])
     scores = _tensor(case["inputs"]["scores"])
     counts = [method.removal_count(len(scores), f) for f in case["inputs"]["fractions"]]
     return {"keep": [method.kept(scores, count).tolist() for count in counts]}
 
 
 def global_selection(case, document):
+    _one_filter_stays(case["inputs"])
     scores = [_tensor(s) for s in case["inputs"]["scores_per_layer"]]
     total = sum(map(len, scores))
     counts = {str(f): method.removal_count(total, f) for f in case["inputs"]["fractions"]}
@@ -114,28 +132,33 @@ def agp_2019_event_log(case, document):
     end, final = inputs["ending_step"], inputs["final_percent"]
     events = method.event_steps(0, end, inputs["span"], final=False)
     per_epoch = inputs["train_steps_per_epoch"] + inputs["valid_steps_per_epoch"]
+    rule = inputs.get("rule", "gt_sorted_2019")
     ends = [min((epoch + 1) * per_epoch, end) for epoch in range(inputs["epochs"])]
     last = method.level("agp", events[-1] / end, 0.0, final)
     return {
         "percent_after_epoch": [method.level("agp", step / end, 0.0, final) for step in ends],
         "event_steps_first_last": [events[0], events[-1]],
         "percent_at_last_event": last,
-        "kept_filters": [n - method.removal_count(n, last / 100, "gt_sorted_2019") for n in inputs["widths"]],
+        "kept_filters": [n - method.removal_count(n, last / 100, rule) for n in inputs["widths"]],
     }
 
 
 def r_star(case, document):
     inputs = case["inputs"]
 
-    def along(accuracy, mode, reference=None):
+    reference = inputs.get("absolute_reference")
+
+    def along(accuracy, mode, reference):
         return [
             measures.largest_reduction(inputs["reduction"], accuracy, t, mode, reference)
             for t in inputs["taus"]
         ]
 
     return {
-        name: {mode: along(accuracy, mode) for mode in ("strict", "any", "interp")}
-        | {"strict_absolute": along(accuracy, "strict", inputs["absolute_reference"])}
+        name: {
+            mode: along(accuracy, mode.removesuffix("_absolute"), reference if "_absolute" in mode else None)
+            for mode in case["expected"][name]
+        }
         for name, accuracy in inputs["accuracy"].items()
     }
 
@@ -187,11 +210,12 @@ def one_cycle_training_policy(case, document):
 
 def counts(case, document):
     inputs = case["inputs"]
-    shape = _shape(inputs["architecture"], inputs["classes"])
+    _one_filter_stays(inputs)
+    shape = _shape(inputs["architecture"], inputs)
     original = filters.filter_widths(shape.network())
     rows = []
     for fraction in inputs["fractions"]:
-        keep = filters.pruned_widths(original, fraction)
+        keep = filters.pruned_widths(original, fraction, inputs.get("rule", "floor"))
         cost = shape.cost(tuple(keep))
         reduction = 1 - cost["parameters"] / cost["dense_parameters"]
         rows.append(
@@ -207,22 +231,21 @@ def counts(case, document):
 
 
 def counts_full_size(case, document):
-    few = case["inputs"]["classes_small"]
-    head = {"hidden": (4096, 4096), "head": "flatten"}
-    plain, normed = ({"batch_norm": norm, "conv_bias": True} for norm in (False, True))
-    networks = {
-        "vgg16_1000cls_224_fc_head": ("vgg16", 1000, plain | head),
-        "vgg16_bn_1000cls_224_fc_head": ("vgg16", 1000, normed | head),
-        "vgg16_nobn_10cls_224_gap_head": ("vgg16", few, plain),
-        "vgg16_bn_biased_10cls_224_gap_head": ("vgg16", few, normed),
-        "mobilenet_v1_1000cls_224": ("mobilenet_v1", 1000, {}),
-        "mobilenet_v1_10cls_224": ("mobilenet_v1", few, {}),
-    }
-    costs = {
-        name: Shape(architecture, tuple(options.items()), classes, (3, 224, 224)).cost()
-        for name, (architecture, classes, options) in networks.items()
-    }
-    return {name: [cost["parameters"], cost["macs"]] for name, cost in costs.items()}
+    """A name tells a network's form: `vgg16_bn_biased_10cls_224_gap_head`; only 1000 classes are its own."""
+    found = {}
+    for name in case["expected"]:
+        architecture, form, classes, side, head = re.fullmatch(
+            r"(vgg16|mobilenet_v1)_?(\w*?)_(\d+)cls_(\d+)_?(\w*)", name
+        ).groups()
+        classes = 1000 if classes == "1000" else case["inputs"].get("classes_small", int(classes))
+        options = {}
+        if architecture == "vgg16":
+            options = {"batch_norm": form.startswith("bn"), "conv_bias": True}
+            if head == "fc_head":
+                options |= {"hidden": (4096, 4096), "head": "flatten"}
+        cost = Shape(architecture, tuple(options.items()), classes, (3, int(side), int(side))).cost()
+        found[name] = [cost["parameters"], cost["macs"]]
+    return found
 
 
 def counts_vgg16_bn_fc_head_pruned(case, document):
@@ -251,8 +274,9 @@ def counts_author_notebooks(case, document):
     found = []
     for net in case["inputs"]["nets"]:
         options = {"cfg": tuple(net["conv"]), "hidden": tuple(net["fc"][:-1]), "batch_norm": net["bn"]}
-        options |= {"kernel": 5, "conv_bias": True}
-        cost = Shape("convnet", tuple(options.items()), net["fc"][-1], (3, 32, 32)).cost()
+        options |= {"kernel": net.get("kernel", 5), "conv_bias": True}
+        shape = tuple(net.get("input", (3, 32, 32)))
+        cost = Shape("convnet", tuple(options.items()), net["fc"][-1], shape).cost()
         found.append(cost["parameters"])
     return {"params": found}
 
@@ -267,7 +291,7 @@ def counts_mobilenet_v2_hidden_only(case, document):
 def fraction_for_target(case, document):
     targets, found = case["inputs"]["targets"], {}
     for name in case["expected"]:
-        shape = _shape(name)
+        shape = _shape(name, case["inputs"])
         original = filters.filter_widths(shape.network())
         fractions = filters.fractions_for_reductions(shape.parameters, original, targets)
         left = [shape.parameters(filters.pruned_widths(original, f)) for f in fractions]
@@ -292,7 +316,7 @@ def surgery_conv_bn_pool_flatten(case, document):
     x = _tensor(inputs["x"])
     names = {"features.0": "1", "features.4": "2"}
     state = {f"{conv}.weight": p[f"conv{n}"] for conv, n in names.items()}
-    state |= {f"{conv}.bias": p[f"b{n}"] for conv, n in names.items()}
+    state |= {f"{conv}.bias": p[f"b{n}"] for conv, n in names.items() if f"b{n}" in p}
     entries = {"weight": "g", "bias": "be", "running_mean": "m", "running_var": "v"}
     norms = {"features.1": "1", "features.5": "2"}
     state |= {f"{norm}.{entry}": p[key + n] for norm, n in norms.items() for entry, key in entries.items()}
@@ -301,7 +325,7 @@ def surgery_conv_bn_pool_flatten(case, document):
     def network():
         model = models.build(
             "convnet", classes=len(p["fc"]), image_shape=x.shape[1:], cfg=[widths[0], "M", widths[1]],
-            conv_bias=True, head="flatten",
+            conv_bias="b1" in p, head="flatten", kernel=len(p["conv1"][0][0]),
         )  # fmt: skip
         return _loaded(model, state)
 
@@ -314,7 +338,7 @@ def surgery_conv_bn_pool_flatten(case, document):
     torch.testing.assert_close(masked(x), compact(x))
     for conv in names:
         masks = channels.masks(half, {conv: keep[conv]})
-        own = {name: masks[name] for name in (f"{conv}.weight", f"{conv}.bias")}
+        own = {name: masks[name] for name in (f"{conv}.weight", f"{conv}.bias") if name in masks}
         filters.apply_masks(own, dict(half.named_parameters()))
     columns = channels.masks(dense, keep)["classifier.weight"][0]
     return {
@@ -337,6 +361,8 @@ def surgery_depthwise(case, document):
     widths = [len(weights["stem"]), len(weights["pw"])]
     names = {"conv1": "stem", "blocks.0.conv1": "dw", "blocks.0.conv2": "pw", "linear": "fc"}
     state = {f"{name}.weight": weights[key] for name, key in names.items()}
+    if "fc_bias" in weights:
+        state["linear.bias"] = weights["fc_bias"]
     for norm, key in {"bn1": "bn_stem", "blocks.0.bn1": "bn_dw", "blocks.0.bn2": "bn_pw"}.items():
         entries = ("weight", "bias", "running_mean", "running_var")
         state |= {f"{norm}.{entry}": values for entry, values in zip(entries, norms[key])}
@@ -344,9 +370,9 @@ def surgery_depthwise(case, document):
     def network():
         model = models.build(
             "mobilenet_v1", classes=len(weights["fc"]), image_shape=x.shape[1:],
-            default=widths, strides=[2], stem_stride=1,
+            default=widths, strides=[inputs.get("stride", 2)], stem_stride=inputs.get("stem_stride", 1),
         )  # fmt: skip
-        model.linear = nn.Linear(widths[-1], len(weights["fc"]), bias=False)
+        model.linear = nn.Linear(widths[-1], len(weights["fc"]), bias="fc_bias" in weights)
         return _loaded(model, state)
 
     dense, compact = network(), network()
@@ -374,7 +400,11 @@ def masked_sgd(case, document):
         model = nn.Module()
         model.w = nn.Parameter(_tensor(inputs["weight"]))
         optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=inputs["nesterov"]
+            model.parameters(),
+            lr=inputs.get("lr", 0.1),
+            momentum=inputs.get("momentum", 0.9),
+            weight_decay=inputs.get("weight_decay", 5e-4),
+            nesterov=inputs.get("nesterov", False),
         )
         trainer = SimpleNamespace(model=model, optimizer=optimizer)
         hook = filters.KeepFiltersMasked(policy, {"w": _tensor(inputs["mask"])})
@@ -420,13 +450,15 @@ def difference_in_differences(case, document):
 
 
 def split_counts(case, document):
-    sizes = case["inputs"]["class_sizes"]
-    thirty = method.per_class_counts(sizes, 30)
-    return {
-        "train30": thirty,
-        "test30": [size - count for size, count in zip(sizes, thirty)],
-        "train80": method.per_class_counts(sizes, 0.8),
-    }
+    """`train30` beside `test30` is a number of images of each class, `train80` alone a share in percent."""
+    sizes, found = case["inputs"]["class_sizes"], {}
+    for name in case["expected"]:
+        part, amount = re.fullmatch(r"(train|test)(\d+)", name).groups()
+        each = f"test{amount}" in case["expected"]
+        train = method.per_class_counts(sizes, int(amount) if each else int(amount) / 100)
+        rest = [size - count for size, count in zip(sizes, train)]
+        found[name] = train if part == "train" else rest
+    return found
 
 
 @torch.no_grad()
@@ -435,8 +467,9 @@ def iterative_trajectory(case, document):
     weights = [_tensor(w) for w in inputs["weights"]]
     widths = [len(w) for w in weights]
     model = models.build(
-        "convnet", classes=1, image_shape=(weights[0].shape[1], 8, 8), cfg=widths, batch_norm=False
-    ).double()
+        "convnet", classes=1, image_shape=(weights[0].shape[1], 8, 8), cfg=widths, batch_norm=False,
+        kernel=weights[0].shape[2],
+    ).double()  # fmt: skip
     names = [group.name for group in filters.filter_groups(model)]
     for name, weight in zip(names, weights):
         model.get_submodule(name).weight.copy_(weight)

@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import re
 
 import torch
+from golden_inputs import floor_of, only
 from torch import nn
 from torch.func import functional_call
 
@@ -22,7 +24,6 @@ from replications.pruning_from_scratch.structure import (
     uniform_widths,
 )
 
-FIRST_WIDTH = {"vgg": 64, "resnet50": 64, "resnet": 16, "mobilenet": 32}
 GATED_NORMS = {
     "vgg_conv_bn_relu": ["bn"],
     "resnet_basic": ["bn1"],
@@ -54,14 +55,19 @@ def _tensors(gates):
 # ---------------------------------------------------------------------------------------------- networks
 
 
-def _layout(name, classes, side=None, options=None):
-    side = side or (224 if name == "resnet50" or name.startswith("mobilenet") else 32)
-    return Layout.of(name, classes, (3, side, side), options)
+def _layout(inputs, name=None, options=None):
+    """The layout that a case speaks of; without a number of classes or a side of images, the usual ones."""
+    name = name or inputs["arch"]
+    multiplier = inputs.get("output_multiplier", 1)
+    options = {**(options or {}), **({} if multiplier == 1 else {"multiplier": multiplier})}
+    usual = 224 if name == "resnet50" or name.startswith("mobilenet") else 32
+    side = inputs.get("input_hw", usual)
+    shape = (inputs.get("input_channels", 3), *(side if isinstance(side, list) else (side, side)))
+    return Layout.of(name, inputs.get("num_classes", 10), shape, options)
 
 
 def _expanded(layout, first):
-    family = next(name for name in FIRST_WIDTH if layout.architecture.startswith(name))
-    return layout.expanded(first / FIRST_WIDTH[family])
+    return layout.expanded(first / layout.widths[0])
 
 
 def _numbers(cfg):
@@ -86,7 +92,7 @@ def _chain(layout):
 
 def _gate_layout(case, document):
     inputs = case["inputs"]
-    layout = _expanded(_layout(inputs["arch"], 10), inputs["expanded_inchannel"])
+    layout = _expanded(_layout(inputs), inputs["expanded_inchannel"])
     gates = method.Gates(layout.build(), layout.gated, 0.5, 0.5)
     sizes = [len(layer) for layer in gates.layers()]
     return {
@@ -98,10 +104,7 @@ def _gate_layout(case, document):
 
 def _count(case, document):
     inputs = case["inputs"]
-    multiplier = inputs["output_multiplier"]
-    options = {} if multiplier == 1 else {"multiplier": multiplier}
-    layout = _layout(inputs["arch"], inputs["num_classes"], inputs["input_hw"], options)
-    cost = _expanded(layout, inputs["expanded_inchannel"]).cost(_numbers(inputs["cfg"]))
+    cost = _expanded(_layout(inputs), inputs["expanded_inchannel"]).cost(_numbers(inputs["cfg"]))
     return {"macs": cost["macs"], "params": cost["parameters"]}
 
 
@@ -121,7 +124,8 @@ def _block(case, document):
         block = _module(inputs)
         given = inputs["parameters"] | inputs.get("running_stats", {})
         weights = {_renamed(name, names): torch.tensor(value) for name, value in given.items()}
-        block.load_state_dict(weights, strict=False)
+        _load(block, weights)
+        _set_norms(block, inputs.get("bn", {}), given)
         block.train(inputs["mode"] == "train")
         gates = method.Gates(block, [_renamed(norm, names) for norm in GATED_NORMS[kind]], 0.0, 0.0)
         gates.values.data = torch.cat(_tensors(inputs["gates"].values()))
@@ -137,6 +141,25 @@ def _block(case, document):
     }
 
 
+def _load(model, weights):
+    """Load the values that a case gives; it may leave out others, but none that it has is lost."""
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unknown, f"the network has no {', '.join(unknown)}"
+
+
+def _set_norms(model, bn, given):
+    """Give the batch norms what a case says of all of them, but for what it says of single ones."""
+    single = {name.rpartition(".")[2] for name in given if "running" in name or "bn" in name}
+    entries = {"weight": "weight", "bias": "bias"}
+    entries |= {f"running_{moment}": f"running_{moment}_start" for moment in ("mean", "var")}
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps, norm.momentum = bn.get("eps", norm.eps), bn.get("momentum", norm.momentum)
+            for entry, key in entries.items():
+                if key in bn and entry not in single:
+                    getattr(norm, entry).data[:] = torch.tensor(bn[key], dtype=norm.weight.dtype)
+
+
 def _renamed(name, names):
     layer, _, rest = name.rpartition(".")
     return f"{names.get(layer, layer)}.{rest}" if rest and layer else names.get(name, name)
@@ -145,17 +168,25 @@ def _renamed(name, names):
 def _module(inputs):
     shapes = {name: torch.tensor(value).shape for name, value in inputs["parameters"].items()}
     channels = len(inputs["x"][0])
-    convs = [shape[0] for name, shape in shapes.items() if name.startswith("conv")]
-    kind, stride = inputs["block"], inputs["stride"]
+    kernels = [shape for name, shape in shapes.items() if name.startswith("conv")]
+    convs = [shape[0] for shape in kernels]
+    kind, stride = inputs["block"], inputs.get("stride", 1)
     if kind == "vgg_conv_bn_relu":
-        side = len(inputs["x"][0][0])
-        return Layout.of("convnet", 2, (channels, side, side), {"cfg": convs}).build().features
+        only(inputs, "stride", 1, 2)
+        options = {"cfg": ["S"] * (stride == 2) + convs, "kernel": kernels[0][2]}
+        return Layout.of("convnet", 2, torch.tensor(inputs["x"]).shape[1:], options).build().features
     if kind == "mobilenet_v1_separable":
         return Separable(channels, convs[-1], stride)
     if kind == "mobilenet_v2_body":
         return InvertedResidual(channels, convs[0], convs[-1], stride, expand=True).conv
+    projected = inputs.get("projection_shortcut", "shortcut.0.weight" in shapes)
     block = {"resnet_basic": BasicBlock, "resnet_bottleneck": Bottleneck}[kind]
-    return block(channels, convs[:-1], convs[-1], convs[-1], stride, "B")
+    made = block(channels, convs[:-1], convs[-1], convs[-1], stride, "B" if projected else "A")
+    if projected and isinstance(made.shortcut, nn.Identity):
+        # the project projects only where shapes differ
+        convolution = nn.Conv2d(channels, convs[-1], 1, stride, bias=False)
+        made.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(convs[-1]))
+    return made
 
 
 # ---------------------------------------------------------------------------------------------- gates
@@ -202,7 +233,8 @@ class _Gradients(Hooks):
 def _learned(layout, weights, batches, inputs):
     with _float64():
         model = layout.build()
-        model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=False)
+        _load(model, {name: torch.tensor(value) for name, value in weights.items()})
+        _set_norms(model, inputs.get("bn", {}), weights)
         gates = method.Gates(model, layout.gated, inputs["lambda_"], inputs["target"])
         watch = _Gradients(gates)
         trainer = Trainer(model, _OneEach(batches), hooks=[gates, watch], optimizer=gates.optimizer())
@@ -238,11 +270,13 @@ def _learned(layout, weights, batches, inputs):
 
 def _learn(case, document):
     inputs = case["inputs"]
-    options = {"cfg": inputs["cfg"], "norm_scale": inputs["bn"]["weight"]}
-    layout = _layout("convnet", inputs["num_classes"], inputs["input_hw"], options)
+    first = torch.tensor(inputs["conv_weights"][0]).shape
+    options = {"cfg": inputs["cfg"], "kernel": first[2]}
+    layout = _layout({"input_channels": first[1], **inputs}, "convnet", options)
     convs = [name for name, m in layout.build(device="meta").named_modules() if isinstance(m, nn.Conv2d)]
-    weights = {f"{name}.weight": w for name, w in zip(convs, inputs["conv_weights"])}
-    weights |= {"classifier.weight": inputs["fc_weight"], "classifier.bias": inputs["fc_bias"]}
+    weights = {f"{name}.weight": w for name, w in zip(convs, inputs["conv_weights"], strict=True)}
+    weights["classifier.weight"] = inputs["fc_weight"]
+    weights["classifier.bias"] = inputs.get("fc_bias") or [0.0] * len(inputs["fc_weight"])
     batches = [
         (torch.tensor(x, dtype=torch.float64), torch.tensor(y))
         for x, y in zip(inputs["batches_x"], inputs["batches_y"])
@@ -252,23 +286,27 @@ def _learn(case, document):
 
 def _learn_tiny_resnet(case, document):
     inputs = case["inputs"]
-    layout = _expanded(
-        _layout(f"resnet{inputs['depth']}", inputs["num_classes"]), inputs["expanded_inchannel"]
-    )
-    size = len(inputs["batches_y"][0])
-    batches = [
-        (_waves(range(size * t, size * (t + 1))), torch.tensor(y)) for t, y in enumerate(inputs["batches_y"])
-    ]
+    channels = len(inputs["parameters"]["conv1.weight"][0])
+    layout = _layout({"input_channels": channels, **inputs}, f"resnet{inputs['depth']}")
+    layout = _expanded(layout, inputs["expanded_inchannel"])
+    batches, drawn = [], 0
+    for labels in inputs["batches_y"]:
+        samples = range(drawn, drawn + len(labels))
+        batches.append((_waves(inputs["x_formula"], samples, layout.image_shape), torch.tensor(labels)))
+        drawn += len(labels)
     return _learned(layout, inputs["parameters"], batches, inputs)
 
 
-def _waves(samples):
-    """The images of the case's `x_formula`."""
-    n = torch.tensor(list(samples), dtype=torch.float64).view(-1, 1, 1, 1)
-    c = torch.arange(3, dtype=torch.float64).view(1, -1, 1, 1)
-    i = torch.arange(32, dtype=torch.float64).view(1, 1, -1, 1)
-    j = torch.arange(32, dtype=torch.float64).view(1, 1, 1, -1)
-    return torch.sin(0.7 * n + 1.3 * c + 0.31 * i + 0.17 * j + 0.05 * i * j).round(decimals=6)
+def _waves(formula, samples, shape):
+    """Images by a case's `x_formula`: round(sin(a sum of products of numbers, n, c, i and j), decimals)."""
+    terms, decimals = re.search(r"round\(sin\(([^()]*)\), *(\d+)\)", formula).groups()
+    sizes = {"n": samples, "c": range(shape[0]), "i": range(shape[1]), "j": range(shape[2])}
+    axes = [torch.tensor(list(values), dtype=torch.float64) for values in sizes.values()]
+    known, phase = dict(zip(sizes, torch.meshgrid(*axes, indexing="ij"))), 0.0
+    for term in terms.split("+"):
+        factors = [known[f] if f in known else float(f) for f in map(str.strip, term.split("*"))]
+        phase = phase + math.prod(factors)
+    return torch.sin(phase).round(decimals=int(decimals))
 
 
 def _select(case, document):
@@ -282,7 +320,7 @@ def _select(case, document):
 
 def _mask(case, document):
     inputs = case["inputs"]
-    masks = Ranking.of(_tensors(inputs["gates"])).masks(inputs["keep"], inputs["min_channels"])
+    masks = Ranking.of(_tensors(inputs["gates"])).masks(inputs["keep"], floor_of(inputs, 1))
     return {"masks": [mask.int().tolist() for mask in masks], "channels": [int(mask.sum()) for mask in masks]}
 
 
@@ -321,7 +359,7 @@ def _found(inputs, base, wide, gates, mask_form):
             inputs["target_ratio"],
             iterations=inputs["max_iter"],
             tolerance=inputs["eps"],
-            min_channels=inputs["min_channels"],
+            min_channels=floor_of(inputs, 1),
             returned=rule,
         )
         for rule in ("last", "best")
@@ -356,23 +394,20 @@ def _found(inputs, base, wide, gates, mask_form):
 
 def _search(case, document):
     inputs = case["inputs"]
-    base = _expanded(_layout(inputs["arch"], inputs["num_classes"]), inputs["base_inchannel"])
-    wide = _expanded(_layout(inputs["arch"], inputs["num_classes"]), inputs["expanded_inchannel"])
+    base, wide = (_expanded(_layout(inputs), inputs[f"{which}_inchannel"]) for which in ("base", "expanded"))
     return _found(inputs, base, wide, _gates(inputs["gates"]), lambda mask: "".join(map(str, mask)))
 
 
 def _search_configuration(case, document):
     inputs = case["inputs"]
-    base, wide = (
-        _layout("convnet", inputs["num_classes"], inputs["input_hw"], {"cfg": inputs[cfg]})
-        for cfg in ("base_cfg", "expanded_cfg")
-    )
+    base, wide = (_layout(inputs, "convnet", {"cfg": inputs[cfg]}) for cfg in ("base_cfg", "expanded_cfg"))
     return _found(inputs, base, wide, _tensors(inputs["gates"]), list)
 
 
 def _uniform(case, document):
     inputs = case["inputs"]
-    layout = _expanded(_layout(inputs["arch"], inputs["num_classes"]), inputs["inchannel"])
+    only({"floor": floor_of(inputs, 1)}, "floor", 1)
+    layout = _expanded(_layout(inputs), inputs["inchannel"])
     found = uniform_widths(layout.widths, layout.spends("macs"), inputs["target_ratio"])
     return {
         "cfg": _cfg(layout, found.widths),
@@ -404,7 +439,7 @@ def _lr_multistep(case, document):
 
 def _lr_cosine(case, document):
     inputs = case["inputs"]
-    batch = inputs["batch"] * inputs["world_size"]
+    batch = inputs["batch"] * inputs.get("world_size", 1)
     rates = method.learning_rates("cosine", inputs["lr"], inputs["epochs"], 1, batch_size=batch)
     return {"lr": [rates[epoch] for epoch in inputs["at"]]}
 
