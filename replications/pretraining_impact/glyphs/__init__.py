@@ -91,7 +91,8 @@ class _Outline(BasePen):
 
     def _lineTo(self, point):
         # points between two of the file lie at half units
-        self.polygons[-1].append(tuple(int(self.UNITS * value) for value in point))
+        x, y = (int(self.UNITS * value) for value in point)
+        self.polygons[-1].append((x, y))
 
     def _qCurveToOne(self, control, end):
         (x0, y0), (x1, y1), (x2, y2) = (
