@@ -17,12 +17,13 @@ from torch import nn
 
 from common.core import schedules
 from common.core.data import Dataset
+from common.core.failures import Unreachable
 from common.core.identity import stream
 from common.core.models import Network, build
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import prunable
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Hooks, Trainer, Unreachable
+from common.core.trainer import Hooks, Trainer
 from common.settings import Count, Rate, Share, Strict
 
 _BACKWARD_AND_FORWARD = 3  # training costs about three forward passes

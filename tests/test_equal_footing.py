@@ -5,8 +5,8 @@ import torch
 
 from common.arena import Arena, Contest
 from common.core.compute import Compute
+from common.core.failures import RunFailed
 from common.core.run import Context, Needed, Run
-from common.core.trainer import RunFailed
 from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile
 from replications.equal_footing import protocol

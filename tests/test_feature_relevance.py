@@ -9,10 +9,11 @@ from common import settings as common_settings
 from common.arena import Arena, Contest
 from common.core.compute import Compute
 from common.core.data import FixedBatches
+from common.core.failures import RunFailed
 from common.core.models import build
 from common.core.pruning import channels
 from common.core.run import Context, Run
-from common.core.trainer import RunFailed, Trainer
+from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store

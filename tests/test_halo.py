@@ -7,10 +7,11 @@ from torch import nn
 
 from common.core.compute import Compute
 from common.core.data import FixedBatches
+from common.core.failures import Diverged, RunFailed
 from common.core.models import build
 from common.core.pruning.masks import prunable
 from common.core.run import Context, Needed
-from common.core.trainer import Diverged, RunFailed, Trainer
+from common.core.trainer import Trainer
 from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile
 from replications.halo import measures, method, protocol

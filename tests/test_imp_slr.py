@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from common.core.data import FixedBatches
+from common.core.failures import RunFailed
 from common.core.pruning.masks import KeepMasked, Masks
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store

@@ -13,9 +13,10 @@ from project import add_example, copy, params, run
 from torch import nn
 
 from common.core.data import FixedBatches
+from common.core.failures import RunFailed
 from common.core.pruning.counting import cost
 from common.core.run import Outcome, Run
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer
 from common.settings import ExecutionSettings
 from common.stage import rehearsal
 from common.stage.papers import papers

@@ -9,10 +9,10 @@ from project import ROOT
 
 from common import records
 from common.core import loading
+from common.core.failures import Diverged, OutOfMemory, RunFailed, Unreachable
 from common.core.identity import canonical
 from common.core.pruning.masks import Infeasible
 from common.core.run import Outcome, Run
-from common.core.trainer import Diverged, OutOfMemory, RunFailed, Unreachable
 from common.records import Cause, Curves, Failure, Record
 from common.settings import DatasetSettings, ExecutionSettings, SettingsError
 from common.stage import scheduler

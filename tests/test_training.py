@@ -13,11 +13,12 @@ from torch._dynamo import OptimizedModule
 from common.core import compute as computing
 from common.core.compute import Compute
 from common.core.data import Batches, FixedBatches
+from common.core.failures import Diverged, RunFailed
 from common.core.loading import load
 from common.core.models import build
 from common.core.pruning import channels
 from common.core.pruning.masks import KeepMasked, Masks
-from common.core.trainer import Diverged, Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer
 from common.settings import DatasetSettings, SettingsError
 from common.statistics import inference
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,36 +20,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
 from common.core.compute import Capture, CaptureFailed, Compute, out_of_memory, release_memory
+from common.core.failures import Diverged, OutOfMemory
 from common.core.identity import stream
-from common.records import Failure
 
 # drawing from the global generator is for one thread at a time
 _GLOBAL_GENERATOR = threading.Lock()
-
-
-class RunFailed(Exception):
-    """A run that cannot be completed; the message becomes the reason in its record, `failure` its kind.
-
-    Raised as one of the classes below, which say the kind; by itself it counts as Unreachable.
-    """
-
-    failure: ClassVar[Failure] = "unreachable"
-
-
-class Unreachable(RunFailed):
-    """No network meets the target or the budget, or what is asked for does not exist."""
-
-
-class Diverged(RunFailed):
-    """Training whose loss, or what a method makes of the network, is no longer a finite number."""
-
-    failure = "diverged"
-
-
-class OutOfMemory(RunFailed):
-    """A device or the machine has no memory left."""
-
-    failure = "resources"
 
 
 class Hooks:

@@ -29,9 +29,9 @@ import torch
 from tqdm import tqdm
 
 from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
+from common.core.failures import OutOfMemory, RunFailed
 from common.core.identity import canonical
 from common.core.run import Context, Needed, Outcome, Run
-from common.core.trainer import OutOfMemory, RunFailed
 from common.records import Entry
 from common.settings import ExecutionSettings
 from common.stage import processes

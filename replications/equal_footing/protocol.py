@@ -17,10 +17,10 @@ from pydantic import Field
 
 from common.arena import Arena, Contender, Contest
 from common.core import schedules
+from common.core.failures import Unreachable
 from common.core.identity import stream
 from common.core.pruning.masks import Allocation, KeepMasked, Masks, prunable, select
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Unreachable
 from common.settings import PaperSettings, Profile, Targets
 
 NAME = "equal_footing"

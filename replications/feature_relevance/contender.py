@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from common.arena import Contest
+from common.core.failures import Unreachable
 from common.core.models.resnet import ResNet
 from common.core.run import Outcome
-from common.core.trainer import Unreachable
 from replications.feature_relevance import method
 from replications.feature_relevance.gradual import (
     GradualPruning,

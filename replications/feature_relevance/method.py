@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from common.core.failures import Diverged
 from common.core.models import ChannelGroup, Network, weight_of
 from common.core.models.chain import ConvNet
 from common.core.models.resnet import ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import layer_costs
-from common.core.trainer import BatchSource, Diverged
+from common.core.trainer import BatchSource
 from replications.feature_relevance.relevance import EPS, relevances
 
 ChannelCriterion = Literal["relevance", "random", "l1", "taylor"]

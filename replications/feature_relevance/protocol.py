@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from common.core import models, schedules
 from common.core.data import Batches, Dataset
+from common.core.failures import Unreachable
 from common.core.identity import stream
 from common.core.loading import load
 from common.core.models import Network
@@ -25,7 +26,7 @@ from common.core.models.resnet import ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import cost
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Hooks, Trainer, Unreachable
+from common.core.trainer import Hooks, Trainer
 from common.settings import (
     AugmentationSettings,
     CellSettings,

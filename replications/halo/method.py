@@ -24,8 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.core.failures import Diverged
 from common.core.pruning.masks import Layers, prunable
-from common.core.trainer import Diverged, Hooks, Trainer, gradients_of
+from common.core.trainer import Hooks, Trainer, gradients_of
 
 Coupling = Literal["intended", "official"]
 TargetMode = Literal["L1", "L2"]

@@ -16,13 +16,14 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from common.core.data import Batches, Dataset
+from common.core.failures import Diverged, Unreachable
 from common.core.identity import stream
 from common.core.models import Network, architecture, build
 from common.core.models.chain import MLP
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Diverged, Hooks, Trainer, Unreachable
+from common.core.trainer import Hooks, Trainer
 from common.settings import (
     CellSettings,
     Count,

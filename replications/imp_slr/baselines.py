@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.core.failures import Unreachable
 from common.core.pruning.masks import Allocation, Masks, select, smallest
-from common.core.trainer import Hooks, Trainer, Unreachable
+from common.core.trainer import Hooks, Trainer
 from replications.imp_slr.method import relative_steps
 
 RankOver = Literal["all", "prunable"]

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from common.core.data import Batches, Dataset
+from common.core.failures import Diverged, Unreachable
 from common.core.identity import stream
 from common.core.models import build
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Masks, prunable, squared_norm
 from common.core.run import Context, Outcome, Run
-from common.core.trainer import Diverged, Hooks, Trainer, Unreachable
+from common.core.trainer import Hooks, Trainer
 from common.records import Record
 from replications.imp_slr import baselines, method
 from replications.imp_slr.settings import RETRAINED, DenseSchedule, percent

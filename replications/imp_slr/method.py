@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.core.failures import Unreachable
 from common.core.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, prunable, squared_norm
 from common.core.schedules import linear
-from common.core.trainer import Trainer, Unreachable
+from common.core.trainer import Trainer
 
 Schedule = Literal["FT", "LRW", "SLR", "CLR", "LLR", "ALLR", "LLR_min", "LC", "LCT", "LCN"]
 Tunable = Literal["constant", "stepped", "cosine", "linear", "linear_min"]

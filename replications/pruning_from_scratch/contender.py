@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from common.arena import Contest
+from common.core.failures import Unreachable
 from common.core.identity import stream
 from common.core.pruning import counting
 from common.core.run import Outcome
-from common.core.trainer import Unreachable
 from replications.pruning_from_scratch.protocol import EXPANSION, GateSettings, learned
 from replications.pruning_from_scratch.structure import Layout, Ranking, search
 

@@ -7,10 +7,10 @@ import time
 import torch
 from torch import nn
 
+from common.core.failures import Unreachable
 from common.core.identity import stream
 from common.core.pruning.counting import cost
 from common.core.run import Outcome, Run
-from common.core.trainer import Unreachable
 from common.settings import PaperSettings, Rate, Seeds, Targets
 
 

@@ -5,10 +5,11 @@ from golden_inputs import only
 from torch import nn
 
 from common.core.data import FixedBatches
+from common.core.failures import Diverged
 from common.core.models import ARCHITECTURES
 from common.core.pruning.counting import layer_costs
 from common.core.pruning.masks import prunable
-from common.core.trainer import Diverged, Hooks, Trainer
+from common.core.trainer import Hooks, Trainer
 from replications.halo import measures, method, protocol
 
 CIFAR, MNIST = "conv", "conv+linear"

@@ -10,12 +10,13 @@ import torch
 
 from common.core.compute import Compute
 from common.core.data import SPLITS, Batches
+from common.core.failures import RunFailed
 from common.core.loading import make_dataset
 from common.core.models import build
 from common.core.pruning import channels
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.run import Run
-from common.core.trainer import Hooks, RunFailed, Trainer
+from common.core.trainer import Hooks, Trainer
 from common.settings import AugmentationSettings, ExecutionSettings
 from common.stage.scheduler import execute, prepare_process
 from common.stage.store import Store

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.core.trainer import Hooks, Trainer, Unreachable
+from common.core.failures import Unreachable
+from common.core.trainer import Hooks, Trainer
 
 Layers = Literal["conv+linear", "conv"]
 Allocation = Literal["global", "uniform", "uniform_plus", "ERK", "LAMP", "random"]
