@@ -34,13 +34,15 @@ def copy(folder: Path) -> Path:
     return project
 
 
-def add_example(project: Path) -> None:
+def add_example(project: Path, name: str = "example") -> None:
     """Add the example paper: a folder and a stage, nothing else."""
     example = ROOT / "tests" / "example_paper"
-    target = project / "replications" / "example"
+    target = project / "replications" / name
     shutil.copytree(example, target, ignore=shutil.ignore_patterns("__pycache__", "stage.yaml"))
+    for file in (target / "claims.yaml", target / "protocol.py"):
+        file.write_text(file.read_text().replace("example", name))
     pipeline = project / "dvc.yaml"
-    stage = (example / "stage.yaml").read_text()
+    stage = (example / "stage.yaml").read_text().replace("example", name)
     pipeline.write_text(pipeline.read_text().replace("stages:\n", f"stages:\n{stage}\n", 1))
 
 

@@ -55,6 +55,14 @@ def test_a_sixth_paper_runs_to_its_verdict(project):
     assert list((project / "reports/digits/figures").glob("*.svg"))
 
 
+def test_a_paper_may_join_after_the_others_have_run(project):
+    _repro(project)
+    add_example(project, "seventh")
+    ran = _repro(project)
+    _remove(project, "seventh")
+    assert set(ran) == {"settings", "seventh", "statistics", "report"}
+
+
 def test_nothing_runs_again_without_a_change(project):
     _repro(project)
     assert _repro(project) == []
@@ -64,7 +72,7 @@ def test_a_change_runs_only_what_follows_from_it(project):
     _repro(project)
     claims = project / "replications/example/claims.yaml"
     claims.write_text(claims.read_text().replace("costs accuracy.", "costs some accuracy."))
-    assert _repro(project) == ["statistics", "report"]
+    assert _repro(project) == ["settings", "statistics", "report"]
     scheduler = project / "common/stage/scheduler.py"
     scheduler.write_text(scheduler.read_text() + "\n# changed\n")
     assert _repro(project) == []
@@ -73,7 +81,7 @@ def test_a_change_runs_only_what_follows_from_it(project):
     assert _repro(project) == ["report"]
     protocol = project / "replications/example/protocol.py"
     protocol.write_text(protocol.read_text() + "\n# changed\n")
-    assert _repro(project)[:1] == ["example"]
+    assert _repro(project)[:2] == ["settings", "example"]
 
 
 def test_a_killed_pipeline_goes_on_with_the_same_command(project):

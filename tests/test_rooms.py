@@ -115,6 +115,11 @@ def test_the_stage_of_the_example_depends_on_the_code_of_its_runs(tmp_path):
     assert _of_stage("example", project) == code_files("example", root=project)
 
 
+@pytest.mark.parametrize("stage", ["statistics", "report"])
+def test_a_stage_that_trains_nothing_depends_on_the_code_that_it_reaches(stage):
+    assert _reached(f"common/{stage}/__main__.py") <= set(_of_stage(stage))
+
+
 # ---------------------------------------------------------------------------------------- what a changed line changes
 
 
