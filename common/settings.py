@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -334,6 +335,11 @@ def profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mappin
     blocks = content.get("profiles")
     if not isinstance(blocks, Mapping) or not blocks:
         raise SettingsError(f"{file}: profiles = {blocks!r}: must be a table of profiles")
+    for known in blocks:  # its folders are called by it
+        if not isinstance(known, str) or not re.fullmatch(r"\w[\w.-]*", known):
+            raise SettingsError(
+                f"{file}: profiles: {known!r}: a name must be letters, digits, '_', '-' and '.' (numbers in quotes)"
+            )
     name = profile if profile is not None else content.get("profile")
     if not isinstance(name, str) or name not in blocks:
         raise SettingsError(f"{file}: profile = {name!r}: unknown profile; {hint(str(name), list(blocks))}")

@@ -120,6 +120,8 @@ def test_every_profile_of_the_project_can_be_used():
         ({"a": {"extends": ["b"]}, "b": {}}, "profiles.a.extends = ['b']: unknown profile; allowed: b"),
         ({"a": {"extends": None}, "b": {}}, "profiles.a.extends = None: unknown profile; allowed: b"),
         ({"a": {"extends": "b"}, "b": [1]}, "profiles.b = [1]: must be a table"),
+        ({"a": {}, "..": {}}, "profiles: '..': a name must be letters, digits"),
+        ({"a": {}, "/b": {}}, "profiles: '/b': a name must be letters, digits"),
         ({"a": {"extend": "b"}, "b": {}}, "profiles.a.extend: unknown key; allowed: extends, dataset"),
     ],
 )
@@ -130,6 +132,13 @@ def test_a_wrong_parent_is_one_line_that_says_what_is_allowed(tmp_path, capsys, 
     assert str(error.value).startswith(f"{file}: {message}") and "\n" not in str(error.value)
     assert main(["--params", str(file)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {file}: {message}")
+
+
+def test_a_number_is_no_name_of_a_profile(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text("profile: a\nprofiles:\n  a: {extends: 1}\n  1: {}\n")
+    with pytest.raises(SettingsError, match="profiles: 1: a name must be letters, .* \\(numbers in quotes\\)"):
+        load("halo", file)
 
 
 def test_a_wrong_setting_is_named_where_it_is_written(tmp_path):
