@@ -137,7 +137,9 @@ def test_a_wrong_parent_is_one_line_that_says_what_is_allowed(tmp_path, capsys, 
 def test_a_number_is_no_name_of_a_profile(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text("profile: a\nprofiles:\n  a: {extends: 1}\n  1: {}\n")
-    with pytest.raises(SettingsError, match="profiles: 1: a name must be letters, .* \\(numbers in quotes\\)"):
+    with pytest.raises(
+        SettingsError, match="profiles: 1: a name must be letters, .* \\(numbers in quotes\\)"
+    ):
         load("halo", file)
 
 
