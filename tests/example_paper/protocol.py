@@ -47,17 +47,17 @@ def execute(run, context):
     _misbehave(run)
     data = context.dataset(run.settings["data"])
     generator = torch.Generator().manual_seed(stream(run.seed, "init"))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, data.classes))
-    nn.init.normal_(model[1].weight, std=0.1, generator=generator)
-    nn.init.zeros_(model[1].bias)
+    linear = nn.Linear(64, data.classes)
+    nn.init.normal_(linear.weight, std=0.1, generator=generator)
+    nn.init.zeros_(linear.bias)
+    model = nn.Sequential(nn.Flatten(), linear)
     trainer = context.trainer(model, data, batch_size=64)
     if run.variant == "dense":
         trainer.fit([run.settings["learning_rate"]] * run.settings["epochs"] * len(trainer.batches))
     else:
         model.load_state_dict(context.needs[0].state["model"])
         with torch.no_grad():
-            weight = model[1].weight
-            weight[weight.abs() < weight.abs().quantile(run.target)] = 0
+            linear.weight[linear.weight.abs() < linear.weight.abs().quantile(run.target)] = 0
     state = {"model": model.state_dict()}
     return Outcome(context.scores(trainer, data), cost(model, data.image_shape), trainer.history, state)
 
