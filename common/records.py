@@ -146,6 +146,6 @@ def parsed(content: bytes, file: Path, kind: type[Line]) -> Iterator[tuple[str, 
             where = f"{file}, line {number}"
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SettingsError(f"{where}: not valid JSON (half written?): {error}") from None
             yield where, validated(kind, values, where)

@@ -14,10 +14,12 @@ from common.core.identity import canonical
 from common.core.pruning.masks import Infeasible
 from common.core.run import Outcome, Run
 from common.records import Cause, Curves, Failure, Record
+from common.report.evidence import finite
 from common.settings import DatasetSettings, ExecutionSettings, SettingsError
 from common.stage import scheduler
 from common.stage.scheduler import perform
 from common.stage.store import Store
+from common.statistics.records import Lost, Quantity, Records
 
 DATA = {"source": "digits", "train": 200, "validation": 100}
 IDENTITY = {"paper": "example", "variant": "v", "dataset": "d", "architecture": "a", "target": 0.5, "seed": 3}
@@ -99,6 +101,7 @@ def test_chance_is_that_of_the_data_a_run_is_tested_on(performed, data, known):
         (RunFailed("a reason of a paper of one's own"), "unreachable"),
         (OutOfMemory("a batch of 4 fits"), "resources"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "resources"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "resources"),
     ],
 )
 def test_a_failure_has_its_kind_and_chance(performed, error, kind):
@@ -188,11 +191,22 @@ def test_damaged_records_and_curves_are_told_in_the_same_words(tmp_path):
     messages = []
     for kind in (Record, Curves):
         file = tmp_path / f"{kind.__name__}.jsonl"
-        file.write_bytes(b'{"paper": "exa')
-        with pytest.raises(SettingsError) as error:
-            list(records.read(file, kind))
-        messages.append(str(error.value).replace(file.name, "FILE"))
-    assert messages[0] == messages[1] and "FILE, line 1: not valid JSON (half written?)" in messages[0]
+        for damaged in (b'{"paper": "exa', b"[" * 100_000):
+            file.write_bytes(damaged)
+            with pytest.raises(SettingsError) as error:
+                list(records.read(file, kind))
+            messages.append(str(error.value).replace(file.name, "FILE"))
+    assert messages[:2] == messages[2:]
+    assert all("FILE, line 1: not valid JSON (half written?)" in message for message in messages)
+
+
+def test_a_number_that_no_float_can_hold_is_not_a_measurement():
+    content = MINIMAL | {"metrics": {"test_accuracy": 10**400}}
+    judged = Records([Record.model_validate(content)])
+    names = [content[name] for name in ("variant", "dataset", "architecture", "target")]
+    with pytest.raises(Lost, match="not a finite number"):
+        judged.measure(Quantity(*names, "test_accuracy"), content["seed"])
+    assert finite(10**400) is None and finite(10**300) == 1e300
 
 
 def test_lines_of_json_are_read_in_one_place():

@@ -6,8 +6,8 @@ Knows no paper: a paper is a folder with a `claims.yaml`, or records that name i
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,9 +102,9 @@ def load(profile: str, results: Path, replications: Path, verdicts: Path, enviro
 
 def finite(value: Any) -> float | None:
     """The value as a float, or None where it is missing, not a number or not finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def _paper(

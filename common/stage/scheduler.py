@@ -89,8 +89,8 @@ def _ended(context: Context) -> Outcome | Failed:
         return protocol(run.paper).execute(run, context)
     except RunFailed as error:
         return Failed(error.failure, str(error))
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         where = context.compute.device
         return Failed(
