@@ -587,17 +587,17 @@ def test_ranks_and_improvement_are_those_counted_by_hand():
         for seed, value in enumerate(values)
     ]
     paper = evidence.Paper("p", "p", environment={"seconds": {"a0": 2.0, "a1": 4.0}})
-    (comparison,) = equal_footing.comparisons(found, [paper])
-    assert [row.rank for row in comparison.rows] == pytest.approx(
+    (footing,) = equal_footing.footings(found, [paper])
+    assert [row.rank for row in footing.rows] == pytest.approx(
         [(1 + 1.5 + 2 + 1 + 1) / 5, (2 + 1.5 + 1 + 2 + 2.5) / 5, 2.9]
     )
-    assert comparison.rows[0].seconds == 3.0 and comparison.rows[1].seconds is None
+    assert footing.rows[0].seconds == 3.0 and footing.rows[1].seconds is None
     wins = np.mean([(x > y) + 0.5 * (x == y) for x in scores["a"] for y in scores["b"]])
-    improvement = comparison.improvements[0][1]
+    improvement = footing.improvements[0][1]
     assert improvement.value == pytest.approx(wins)
     assert improvement.low < wins < improvement.high
-    assert comparison.improvements[1][0].value == pytest.approx(1 - wins)
-    assert comparison.improvements[0][0] is None
+    assert footing.improvements[1][0].value == pytest.approx(1 - wins)
+    assert footing.improvements[0][0] is None
 
 
 def test_too_few_seeds_carry_no_interval():

@@ -46,7 +46,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Footing:
     """All methods of one cell.
 
     improvements: [row beats column], None on the diagonal or without common seeds.
@@ -88,10 +88,10 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     return drawn
 
 
-def comparisons(records: Sequence[Record], papers: Sequence[Paper]) -> list[Comparison]:
+def footings(records: Sequence[Record], papers: Sequence[Paper]) -> list[Footing]:
     """Ranks, probabilities of improvement and training cost.
 
-    One comparison a cell at common targets, and one at common MACs where records hold interpolated values.
+    One a cell at common targets, and one at common MACs where records hold interpolated values.
     """
     seconds = {
         key: value
@@ -106,7 +106,7 @@ def comparisons(records: Sequence[Record], papers: Sequence[Paper]) -> list[Comp
             methods = {method: targets for method, targets in cell.items() if method != reference(cell)}
             if len(methods) > 1:
                 what = "at common MACs, interpolated between runs" if at_macs else "at common targets"
-                found.append(_comparison(f"{dataset} · {architecture}, {what}", methods, seconds))
+                found.append(_footing(f"{dataset} · {architecture}, {what}", methods, seconds))
     return found
 
 
@@ -115,7 +115,7 @@ def _interpolated(record: Record) -> bool:
     return record.details.get("interpolated") is True
 
 
-def _comparison(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, float]) -> Comparison:
+def _footing(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, float]) -> Footing:
     values = {
         method: {
             target: {r.seed: 100 * a for r in runs if (a := measured(r, "test_accuracy")) is not None}
@@ -148,7 +148,7 @@ def _comparison(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, f
     improvements = tuple(
         tuple(None if a == b else _improvement(values[a], values[b], targets) for b in values) for a in values
     )
-    return Comparison(place, targets, min(map(len, shared.values())), tuple(rows), improvements)
+    return Footing(place, targets, min(map(len, shared.values())), tuple(rows), improvements)
 
 
 def _improvement(first: Accuracies, second: Accuracies, targets: Sequence[float]) -> Improvement | None:

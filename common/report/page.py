@@ -61,7 +61,7 @@ def render(
         ],
         footing_figures=_by_heading(figures.get(f"{EQUAL_FOOTING}/figures", ())),
         own_footing=any(paper.name == EQUAL_FOOTING for paper in evidence.papers),
-        comparisons=[_footing(found) for found in equal_footing.comparisons(records, evidence.papers)],
+        footings=[_footing(found) for found in equal_footing.footings(records, evidence.papers)],
     )
 
 
@@ -258,7 +258,7 @@ def _costs(records: Sequence[Record]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- equal footing
 
 
-def _footing(found: equal_footing.Comparison) -> dict[str, Any]:
+def _footing(found: equal_footing.Footing) -> dict[str, Any]:
     costs = {
         "training MACs": [row.training_macs for row in found.rows],
         "seconds a run": [row.seconds for row in found.rows],
