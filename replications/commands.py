@@ -56,12 +56,12 @@ def run_paper(paper: str, params: str, profile_name: str | None, ends: float) ->
     """
     begun = time.perf_counter()
     profile = load(paper, params, profile_name)
-    planned = pipeline.planned(paper, profile)
+    listed = pipeline.listed(paper, profile)
     store = Store(SCRATCH / profile.name / paper, profile.execution)
     compute = Compute.choose(profile.execution.device, profile.execution.precision)
-    about = environment(planned, compute)
+    about = environment(listed, compute)
     with _tracking(paper, profile.name, about) as log:
-        entries = execute(planned, store, profile.execution, paper, log.add, TimeBudget(ends))
+        entries = execute(listed, store, profile.execution, paper, log.add, TimeBudget(ends))
         records = write_results(profile, paper, entries, RESULTS)
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
     about |= {"seconds": {entry.record.settings_hash: entry.seconds for entry in entries}}

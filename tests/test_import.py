@@ -119,7 +119,7 @@ def test_other_settings_are_named_with_the_run(inside, folder):
 def test_runs_that_are_not_planned_and_runs_that_are_missing_are_named(inside, folder):
     params(inside, example={"seeds": [0, 1, 7]})
     message = _refused(folder)
-    assert "example/dense linear target 0 seed 2 is given twice or not planned here" in message
+    assert "example/dense linear target 0 seed 2 is given twice or not listed here" in message
     assert "example/pruned linear target 0.9 seed 7 is missing" in message
 
 

@@ -305,3 +305,11 @@ def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, m
         results.append([(entry.record, entry.curves) for entry in entries])
     assert results[0] == results[1]
     assert len({json.dumps(curves) for _, curves in results[0]}) == 4
+
+
+def test_a_kept_run_of_another_schema_is_done_again(tmp_path, capsys):
+    run = Run("example", "dense", "digits", "linear", 0.0, 0, {})
+    store = Store(tmp_path)
+    save_checked(tmp_path / f"{store.key(run)}.json", b'{"record": {"paper": 7}}')
+    assert store.load(run) is None
+    assert "of another revision's schema" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
             raise StageError(
                 f"{folder / path}: damaged or changed: its SHA-256 is not the one in {folder / beside}"
             )
-    runs = pipeline.planned(paper, load(paper, params, profile))
+    runs = pipeline.listed(paper, load(paper, params, profile))
     code = code_digest(runs)
     if about.code != code:
         raise StageError(
@@ -193,12 +193,12 @@ def _records(content: bytes, file: Path) -> Iterator[Record]:
 
 
 def _problems(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
-    """In what the records are not those of the planned runs."""
-    planned = {tuple(run.identity.values()): run for run in runs}
+    """In what the records are not those of the listed runs."""
+    listed = {tuple(run.identity.values()): run for run in runs}
     for record in records:
-        run = planned.pop(tuple(record.identity.values()), None)
+        run = listed.pop(tuple(record.identity.values()), None)
         if run is None:
-            yield f"{Run(**record.identity, settings={})} is given twice or not planned here"
+            yield f"{Run(**record.identity, settings={})} is given twice or not listed here"
             continue
         ours = json.loads(canonical(run.settings))
         if differences := list(_differences("settings", record.settings, ours)):
@@ -208,7 +208,7 @@ def _problems(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
         if record.data != (prints := data_prints(run)):
             yield f"{run}: data = {_short(record.data)}, but the data prepared here is {_short(prints)}"
         yield from (f"{run}: {problem}" for problem in _invalid(record))
-    yield from (f"{run} is missing" for run in planned.values())
+    yield from (f"{run} is missing" for run in listed.values())
 
 
 def _invalid(record: Record) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What `dvc.yaml` says of a paper's stage, and what its protocol plans."""
+"""What `dvc.yaml` says of a paper's stage, and the runs that its protocol lists."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def preparation(stage: str) -> str:
     return f"`dvc repro {' '.join(names)}`" if names else "`python -m common.stage.prepare`"
 
 
-def planned(paper: str, profile: Profile) -> list[Run]:
+def listed(paper: str, profile: Profile) -> list[Run]:
     """Every run of the paper in the profile, needed ones first. Raises SettingsError, DataError."""
     return in_order(protocol(paper).runs(profile))

@@ -41,10 +41,10 @@ class Stage:
 
 
 def stage(paper: str, profile: Profile, results: Path) -> Stage:
-    """What the profile plans for a paper, and what of it is done. Raises SettingsError."""
+    """What the profile holds for a paper, and what of it is done. Raises SettingsError."""
     kinds: list[Kind] = []
     try:
-        runs = pipeline.planned(paper, profile)
+        runs = pipeline.listed(paper, profile)
         kinds = rehearsal.kinds(runs)
         return Stage(paper, kinds, _done(paper, profile, runs, results))
     except DataError as error:
@@ -54,13 +54,13 @@ def stage(paper: str, profile: Profile, results: Path) -> Stage:
 def _done(paper: str, profile: Profile, runs: Sequence[Run], results: Path) -> set[str]:
     """Runs that are kept in the scratch folder, or whose records this code has left in the results."""
     store = Store(SCRATCH / profile.name / paper, profile.execution)
-    planned = {run.settings_hash for run in runs}
+    listed = {run.settings_hash for run in runs}
     found = {run.settings_hash for run in runs if store.load(run)}
     records = results / profile.name / f"{paper}.jsonl"
     beside = results / "environment" / profile.name / f"{paper}.json"
     if records.exists() and beside.exists() and json.loads(beside.read_text())["code"] == code_digest(runs):
         found |= {record.settings_hash for _, record in read(records, Record)}
-    return found & planned
+    return found & listed
 
 
 @dataclass(frozen=True)

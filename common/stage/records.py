@@ -50,13 +50,17 @@ def entry_of(record: Record, seconds: float, curves: Sequence = (), has_state: b
 def chance(run: Run, compute: Compute) -> float | None:
     """The share of the most frequent class among the test images.
 
-    They are those of the first data set that the run's settings name; None where they name none.
+    They are those of the first data set that the run's settings name; None where they name none, or where there is no
+    memory for them.
     """
     if not (sources := data_settings(run)):
         return None
     if sources[0] not in _chances:
         # in a process that has trained the run, the data is there already
-        labels = Context(run, compute, ()).dataset(sources[0]).labels["test"]
+        try:
+            labels = Context(run, compute, ()).dataset(sources[0]).labels["test"]
+        except (MemoryError, torch.OutOfMemoryError):
+            return None  # what ended the run ends this, too
         with compute.turn():
             counts = labels.cpu().bincount()
         _chances[sources[0]] = counts.max().item() / len(labels)

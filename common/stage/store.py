@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from common.core import loading
 from common.core.compute import Compute
@@ -166,8 +167,12 @@ class Store:
 
     def load(self, run: Run) -> Entry | None:
         """What a finished run has left, or None."""
-        content = load_checked(self.folder / f"{self.key(run)}.json")
-        return None if content is None else Entry.model_validate_json(content)
+        content = load_checked(file := self.folder / f"{self.key(run)}.json")
+        try:
+            return None if content is None else Entry.model_validate_json(content)
+        except ValidationError:
+            print(f"{file}: of another revision's schema; the run is done again", file=sys.stderr)
+            return None
 
     def state(self, run: Run) -> dict[str, Any] | None:
         """What a finished run kept for others."""

@@ -210,6 +210,7 @@ def _trajectory(inputs, penalty_of, rates, gradients):
 
 
 def _target(inputs):
+    only(inputs, "lambda_norm_mode", "L1", "L2")
     return inputs.get("lambda_sum_target", 0.0), inputs.get("lambda_norm_mode", "L1")
 
 
