@@ -212,6 +212,7 @@ def streamed(tmp_path, monkeypatch):
     return settings
 
 
+@pytest.mark.slow
 def test_streamed_images_stand_for_images_in_memory(streamed):
     data = load(streamed).to("cpu")
     assert data.image_shape == (3, 32, 32) and data.classes == 3
@@ -236,6 +237,7 @@ def test_streamed_images_stand_for_images_in_memory(streamed):
         torch.testing.assert_close(shown * 255, torch.from_numpy(np.array(expected)).float())
 
 
+@pytest.mark.slow
 def test_a_crop_depends_on_seed_epoch_and_image_alone(streamed):
     data = load(streamed)
 
@@ -256,6 +258,7 @@ def test_a_crop_depends_on_seed_epoch_and_image_alone(streamed):
         assert not crops & {image.numpy().tobytes() for x, _ in other for image in x}
 
 
+@pytest.mark.slow
 def test_crops_are_mirrored_only_where_that_is_asked_for(streamed, tmp_path):
     pixels = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2) * 4
     for file in (tmp_path / "photos" / "train").rglob("*.jpeg"):
@@ -272,6 +275,7 @@ def test_crops_are_mirrored_only_where_that_is_asked_for(streamed, tmp_path):
     assert falling(flip=False) == 0 < falling(flip=True) < 15
 
 
+@pytest.mark.slow
 def test_a_file_that_breaks_while_training_is_named(streamed, tmp_path):
     batches = Batches(load(streamed), "train", 4, shuffle=True, augment=True)
     victim = tmp_path / "photos" / "train" / "dog" / "4.jpeg"
@@ -287,6 +291,7 @@ def test_a_file_that_breaks_while_training_is_named(streamed, tmp_path):
     assert sum(len(y) for _, y in batches.epoch(0)) == 15
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_decoded_is_named(streamed, tmp_path):
     victim = tmp_path / "photos" / "train" / "eel" / "5.jpeg"
     victim.write_bytes(victim.read_bytes()[:-300])
@@ -296,6 +301,7 @@ def test_an_image_that_cannot_be_decoded_is_named(streamed, tmp_path):
         list(Batches(load(streamed), "train", 4).epoch(0))
 
 
+@pytest.mark.slow
 def test_a_missing_folder_of_streamed_images_is_named(streamed, tmp_path):
     (tmp_path / "photos").rename(tmp_path / "moved")
     with pytest.raises(DataError, match="photos: the folder of the streamed images is not there"):

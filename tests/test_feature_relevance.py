@@ -70,6 +70,7 @@ def _logits(trainer, training):
 # ----------------------------------------------------------------------------------- narrowing while training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),

@@ -30,6 +30,7 @@ def _by_claim(verdicts):
     return {name: {c["id"]: c for c in paper["claims"]} for name, paper in verdicts["papers"].items()}
 
 
+@pytest.mark.slow
 def test_records_and_claims_of_510c674_are_judged(judged):
     done, verdicts = judged
     expected = json.loads((FROZEN / "verdicts.json").read_text())
@@ -39,6 +40,7 @@ def test_records_and_claims_of_510c674_are_judged(judged):
     }
 
 
+@pytest.mark.slow
 def test_verdicts_are_those_of_510c674(judged):
     expected = json.loads((FROZEN / "verdicts.json").read_text())
     found = {

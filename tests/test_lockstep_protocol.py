@@ -13,6 +13,8 @@ from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile
 from replications.imp_slr import protocol
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "seeds": [0],
     "targets": [0.9],

@@ -86,6 +86,7 @@ def test_glyphs_are_a_function_of_the_seed_alone():
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_the_corpus_is_the_same_everywhere(tmp_path, capsys):
     file = tmp_path / "glyphs.npz"
     assert glyphs.main(["--out", str(file)]) == 0, capsys.readouterr().err
@@ -95,6 +96,7 @@ def test_the_corpus_is_the_same_everywhere(tmp_path, capsys):
         assert glyphs.digest_of(images, labels) == glyphs.DIGEST
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_processor():
     """The same samples in a process whose libraries take the machine for an older one."""
     older = {
@@ -117,6 +119,7 @@ def test_samples_do_not_depend_on_the_processor():
     assert found.stdout.strip() == glyphs.digest_of(*glyphs.render(300, "agW%", 7, FONTS))
 
 
+@pytest.mark.slow
 def test_another_corpus_than_the_expected_one_is_not_written(tmp_path, capsys, monkeypatch):
     small = {"count": 60, "test": 20, "classes": "digits", "seed": 0}
     monkeypatch.setattr(glyphs, "DEFAULTS", small)
@@ -204,6 +207,7 @@ def test_the_classes_are_disjoint_from_the_targets_digits():
     assert default | set(glyphs.CLASSES["digits"]) == set(glyphs.CLASSES["printable"])
 
 
+@pytest.mark.slow
 def test_the_written_corpus_can_be_loaded(tmp_path):
     file = str(tmp_path / "glyphs.npz")
     assert glyphs.main(["--out", file, "--count", "400", "--test", "100", "--seed", "5"]) == 0

@@ -93,6 +93,7 @@ def test_null_takes_a_key_out_of_a_table_of_ones_own_keys(tmp_path):
         validated(pruning_from_scratch.Settings, {"seeds": None}, "x")
 
 
+@pytest.mark.slow
 def test_every_profile_of_the_project_can_be_used():
     for name in read_yaml(ROOT / "params.yaml")["profiles"]:
         for paper in papers():
