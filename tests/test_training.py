@@ -401,10 +401,29 @@ def test_threads_share_a_gpu_and_one_that_captures_is_alone(monkeypatch):
     assert order == ["captured", "worked", "worked"]
 
     alone = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(computing.TURNS._capturing))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(computing.TURNS._busy))
     computing.release_memory(torch.device("cuda"))
     computing.release_memory(torch.device("cpu"))
-    assert alone == [threading.get_ident()]
+    assert alone == [True]
+
+
+def test_a_thread_that_shares_a_gpu_may_do_so_again_while_another_waits_to_be_alone():
+    turns = computing.Turns()
+
+    def capture():
+        with turns.alone():
+            pass
+
+    waiting = threading.Thread(target=capture, daemon=True)
+    with turns.share():
+        waiting.start()
+        waiting.join(0.1)
+        with turns.share():  # a method's own pass within a pass
+            assert waiting.is_alive()
+        with pytest.raises(RuntimeError, match="cannot wait"), turns.alone():
+            pass
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_a_trainer_that_is_dropped_frees_its_memory_at_once(monkeypatch):

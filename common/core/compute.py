@@ -118,37 +118,43 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._sharing = 0
-        self._capturing: int | None = None
-        """The thread that captures, or is about to."""
+        self._busy = False
+        self._own = threading.local()
 
     @contextmanager
     def share(self) -> Iterator[None]:
-        """Work beside other threads. A thread that captures may do so within."""
-        if self._capturing == threading.get_ident():
+        """Work beside other threads; also within `share` or `alone` of the same thread."""
+        if getattr(self._own, "inside", False):
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._capturing is None)
+            self._changed.wait_for(lambda: not self._busy)
             self._sharing += 1
+        self._own.inside = True
         try:
             yield
         finally:
+            self._own.inside = False
             with self._changed:
                 self._sharing -= 1
                 self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Work while no other thread does; not to be called within `share`."""
+        """Work while no other thread does. Raises RuntimeError within `share`, where it would wait for itself."""
+        if getattr(self._own, "inside", False):
+            raise RuntimeError("a thread that shares a GPU cannot wait until nobody does")
         with self._changed:
-            self._changed.wait_for(lambda: self._capturing is None)
-            self._capturing = threading.get_ident()
+            self._changed.wait_for(lambda: not self._busy)
+            self._busy = True
             self._changed.wait_for(lambda: not self._sharing)
+        self._own.inside = True
         try:
             yield
         finally:
+            self._own.inside = False
             with self._changed:
-                self._capturing = None
+                self._busy = False
                 self._changed.notify_all()
 
 
