@@ -10,6 +10,7 @@ from project import ROOT, add_example, copy
 from common.core import loading
 from common.settings import DatasetSettings
 from common.stage.papers import load, papers, protocol
+from common.stage.resolve import resolved
 from common.stage.scheduler import in_order
 from common.stage.store import Store, code_files
 from replications.equal_footing import protocol as equal_footing
@@ -103,10 +104,19 @@ def _of_stage(stage, project=ROOT):
     return sorted(file.relative_to(project) for file in files if file.stat().st_size)
 
 
+@pytest.fixture(scope="module")
+def settings():
+    """What the stage `settings` writes, by stage: on it each stage depends, too."""
+    return resolved(ROOT / "params.yaml", "digits")
+
+
 @pytest.mark.parametrize("paper", papers())
-def test_a_stage_depends_on_the_code_of_its_runs(runs, paper):
+def test_a_stage_depends_on_the_code_of_its_runs(runs, settings, paper):
     codes = {run.code for run in runs[paper]}
-    assert _of_stage(paper) == sorted({file for code in codes for file in code_files(paper, code)})
+    entering = {Path(file) for file in settings[paper].get("code", ())}
+    assert bool(entering) == (paper == equal_footing.NAME)
+    depends = entering.union(_of_stage(paper))
+    assert depends == {file for code in codes for file in code_files(paper, code)}
 
 
 def test_the_stage_of_the_example_depends_on_the_code_of_its_runs(tmp_path):

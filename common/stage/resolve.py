@@ -25,7 +25,8 @@ from common.settings import (
     SettingsError,
     profile_chain,
 )
-from common.stage.papers import load, papers, profile_datasets
+from common.stage.papers import load, papers, profile_datasets, protocol
+from common.stage.store import code_files, code_prints
 
 FOLDER = Path(".settings")
 # settings whose defaults come from outside a paper's folder
@@ -51,6 +52,10 @@ def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, A
             paper: block.get(paper),
             "defaults": defaults,
         }
+        if more := getattr(protocol(paper), "code", None):
+            # of papers that enter a comparison, which its stage need not know by name
+            entering = set(code_files(paper, more())) - set(code_files(paper))
+            stages[paper]["code"] = code_prints(sorted(entering))
     return stages
 
 

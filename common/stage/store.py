@@ -230,6 +230,11 @@ def code_files(paper: str, code: Sequence[str] = (), root: Path | None = None) -
     return sorted(file.relative_to(root) for file in files if file.stat().st_size)
 
 
+def code_prints(files: Iterable[Path], root: Path | None = None) -> dict[str, str]:
+    """SHA-256 of files that `code_files` names, by name."""
+    return {str(file): hashlib.sha256(((root or ROOT) / file).read_bytes()).hexdigest() for file in files}
+
+
 def code_digest(runs: Iterable[Run], root: Path | None = None) -> str:
     """Digest of the files that determine these runs."""
     return _code_digest(frozenset((run.paper, run.code) for run in runs), root or ROOT)
@@ -238,4 +243,4 @@ def code_digest(runs: Iterable[Run], root: Path | None = None) -> str:
 @functools.cache
 def _code_digest(kinds: frozenset[tuple[str, tuple[str, ...]]], root: Path) -> str:
     files = {file for paper, code in kinds for file in code_files(paper, code, root)}
-    return digest({str(file): hashlib.sha256((root / file).read_bytes()).hexdigest() for file in files})
+    return digest(code_prints(files, root))

@@ -40,11 +40,17 @@ class Settings(PaperSettings):
     """Share of the epochs after pruning, for the controls that prune a trained network."""
 
 
+def code() -> tuple[str, ...]:
+    """The folders beside this one whose code its runs execute: those of the papers that enter."""
+    files = Path(__file__).parent.parent.glob("*/contender.py")
+    return tuple(sorted(f"replications/{file.parent.name}" for file in files))
+
+
 def contenders() -> dict[str, tuple[str, Contender]]:
     """The methods that papers enter, by name: the paper and the function."""
     found: dict[str, tuple[str, Contender]] = {}
-    for file in sorted(Path(__file__).parent.parent.glob("*/contender.py")):
-        paper = file.parent.name
+    for folder in code():
+        paper = Path(folder).name
         entries = importlib.import_module(f"replications.{paper}.contender").CONTENDERS
         found |= {name: (paper, function) for name, function in entries.items()}
     return found
