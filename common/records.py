@@ -103,12 +103,17 @@ class Curves(_Line):
 
 
 class Entry(_Line):
-    """A record with what is kept beside it. has_state: whether the run has left something for others to start from."""
+    """A record with what is kept beside it.
+
+    has_state: whether the run has left something for others to start from. machine: on which it was executed, as of
+    `common.stage.records.machine`; an earlier revision has not written it.
+    """
 
     record: Record
     curves: list[dict[str, Any]] = []
     seconds: float
     has_state: bool = False
+    machine: dict[str, Any] | None = None
 
 
 # ------------------------------------------------------------------------------------------ files

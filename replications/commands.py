@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.core.compute import Compute
-from common.records import Entry, curves_file
+from common.records import Entry
 from common.settings import SettingsError
 from common.stage import importing, pipeline, plan
 from common.stage.papers import load
-from common.stage.records import environment, write_results
+from common.stage.partial import PartialResults, partial_file
+from common.stage.records import environment, results_files
 from common.stage.scheduler import execute
 from common.stage.store import SCRATCH, OutOfTime, StageError, Store, TimeBudget, write_atomically
 
@@ -59,18 +58,23 @@ def run_paper(paper: str, params: str, profile_name: str | None, ends: float) ->
     listed = pipeline.listed(paper, profile)
     store = Store(SCRATCH / profile.name / paper, profile.execution)
     compute = Compute.choose(profile.execution.device, profile.execution.precision)
-    about = environment(listed, compute)
-    with _tracking(paper, profile.name, about) as log:
-        entries = execute(listed, store, profile.execution, paper, log.add, TimeBudget(ends))
-        records = write_results(profile, paper, entries, RESULTS)
+    about = environment(listed, compute, store)
+    so_far = PartialResults(partial_file(RESULTS, profile.name, paper), about)
+    with _tracking(paper, profile.name, about) as log, so_far:
+
+        def finished(entry: Entry) -> None:
+            log.add(entry)
+            so_far.add(entry)
+
+        try:
+            entries = execute(listed, store, profile.execution, paper, finished, TimeBudget(ends))
+        except StageError as stop:
+            taken = f"`python -m replications import --partial` takes them from {so_far.file}"
+            raise type(stop)(f"{stop}; {taken}") from None
+        about |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
+        for path, content in results_files(profile.name, paper, entries, about).items():
+            write_atomically(RESULTS / path, content)
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
-    about |= {"seconds": {entry.record.settings_hash: entry.seconds for entry in entries}}
-    about |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
-    # by which an import on another machine knows that they are whole
-    files = (records, curves_file(records))
-    about |= {"sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
-    beside = RESULTS / "environment" / profile.name / f"{paper}.json"
-    write_atomically(beside, json.dumps(about, indent=1, sort_keys=True).encode())
     for record in (entry.record for entry in entries):
         if record.status == "failed":
             print(f"failed: {paper}/{record.variant} seed {record.seed}: {record.reason}", file=sys.stderr)

@@ -18,8 +18,17 @@ from common.core.loading import load
 from common.core.run import Run
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings
+from common.stage import partial
 from common.stage.scheduler import execute, in_order
-from common.stage.store import OutOfTime, RunCheckpoints, Store, TimeBudget, load_checked, save_checked
+from common.stage.store import (
+    OutOfTime,
+    RunCheckpoints,
+    StageError,
+    Store,
+    TimeBudget,
+    load_checked,
+    save_checked,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -149,10 +158,54 @@ def test_damage_is_noticed_named_and_redone(project, suffix):
     damaged = sorted((project / ".runs/digits/example").glob(f"*.{suffix}"))[0]
     content = damaged.read_bytes()
     damaged.write_bytes(content[: len(content) // 2])
+    if suffix == "pt":
+        for record in _kept(project, "pruned"):
+            record.unlink()
     result = run(project, *STAGE)
     assert result.returncode == 0 and f"{damaged.name}: damaged" in result.stderr
     assert _bytes(project) == expected
     assert load_checked(damaged) is not None
+
+
+def _kept(project: Path, variant: str) -> list[Path]:
+    """The kept records of a variant."""
+    files = (project / ".runs/digits/example").glob("*.json")
+    return [file for file in files if f'"variant":"{variant}"' in file.read_text()]
+
+
+def test_a_run_whose_state_is_lost_is_done_again_only_for_one_that_starts_from_it(project):
+    assert run(project, *STAGE).returncode == 0
+    expected = _bytes(project)
+    for state in (project / ".runs/digits/example").glob("*.pt"):
+        state.unlink()
+    before = {file: file.stat().st_mtime_ns for file in _kept(project, "dense")}
+    assert run(project, *STAGE).returncode == 0
+    assert {file: file.stat().st_mtime_ns for file in _kept(project, "dense")} == before
+    _kept(project, "pruned")[0].unlink()
+    assert run(project, *STAGE).returncode == 0
+    assert sum(file.stat().st_mtime_ns != time for file, time in before.items()) == 1
+    assert _bytes(project) == expected
+
+
+def test_what_a_stage_has_finished_is_in_a_file_of_its_own_until_it_is_complete(project):
+    file = project / "results/partial/digits/example.jsonl"
+    params(project, example={"fails": ["defect:pruned-1"]})
+    stopped = run(project, *STAGE)
+    assert stopped.returncode == 2 and not (project / RESULTS[0]).exists()
+    assert "`python -m replications import --partial` takes them from results/partial/" in stopped.stderr
+    about, entries = partial.read(file)
+    assert len(entries) == 5 and about["numerics"][0] == "cpu"
+    assert all(entry.machine == about["machine"] for entry in entries)
+    with file.open("ab") as more:
+        more.write(b"0123 {half a li")
+    assert partial.read(file) == (about, entries)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"seed":1', b'"seed":7', 1))
+    with pytest.raises(StageError, match="example.jsonl, line [0-9]: damaged or changed"):
+        partial.read(file)
+    params(project, example={})
+    assert run(project, *STAGE).returncode == 0 and len(_records(project)) == 6
+    assert not file.exists()
 
 
 def test_a_full_disk_stops_the_stage_in_one_line_and_loses_nothing(project):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,8 +17,8 @@ from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Context, Outcome, Run
 from common.records import Cause, Curves, Entry, Failure, Record, curves_file
-from common.settings import DatasetSettings, Profile
-from common.stage.store import code_digest, data_prints, data_settings, write_atomically
+from common.settings import DatasetSettings
+from common.stage.store import Store, code_digest, data_prints, data_settings
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,12 @@ def record_of(run: Run, compute: Compute, ended: Outcome | Failed) -> Record:
     return Record.model_validate(_plain(record | {"chance": chance(run, compute)}))
 
 
-def entry_of(record: Record, seconds: float, curves: Sequence = (), has_state: bool = False) -> Entry:
+def entry_of(
+    record: Record, compute: Compute, seconds: float, curves: Sequence = (), has_state: bool = False
+) -> Entry:
     """A record with what is kept beside it."""
-    return Entry(record=record, curves=_plain(curves), seconds=seconds, has_state=has_state)
+    beside = {"seconds": seconds, "has_state": has_state, "machine": machine(compute)}
+    return Entry(record=record, curves=_plain(curves), **beside)
 
 
 def chance(run: Run, compute: Compute) -> float | None:
@@ -86,13 +91,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def environment(runs: Sequence[Run], compute: Compute) -> dict[str, Any]:
-    """What the records leave out, and what a whole stage shares: code, machine and versions."""
+def environment(runs: Sequence[Run], compute: Compute, store: Store) -> dict[str, Any]:
+    """What the records leave out, and what a whole stage shares: code, machine, versions and numerics."""
     return {
         "code": code_digest(runs),
         "machine": machine(compute),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "precision": precision(compute),
+        "numerics": store.numerics,
     }
 
 
@@ -107,14 +113,34 @@ def machine(compute: Compute) -> dict[str, Any]:
     }
 
 
-def write_results(profile: Profile, paper: str, entries: Sequence[Entry], folder: Path) -> Path:
-    """Write `<paper>.jsonl` (records) and `<paper>.curves.jsonl` into `folder`/<profile>; returns the records' path."""
-    target = folder / profile.name / f"{paper}.jsonl"
-    _write_lines(target, [entry.record.content() for entry in entries])
+def results_files(
+    profile: str, paper: str, entries: Sequence[Entry], about: Mapping[str, Any]
+) -> dict[Path, bytes]:
+    """What a stage leaves, by path below the results folder: records, curves, and the environment beside them.
+
+    about: what the runs share, to which seconds, the machine of each run that is of another one (`elsewhere`), and the
+    digests come by which an import knows that the files are whole.
+    """
+    records = Path(profile, f"{paper}.jsonl")
     curves = [Curves(settings_hash=e.record.settings_hash, curves=e.curves) for e in entries]
-    _write_lines(curves_file(target), [line.model_dump(mode="json") for line in curves])
-    return target
+    files = {
+        records: _lines([entry.record.content() for entry in entries]),
+        curves_file(records): _lines([line.model_dump(mode="json") for line in curves]),
+    }
+    seconds = {entry.record.settings_hash: entry.seconds for entry in entries}
+    elsewhere = {
+        e.record.settings_hash: e.machine for e in entries if e.machine not in (None, about["machine"])
+    }
+    sha256 = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    beside = {**about, "seconds": seconds, "elsewhere": elsewhere, "sha256": sha256}
+    files[environment_file(profile, paper)] = json.dumps(beside, indent=1, sort_keys=True).encode()
+    return files
 
 
-def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    write_atomically(path, "".join(canonical(line) + "\n" for line in lines).encode())
+def environment_file(profile: str, paper: str) -> Path:
+    """Where the environment of a stage's runs is, below the results folder."""
+    return Path("environment", profile, f"{paper}.json")
+
+
+def _lines(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(canonical(line) + "\n" for line in lines).encode()

@@ -67,7 +67,7 @@ def perform(
         curves, state = ended.curves, ended.state if keep_state else None
     record = record_of(run, compute, ended)
     seconds = round(time.perf_counter() - begun, 3)
-    entry = store.save(run, entry_of(record, seconds, curves, state is not None), state)
+    entry = store.save(run, entry_of(record, compute, seconds, curves, state is not None), state)
     checkpoints.clear()
     return entry
 
@@ -177,9 +177,14 @@ def execute(
     ordered = in_order(runs)
     needed = {need.settings_hash for run in ordered for need in run.needs}
     entries: dict[str, Entry] = {}
-    for run in ordered:
-        if entry := store.finished(run, run.settings_hash in needed):
+    starts = set[str]()  # the runs from which those that are not finished start
+    for run in reversed(ordered):
+        if entry := store.finished(run, run.settings_hash in starts):
             entries[run.settings_hash] = entry
+        else:
+            starts |= {need.settings_hash for need in run.needs}
+    for run in ordered:
+        if entry := entries.get(run.settings_hash):
             finished(entry)
     todo = [run for run in ordered if run.settings_hash not in entries]
     if todo:
@@ -306,7 +311,7 @@ class _Scheduler:
             if entry is None and alone:
                 died = Failed("died", "its process died (killed, or the machine is out of memory)")
                 compute = Compute.choose(self.execution.device, self.execution.precision)
-                entry = self.store.save(run, entry_of(record_of(run, compute, died), 0.0), None)
+                entry = self.store.save(run, entry_of(record_of(run, compute, died), compute, 0.0), None)
             if entry is None:
                 suspects.append(run)
             else:

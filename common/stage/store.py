@@ -145,25 +145,37 @@ class RunCheckpoints:
 # ---------------------------------------------------------------------------------------------- finished runs
 
 
+def _numerics(execution: ExecutionSettings) -> list[str | int]:
+    """What decides, beside settings, code and data, which numbers a run gives."""
+    compute = Compute.choose(execution.device, execution.precision, execution.compilation)
+    # a GPU gives the same numbers whatever its index
+    chosen: list[str | int] = [compute.device.type, str(compute.autocast)]
+    chosen += [compute.captured, compute.compiled, execution.deterministic, execution.threads]
+    return [*chosen, str(torch.__version__)]
+
+
 class Store:
     """The scratch folder of a stage's finished runs.
 
     execution: what the runs are executed with. root: the project whose code they execute, this one by default.
+    numerics: in place of `execution`, what `numerics` was where runs of another machine were executed.
     """
 
-    def __init__(self, folder: Path, execution: ExecutionSettings | None = None, root: Path | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        execution: ExecutionSettings | None = None,
+        root: Path | None = None,
+        numerics: Sequence[str | int] = (),
+    ):
         self.folder, self.root = folder, root
-        execution = execution or ExecutionSettings()
-        compute = Compute.choose(execution.device, execution.precision, execution.compilation)
-        # a GPU gives the same numbers whatever its index
-        self._numerics = [compute.device.type, str(compute.autocast), compute.captured, compute.compiled]
-        self._numerics += [execution.deterministic, execution.threads, torch.__version__]
+        self.numerics = list(numerics) or _numerics(execution or ExecutionSettings())
 
     def key(self, run: Run) -> str:
         """Name under which a run is kept: digest of settings, code, data, number format and torch version."""
         needs = [self.key(need) for need in run.needs]
         code = code_digest([run], self.root)
-        return digest([run.settings_hash, [code, self._numerics], data_prints(run), needs])[:32]
+        return digest([run.settings_hash, [code, self.numerics], data_prints(run), needs])[:32]
 
     def load(self, run: Run) -> Entry | None:
         """What a finished run has left, or None."""
@@ -186,7 +198,7 @@ class Store:
         return entry
 
     def finished(self, run: Run, needed: bool) -> Entry | None:
-        """As `load`, but None as well when others need a state that has been lost or damaged."""
+        """As `load`, but None as well when others need a state that has been lost or damaged, or was never here."""
         entry = self.load(run)
         if entry and needed and entry.has_state and self.state(run) is None:
             return None
