@@ -354,7 +354,7 @@ def tiny_network(case, document):
         inputs = origin["inputs"] | {key: value for key, value in inputs.items() if key != "same_inputs_as"}
     steps = [(_tensor(x), torch.tensor(y)) for x, y in zip(inputs["x"], inputs["y"])]
     mode, model = MODES.get(inputs["mode"], inputs["mode"]), TinyNetwork(inputs["init"])
-    drops = method.milestone_drops(len(steps), 1, inputs["schedule"])
+    drops = method.milestone_drops(len(steps), inputs["schedule"])
     trains_lambdas, init = mode in ("halo", "sws"), inputs.get("lambda_init", 1.0)
     rates, lambda_rates = method.learning_rates(
         drops, inputs["lr0"], inputs["gamma"], trains_lambdas, _coupling(case)
@@ -402,7 +402,7 @@ def _rates(case, drops, at, by_step=False):
 
 def lr_schedule(case, document):
     inputs = case["inputs"]
-    return _rates(case, method.milestone_drops(inputs["epochs"], 1, inputs["schedule"]), inputs["at_epochs"])
+    return _rates(case, method.milestone_drops(inputs["epochs"], inputs["schedule"]), inputs["at_epochs"])
 
 
 def lr_schedule_mnist(case, document):
