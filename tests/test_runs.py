@@ -297,6 +297,7 @@ def test_a_spent_time_budget_stops_between_runs_and_the_stage_goes_on_later(proj
         if kept := len(list((project / ".runs/digits/example").glob("*.json"))):
             break
     assert 0 < kept < 6 and f"the time budget is spent; {kept} finished runs are kept" in result.stderr
+    assert len(partial.read(project / "results/partial/digits/example.jsonl")[1]) == kept
     elsewhere = project.parent / "elsewhere"  # another checkout goes on from a copy
     shutil.copytree(project, elsewhere)
     assert run(elsewhere, *STAGE, "--time-budget", "10m").returncode == 0

@@ -148,6 +148,10 @@ def _environment(found: Mapping[str, Any] | None) -> str | None:
     versions = ", ".join(f"{key} {value}" for key, value in (found.get("versions") or {}).items())
     seconds = found.get("seconds") or {}
     parts = [f"Machine: {machine}." if machine else "", f"Versions: {versions}." if versions else ""]
+    others = Counter(str(other.get("device")) for other in (found.get("elsewhere") or {}).values())
+    parts += [f"{count} runs were executed on {device}." for device, count in sorted(others.items())]
+    if unfinished := found.get("unfinished"):
+        parts.append(f"The stage was stopped before its end: {unfinished} of its runs are not here.")
     if seconds:
         total = sum(seconds.values())
         parts.append(
