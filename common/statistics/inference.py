@@ -1,7 +1,7 @@
 """The tests behind the verdicts: plain functions of arrays, one number per seed.
 
-SciPy and statsmodels do the mathematics. What is written out here is what they lack: the sign-flip test with
-a tolerance for ties, and the comparison of two sets of vectors.
+SciPy and statsmodels do the mathematics. What is written out here, and in `flips`, is what they lack: the sign-flip
+test with a tolerance for ties, and the comparison of two sets of vectors.
 
 `alternative` is `greater`, `less` or `two-sided`, as in SciPy. One-dimensional arguments `values` have shape
 [n], n >= 2, and are finite. A t-test of values that are all equal is undefined (`is_constant`); the exact
@@ -21,12 +21,12 @@ from scipy.special import gammaln
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from common.statistics.flips import ENUMERATED, patterns
+from common.statistics.flips import sign_flip as sign_flip
+
 ALPHA = 0.05
 CONFIDENCE = 1 - ALPHA
 POWER = 0.8
-ENUMERATED = 16
-"""Up to this many pairs all assignments of signs are enumerated; beyond, DRAWS random ones, seed fixed."""
-DRAWS = 99_999
 _ROUNDING = 1e-12  # relative size below which a difference of two measurements is rounding error
 
 
@@ -69,15 +69,6 @@ def interval(values: ArrayLike) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@functools.lru_cache(maxsize=8)
-def _signs(n: int) -> np.ndarray:
-    """Assignments of +1 and -1 to n pairs, [rows, n]: all, or DRAWS random ones; the first row is all +1."""
-    if n <= ENUMERATED:
-        return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    drawn = np.random.default_rng(0).choice([-1.0, 1.0], size=(DRAWS, n))
-    return np.vstack([np.ones(n), drawn])
-
-
 def _permutation_p(statistics: np.ndarray, size: float, alternative: str) -> float:
     """Share of `statistics` at least as extreme as the first, which is the observed one.
 
@@ -88,15 +79,6 @@ def _permutation_p(statistics: np.ndarray, size: float, alternative: str) -> flo
     elif alternative == "less":
         statistics = -statistics
     return float(np.mean(statistics >= statistics[0] - _ROUNDING * size))
-
-
-def sign_flip(values: ArrayLike, null: float, alternative: str) -> float:
-    """p of the sign-flip permutation test that `values` are symmetric about `null`.
-
-    Exact up to ENUMERATED values: no one-sided p is below 2**-n, no two-sided one below 2 * 2**-n.
-    """
-    shifted = _shifted(values, null)
-    return _permutation_p(_signs(len(shifted)) @ shifted, np.abs(shifted).sum(), alternative)
 
 
 def wilcoxon(values: ArrayLike, null: float, alternative: str) -> float:
@@ -194,8 +176,8 @@ def compare_correlations(treatment: ArrayLike, control: ArrayLike, alternative: 
     correlations.
     """
     both = np.corrcoef(np.vstack([np.asarray(treatment, float), np.asarray(control, float)]))
-    signs = _signs(len(np.asarray(treatment)))
-    first = np.hstack([signs > 0, signs < 0]).astype(float)
+    flipped = patterns(len(np.asarray(treatment)))
+    first = np.hstack([1 - flipped, flipped])
 
     def within(members: np.ndarray) -> np.ndarray:
         return np.einsum("ij,ij->i", members @ both, members)
