@@ -404,7 +404,7 @@ def _name_phases(axes: Axes, panel: CurvesPanel) -> None:
 _VERDICT_LOOKS = {
     "replicated": (PALETTE[2], "D", True),
     "contradicted": (PALETTE[1], "X", True),
-    "inconclusive": (MUTED, "o", False),
+    "open": (MUTED, "o", False),
     "not tested": (GRID, "_", False),
 }
 _EFFECT_ROW = 0.42

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-VERDICTS = {"replicated": "✓", "contradicted": "✗", "inconclusive": "?", "not tested": "–"}
+VERDICTS = {"replicated": "✓", "contradicted": "✗", "open": "?", "not tested": "–"}
 """The verdicts in the order of every listing, with the sign that stands for each beside its colour."""
 
 
