@@ -41,9 +41,14 @@ def claim(test="superiority", treatment="new", control="old", **fields):
     return Claim(**{"id": "C", "statement": "so it is", "test": test} | given | fields)
 
 
-def judge_paper(claims, records, **terms):
+def judge_all(claims, records, **terms):
+    """What verdicts.json says of the paper."""
     file = ClaimsFile("demo", tuple(claims), "0" * 64, None)
-    return verdicts.judge([file], {"demo": Records(records)}, **terms)["papers"]["demo"]["claims"]
+    return verdicts.judge([file], {"demo": Records(records)}, **terms)["papers"]["demo"]
+
+
+def judge_paper(claims, records, **terms):
+    return judge_all(claims, records, **terms)["claims"]
 
 
 def judge(a_claim, records, **terms):

@@ -80,7 +80,9 @@ def test_the_weakest_comparison_decides_what_all_must_show_and_the_strongest_wha
 
 
 def test_the_numbers_of_a_comparison_by_hand():
-    found = judge_one(claim(scale="points"), runs("new", [0.92, 0.93, 0.97]) + runs("old", [0.9, 0.92, 0.94]))
+    found = judge_one(
+        claim(scale="points"), runs("new", [0.92, 0.93, 0.97]) + runs("old", [0.9, 0.92, 0.94]), checks=True
+    )
     differences, half = np.array([0.02, 0.01, 0.03]), 0.01 / math.sqrt(3) * stats.t.isf(0.05, 2)
     assert found["values"] == pytest.approx(differences) and found["seeds"] == [0, 1, 2]
     assert found["estimate"] == 0.02 and found["sd"] == pytest.approx(0.01)

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = records.read_all(options.records)
         for paper in sorted(found.keys() - {file.paper for file in files}):
             print(f"note: no claims for paper {paper!r}: its records are ignored", file=sys.stderr)
-        verdicts = judge(files, found, options.looks, stability=True)
+        verdicts = judge(files, found, options.looks, checks=True)
         _write(options.out, verdicts)
         if options.metrics:
             _write(options.metrics, metrics(verdicts))

@@ -83,11 +83,10 @@ def _why(comparison: Comparison, found: Evidence, levels: dict[str, float]) -> W
         )
     needs = _needed(found, levels)
     if needs is None:
-        text = f"a tie that no {MOST_SEEDS:,} seeds would decide"
-        return Why(STRUCTURAL, None, text)
+        return Why(STRUCTURAL, None, f"a tie that no {MOST_SEEDS:,} seeds would decide")
     if found.by_flips:
         floor = _fewest(min(levels.values()), found.test.replicated)
-        needs = max(needs, floor)
+        needs = floor if found.n < floor else max(needs, floor)
         text = f"{found.by_flips}, so that an exact test decides, which needs at least {floor} seeds"
         return Why(COLLAPSES if found.collapsed else NEEDS, needs, text)
     return Why(NEEDS, needs, found.bar or f"{needs} seeds would decide it with power {inference.POWER:g}")

@@ -321,9 +321,14 @@ def _own_test(found: Evidence, procedure: Procedure, null: float) -> None:
 # ----------------------------------------------------------------------------------------------- checks
 
 
-def add_checks(comparison: Comparison, found: Evidence) -> None:
+def add_checks(comparison: Comparison) -> None:
     """The same hypothesis by other tests and the effect in standard deviations, which decide nothing."""
-    if found.test is None or not isinstance(found.test.procedure, (inference.Student, inference.Flips)):
+    found = comparison.shown
+    if (
+        found is None
+        or found.test is None
+        or not isinstance(found.test.procedure, (inference.Student, inference.Flips))
+    ):
         return
     ratio = comparison.claim.scale == "ratio"
     values = np.log(found.values) if ratio else np.array(found.values)

@@ -32,20 +32,21 @@ def judge(
     files: Sequence[ClaimsFile],
     records: Mapping[str, Records],
     looks: Sequence[int] | None = None,
-    stability: bool = False,
+    checks: bool = False,
 ) -> dict[str, Any]:
     """The verdicts on all claims: the content of verdicts.json, in plain JSON values.
 
     looks: planned numbers of seeds, ascending: at each, the first so many seeds are judged; None for one look at all of
-    them. stability: whether each verdict is also judged again on other terms, which takes some twenty times as long. A
-    paper without records has claims that are not tested.
+    them. checks: whether to find what decides nothing, too: the same hypotheses by other tests, and what becomes of each
+    verdict on other terms (stability); it takes some twenty times as long. A paper without records has claims that are
+    not tested.
     """
     terms = Terms(tuple(looks or ()))
     papers = {}
     for file in files:
         found = records.get(file.paper, Records([]))
         judged = judge_claims(file.claims, found, terms)
-        again = stability_of(file.claims, judged, found, terms) if stability else {}
+        again = stability_of(file.claims, judged, found, terms) if checks else None
         papers[file.paper] = _paper(file, judged, found, terms, again)
     counts: Counter[str] = Counter()
     for paper in papers.values():
@@ -58,9 +59,13 @@ def judge(
 
 
 def _paper(
-    file: ClaimsFile, judged: Sequence[Judged], records: Records, terms: Terms, stability: Mapping[str, Any]
+    file: ClaimsFile,
+    judged: Sequence[Judged],
+    records: Records,
+    terms: Terms,
+    stability: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    claims = [_claim(one, records, terms, stability) for one in judged]
+    claims = [_claim(one, terms, stability) for one in judged]
     return {
         "claims": claims,
         "claims_digest": file.digest,
@@ -83,8 +88,11 @@ def _counts(found: Mapping[str, int]) -> dict[str, int]:
     return {verdict: found.get(verdict, 0) for verdict in VERDICTS}
 
 
-def _claim(judged: Judged, records: Records, terms: Terms, stability: Mapping[str, Any]) -> dict[str, Any]:
+def _claim(judged: Judged, terms: Terms, stability: Mapping[str, Any] | None) -> dict[str, Any]:
     claim, comparisons = judged.claim, judged.comparisons
+    if stability is not None:
+        for comparison in comparisons:
+            add_checks(comparison)
     opening.explain(judged, terms.shares[-1])
     deciding = _deciding(judged)
     why = opening.why_claim(judged, deciding)
@@ -105,9 +113,9 @@ def _claim(judged: Judged, records: Records, terms: Terms, stability: Mapping[st
         "level": judged.level.get(REPLICATED),
         "level_against": judged.level.get(CONTRADICTED),
         "reason": words.claim_reason(judged, deciding, why),
-        "stability": stability.get(claim.id),
+        "stability": stability[claim.id] if stability is not None else None,
         "deciding": comparisons.index(deciding),
-        "comparisons": [_comparison(judged, comparison, records, terms) for comparison in comparisons],
+        "comparisons": [_comparison(judged, comparison, terms) for comparison in comparisons],
     }
 
 
@@ -135,17 +143,18 @@ def _deciding(judged: Judged) -> Comparison:
     return (max if weakest else min)(candidates, key=p)
 
 
-def _comparison(judged: Judged, comparison: Comparison, records: Records, terms: Terms) -> dict[str, Any]:
+def _comparison(judged: Judged, comparison: Comparison, terms: Terms) -> dict[str, Any]:
     found = comparison.shown or Evidence()
-    add_checks(comparison, found)
     points = zip(comparison.points, found.point_means, strict=False)
     measured = (
         *("n", "seeds", "lost", "values", "estimate", "median", "interquartile_mean", "sd", "reference"),
         *("treatment_mean", "control_mean", "test_name", "by_flips", "collapsed", "p", "p_against"),
         *("p_permutation", "p_wilcoxon", "p_page", "effect_size"),
     )
-    last = terms.looks[-1] if terms.looks else 0
-    open_ = comparison.verdict == OPEN and judged.claim.test != "count"
+    predicted = None
+    if terms.looks and comparison.verdict == OPEN and judged.claim.test != "count":
+        levels = {answer: level * terms.shares[-1] for answer, level in judged.levels.items()}
+        predicted = opening.predicted(found, terms.looks[-1], levels)
     return {
         "label": words.label(comparison),
         "treatment": _side([point.treatment for point in comparison.points]),
@@ -165,7 +174,7 @@ def _comparison(judged: Judged, comparison: Comparison, records: Records, terms:
         "level": comparison.level,
         "look": terms.sizes[found.number] if comparison.shown else None,
         "detectable": comparison.detectable,
-        "predicted": opening.predicted(found, last, judged.levels) if open_ else None,
+        "predicted": predicted,
         "verdict": comparison.verdict,
         "below_what_matters": comparison.below,
         "graded": comparison.graded,

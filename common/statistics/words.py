@@ -309,13 +309,12 @@ def _conclusion(comparison: Comparison, found: Evidence) -> str:
     if verdict == REPLICATED and comparison.below:
         return "; replicated, below what matters"
     tail = _TAILS.get((comparison.claim.test, verdict), "")
-    if verdict == CONTRADICTED and not tail and comparison.claim.test != "count":
-        if (
-            comparison.matters
-            and comparison.sign * known(found.estimate) > 0
-            and comparison.claim.scale != "ratio"
-        ):
+    if verdict == CONTRADICTED and comparison.claim.test in ("superiority", "trend") and comparison.matters:
+        neutral = 1.0 if comparison.claim.scale == "ratio" else 0.0
+        far = comparison.low if comparison.sign < 0 else comparison.high
+        if comparison.sign * (known(far) - neutral) > 0:
             return "; less than what matters"
+    if verdict == CONTRADICTED and not tail and comparison.claim.test != "count":
         return "; the opposite of what is claimed"
     return tail
 
