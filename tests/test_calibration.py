@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from common.statistics.judging import Terms, judge_claims
 
 from common.statistics.calibrate import settled, simulate, simulate_all
 from common.statistics.calibration.cells import (
@@ -20,8 +22,10 @@ from common.statistics.calibration.cells import (
 )
 from common.statistics.calibration.page import write
 from common.statistics.calibration.papers import Papers
-from common.statistics.calibration.results import Result
+from common.statistics.calibration.results import AGAIN, Result
+from common.statistics.claims import ClaimsFile
 from common.statistics.records import Quantity
+from common.statistics.verdicts import judge
 
 PAPERS = 200
 ALL = {cell.key: cell for cell in cells()}
@@ -44,6 +48,18 @@ def test_no_answer_is_wrong_in_more_than_five_of_a_hundred_papers(cell):
 def test_what_holds_by_one_standard_deviation_is_found_by_eight_seeds(question, power):
     (rate,) = simulate(Cell("power", question, "normal", power=power), PAPERS).rates().values()
     assert rate >= power - 0.06  # two simulation errors
+
+
+def test_it_counts_the_verdicts_that_are_written():
+    cell = Cell("null", NULLS[0], "diverging", LOOKED, Family(comparisons=3))
+    for records in Papers(cell).draw(np.random.default_rng(3), 10):
+        claims = Papers(cell).claims
+        judged = judge_claims(claims, records, Terms(LOOKED.looks))
+        file = ClaimsFile("made up", claims, "", Path("claims.yaml"))
+        written = judge([file], {"made up": records}, looks=LOOKED.looks)["papers"]["made up"]["claims"]
+        assert [claim["verdict"] for claim in written] == [claim.verdict for claim in judged]
+        graded = [comparison["graded"] for comparison in written[0]["comparisons"]]
+        assert graded == [comparison.graded for comparison in judged[0].comparisons]
 
 
 def test_the_same_papers_on_every_run_and_with_any_number_of_processes():
@@ -93,7 +109,7 @@ def test_papers_are_records_whose_accuracies_are_what_the_truth_adds():
 def test_a_cell_above_its_goal_is_simulated_again_on_new_papers():
     wrong = Cell("null", POWERS[0][0], "normal")  # not a null: it holds
     found = settled(wrong, 20)
-    assert found.papers == 80 and found.first["papers"] == 20
+    assert found.papers == 20 * AGAIN and found.first["papers"] == 20
     assert found.missed() == ["replicated"]
 
 

@@ -20,25 +20,24 @@ import numpy as np
 
 from common.statistics.calibration.cells import Cell, cells
 from common.statistics.calibration.page import write
-from common.statistics.calibration.papers import PAPER, Papers
+from common.statistics.calibration.papers import Papers
 from common.statistics.calibration.results import AGAIN, Result
-from common.statistics.verdicts import judge
+from common.statistics.judging import Terms, judge_claims
 
-PAPERS = 1000  # of a cell
+PAPERS = 400  # of a cell
 
 
 def simulate(cell: Cell, papers: int, stream: int = 0) -> Result:
     """Judges so many papers of a cell; another stream has other papers."""
     digest = hashlib.sha256(cell.key.encode()).digest()
     random = np.random.default_rng([stream, *np.frombuffer(digest[:16], np.uint32).tolist()])
-    made, result = Papers(cell), Result(cell, papers)
-    looks = {"looks": cell.design.looks} if cell.design.looks else {}
+    made, terms, result = Papers(cell), Terms(cell.design.looks or ()), Result(cell, papers)
+    only = None if cell.family.others == "null" else 1
     for records in made.draw(random, papers):
-        claims = judge(made.files, {PAPER: records}, **looks)["papers"][PAPER]["claims"]
-        asked = claims if cell.family.others == "null" else claims[:1]
-        result.counts.update({claim["verdict"] for claim in asked})
-        compared = asked[0]["comparisons"] if cell.family.others == "null" else asked[0]["comparisons"][:1]
-        result.inside.update({comparison["verdict"] for comparison in compared})
+        # what `judge` decides by, without the documents that it writes
+        judged = judge_claims(made.claims, records, terms)[:only]
+        result.counts.update({claim.verdict for claim in judged})
+        result.inside.update({comparison.graded for comparison in judged[0].comparisons[:only]})
     return result
 
 

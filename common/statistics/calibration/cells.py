@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.statistics.verdicts import CONTRADICTED, REPLICATED
+from common.statistics.deciding import CONTRADICTED, REPLICATED
 
 CHANCE, DENSE, LEVEL, SPREAD = 0.1, 0.95, 0.8, 0.01
 """Accuracies of a collapsed run, of a dense one and of an arm, and the standard deviation of an arm over seeds."""
@@ -214,14 +214,11 @@ def cells() -> Iterator[Cell]:
     for question, outcome in itertools.product(NULLS, EQUAL):
         for design in (EIGHT, LOOKED) if outcome == OFTEN else (*FIXED, LOOKED):
             yield Cell("null", question, outcome, design)
-    for outcome, many in itertools.product(("normal", "collapsing", "diverging"), (3, 9)):
-        for design in (EIGHT, LOOKED) if (outcome, many) == ("normal", 9) else (EIGHT,):
-            for question in NULLS:
-                if question.test not in ("threshold", "trend"):
-                    yield from (
-                        Cell("null", question, outcome, design, family)
-                        for family in _families(many, question)
-                    )
+    several = [question for question in NULLS if question.test not in ("threshold", "trend")]
+    for outcome, many, question in itertools.product(("normal", "collapsing", "diverging"), (3, 9), several):
+        yield from (Cell("null", question, outcome, EIGHT, family) for family in _families(many, question))
+    for family in _families(9, NULLS[0]):
+        yield Cell("null", NULLS[0], "normal", LOOKED, family)
     for question, power in POWERS:
         yield Cell("power" if power else "shown", question, "normal", power=power)
     # half that effect, as looks are planned for

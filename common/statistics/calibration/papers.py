@@ -5,31 +5,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.records import Record
 from common.statistics.calibration.cells import CHANCE, DENSE, EQUAL, FAR, LEVEL, UNEQUAL, Cell
-from common.statistics.claims import Claim, ClaimsFile
+from common.statistics.claims import Claim
 from common.statistics.records import Records
 
-PAPER = "simulated"
-_PLACE = {"dataset": "made-up", "architecture": "none"}
+_PLACE = {"paper": "made up", "dataset": "made-up", "architecture": "none"}
 _POINTS = 3  # targets of a trend
 
 
 class Papers:
-    """Makes the papers of a cell: one claims file, and records that differ in their accuracies alone."""
+    """Makes the papers of a cell: the claims, and records that differ in their accuracies alone."""
 
     def __init__(self, cell: Cell):
         self.cell, self.outcome = cell, {**EQUAL, **UNEQUAL}[cell.outcome]
         trend = cell.question.test == "trend"
         self.points = _POINTS if trend else cell.family.comparisons
         self.targets = tuple(np.round(np.arange(1, self.points + 1) / 10, 1).tolist())
-        claims = tuple(self._claim(number) for number in range(cell.family.claims))
-        self.files = [ClaimsFile(PAPER, claims, "", Path("claims.yaml"))]
+        self.claims = tuple(self._claim(number) for number in range(cell.family.claims))
         self.dense = [self._record("dense", 0.0, seed, DENSE) for seed in range(cell.design.seeds)]
         arms = range(cell.family.claims), self.targets, range(cell.design.seeds)
         self.runs = [
@@ -56,7 +53,6 @@ class Papers:
     @staticmethod
     def _record(variant: str, target: float, seed: int, accuracy: float) -> Record:
         return Record(
-            paper=PAPER,
             variant=variant,
             **_PLACE,
             target=target,

@@ -10,8 +10,10 @@ from typing import Any
 from common.statistics.calibration.cells import Cell
 from common.statistics.inference import ALPHA
 
-AGAIN = 4
-"""A null cell above its goal is simulated again on this many times as many new papers, and those are what is shown."""
+AGAIN = 10
+"""A null cell above its goal is simulated again on this many times as many new papers, and those are what is shown.
+
+A power cell has as many at once, as its goal is close."""
 
 
 @dataclass
