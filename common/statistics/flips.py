@@ -20,48 +20,70 @@ from scipy import stats
 
 ENUMERATED = 16
 """Up to this many pairs all patterns of flips are enumerated; beyond, as many are drawn, seed fixed."""
+_BLOCK = 8
 _TIE = 1e-12  # relative size below which a difference of two means is rounding error
 
 
 @functools.lru_cache(maxsize=8)
+def _codes(n: int) -> np.ndarray:
+    """Which of n pairs are flipped, a bit for each, as whole numbers of up to _BLOCK bits: [blocks, rows].
+
+    Every pattern that flips a pair, or those among 2**ENUMERATED drawn ones.
+    """
+    widths = np.array([min(_BLOCK, n - start) for start in range(0, n, _BLOCK)])
+    if n <= ENUMERATED:
+        codes = np.arange(2**n) >> (_BLOCK * np.arange(len(widths)))[:, None]
+    else:
+        codes = np.random.default_rng(0).integers(0, 2**_BLOCK, size=(len(widths), 2**ENUMERATED))
+        codes[:, 0] = 0  # what was observed
+    codes &= (2**widths - 1)[:, None]
+    return codes[:, codes.any(axis=0)]
+
+
+@functools.lru_cache(maxsize=2 * _BLOCK)
 def patterns(n: int) -> np.ndarray:
     """Which of n pairs are flipped, 0 or 1, [rows, n]: every pattern, or 2**ENUMERATED of them; none in the first row."""
-    if n <= ENUMERATED:
-        return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1).astype(float)
-    drawn = np.random.default_rng(0).integers(0, 2, size=(2**ENUMERATED - 1, n))
-    return np.vstack([np.zeros(n), drawn])
+    bits = np.hstack(list((_codes(n)[:, :, None] >> np.arange(_BLOCK)) & 1))[:, :n].astype(float)
+    return np.vstack([np.zeros((_rows(n) - len(bits), n)), bits])
+
+
+def _rows(n: int) -> int:
+    return 2 ** min(n, ENUMERATED)
+
+
+def _subset_sums(values: np.ndarray) -> np.ndarray:
+    """Sum of the values that are flipped, by pattern: looked up by blocks, as a block has few patterns."""
+    codes, total = _codes(len(values)), np.zeros(())
+    for number, block in enumerate(np.split(values, range(_BLOCK, len(values), _BLOCK))):
+        total = total + np.take(patterns(len(block)) @ block, codes[number])
+    return total
 
 
 @functools.lru_cache(maxsize=8)
-def _averages(n: int) -> tuple[np.ndarray, int]:
-    """Weights that average over each flipped subset that is not empty, [rows, n], and the number of empty ones."""
-    flipped = patterns(n)
-    sizes = flipped.sum(axis=1)
-    return flipped[sizes > 0] / sizes[sizes > 0, None], int((sizes == 0).sum())
+def _sizes(n: int) -> np.ndarray:
+    return _subset_sums(np.ones(n))
 
 
-def _bounds(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """The least null for which each non-empty subset, flipped, is as large as what was observed; number of empty ones.
-
-    A tie counts as being as large.
-    """
-    weights, empty = _averages(len(values))
-    return weights @ values - _TIE * np.abs(values).max(), empty
+def _means(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean of the values that are flipped, by pattern that flips any, and by how much it may be off by rounding."""
+    return _subset_sums(values) / _sizes(len(values)), _TIE * float(np.abs(values).max())
 
 
 def sign_flip(values: ArrayLike, null: float, alternative: str) -> float:
     """p of the sign-flip permutation test that `values` are symmetric about `null`.
 
     alternative: `greater`, `less` or `two-sided` (twice the smaller one-sided p). Exact up to ENUMERATED values: no
-    one-sided p is below 2**-n. With drawn flips, the observed one among them, it is a valid p too.
+    one-sided p is below 2**-n. With drawn flips, the observed one among them, it is a valid p too. A flip that ties with
+    what was observed counts as being as large.
     """
     values = np.asarray(values, float)
-    if alternative == "two-sided":
-        return min(1.0, 2 * min(sign_flip(values, null, side) for side in ("greater", "less")))
-    if alternative == "less":
-        values, null = -values, -null
-    bounds, empty = _bounds(values)
-    return float((empty + np.count_nonzero(bounds <= null)) / (empty + len(bounds)))
+    means, slack = _means(values)
+    unlike = {
+        "greater": np.count_nonzero(means - slack > null),
+        "less": np.count_nonzero(means + slack < null),
+    }
+    found = {side: 1 - count / _rows(len(values)) for side, count in unlike.items()}
+    return min(1.0, 2 * min(found.values())) if alternative == "two-sided" else found[alternative]
 
 
 def flip_interval(values: ArrayLike, level: float) -> tuple[float, float]:
@@ -71,14 +93,14 @@ def flip_interval(values: ArrayLike, level: float) -> tuple[float, float]:
     An end is infinite where no p is as small as `level`: with n values, where 2**-n exceeds it.
     """
     values = np.asarray(values, float)
-    return _low(values, level), -_low(-values, level)
-
-
-def _low(values: np.ndarray, level: float) -> float:
-    bounds, empty = _bounds(values)
-    # the number of rows is a power of two, so this is exact
-    spared = math.floor(level * (empty + len(bounds))) - empty
-    return float(np.partition(bounds, spared)[spared]) if spared >= 0 else -math.inf
+    means, slack = _means(values)
+    rows = _rows(len(values))  # a power of two, so that this is exact
+    beyond = math.floor(level * rows) - (rows - len(means))
+    if beyond < 0:
+        return -math.inf, math.inf
+    last = len(means) - 1 - beyond
+    means.partition([beyond, last])
+    return float(means[beyond] - slack), float(means[last] + slack)
 
 
 def mcnemar(treatment: Sequence[bool] | np.ndarray, control: Sequence[bool] | np.ndarray) -> float:

@@ -48,7 +48,7 @@ def crossed_interval(treatment: ArrayLike, control: ArrayLike, level: float) -> 
     """
     variance, freedom = crossed_variance(treatment, control)
     mean = float(_differences(treatment, control).mean())
-    half = float(stdtrit(freedom, 1 - level)) * math.sqrt(variance) if variance else 0.0
+    half = float(stdtrit(freedom, 1 - level)) * math.sqrt(variance)
     return mean - half, mean + half
 
 
