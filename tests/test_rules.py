@@ -188,8 +188,13 @@ def test_all_takes_the_largest_p_and_any_bonferroni():
     assert all_["p"] == max(one, other) and any_["p"] == pytest.approx(2 * min(one, other))
     against = [c["p_against"] for c in judge(claim(), records)["comparisons"]]
     assert any_["p_against"] == max(against)
-    # an answer's interval is at the level that it faces
-    assert all_["comparisons"][0]["level"] == 0.05 and any_["comparisons"][0]["level"] == 0.025
+    # an answer's interval is at the level that it faces, the wider one is drawn of what is open
+    assert [c["level"] for c in all_["comparisons"] + any_["comparisons"]] == [0.025] * 4
+    records = pair(0.02, target=0.5, seed=1) + pair(0.02, target=0.9)
+    levels = {
+        r: [c["level"] for c in judge(claim(require=r), records)["comparisons"]] for r in ("all", "any")
+    }
+    assert levels == {"all": [0.05, 0.05], "any": [0.025, 0.025]}
 
 
 def test_a_claim_says_where_it_holds():
