@@ -30,6 +30,13 @@ def failed(variant, seed, failure="diverged", **fields):
     return record(variant, seed, status="failed", failure=failure, reason=f"it {failure}", **fields)
 
 
+CHANCE = {"chance": 0.1}
+
+
+def dense(n, accuracy=0.95, **fields):
+    return runs("dense", [accuracy] * n, target=0.0, cost={"compression": 1}, **CHANCE, **fields)
+
+
 def claim(test="superiority", treatment="new", control="old", **fields):
     if test in DIRECTED:
         fields = {"direction": "higher"} | fields
@@ -66,3 +73,9 @@ def pair(difference, n=10, sd=0.005, seed=0, **fields):
     spread = (noise[0] - noise[0].mean()) / noise[0].std(ddof=1) * sd
     old = 0.8 + 0.03 * noise[1]
     return runs("new", old + difference + spread, **fields) + runs("old", old, **fields)
+
+
+def sample(mean, n=10, sd=0.005, seed=0):
+    """Differences with exactly this mean and sd."""
+    noise = draws(1, n, seed=seed)[0]
+    return mean + (noise - noise.mean()) / noise.std(ddof=1) * sd

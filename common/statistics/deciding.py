@@ -43,6 +43,8 @@ class Judged:
     claim: Claim
     comparisons: list[Comparison]
     verdict: str = OPEN
+    family: int = 0
+    """Claims whose error is held together with its own, itself among them; 0 for a count."""
     level: dict[str, float] = field(default_factory=dict)
     p: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ANSWERS, 1.0))
     p_holm: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ANSWERS, 1.0))
@@ -101,6 +103,8 @@ class Family:
 
     def __init__(self, claims: Sequence[Judged], alpha: float):
         self.claims, self.alpha = claims, alpha
+        for claim in claims:
+            claim.family = len(claims)
 
     def level(self, claim: Judged, answer: str) -> float:
         """What Holm's correction leaves a claim, all others that have the answer rejected."""

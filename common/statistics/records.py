@@ -16,8 +16,6 @@ from common.records import Identity, Record, files, read
 from common.settings import SettingsError
 
 SECTIONS = ("metrics", "cost", "details")
-OF_DIVERGED = ("test_accuracy", "validation_accuracy")
-"""Metrics that a diverged network has all the same: those of one that has learnt nothing."""
 COLLAPSED = 0.1
 """A run is collapsed up to this share of the way from chance to the dense network."""
 _Place = tuple[str | None, str | None, str | None, float]
@@ -150,7 +148,7 @@ class Records:
     ) -> Any:
         """The quantity's number for a seed, or its vector (a list of numbers). Raises Lost.
 
-        A diverged run has the accuracy of chance. shared: the runs at the root of failures (`root`) that both sides of
+        A diverged run has the accuracy of a network that has learnt nothing. shared: the runs at the root of failures (`root`) that both sides of
         a pair start from: theirs is lost.
         """
         record = self.of(quantity, seed)
@@ -170,7 +168,7 @@ class Records:
 
     def _of_failed(self, quantity: Quantity, record: Record, shared: Collection[Any]) -> float:
         failed = f"the run of {place(quantity)} failed: {record.reason or 'no reason given'}"
-        if not diverged(record) or _last(quantity.metric) not in OF_DIVERGED:
+        if not diverged(record) or not is_accuracy(quantity.metric):
             raise Lost(failed)
         if root(record) in shared:
             raise Lost(f"{failed}; both sides start from what diverged")
@@ -206,7 +204,7 @@ class Records:
                     if (record.dataset, record.architecture) != (dataset, architecture) or accuracy is None:
                         continue
                     any_[record.seed] = max(accuracy, any_.get(record.seed, 0.0))
-                    if record.cost.get("compression") == 1:
+                    if found_in(record, "cost.compression") == 1:
                         whole[record.seed] = max(accuracy, whole.get(record.seed, 0.0))
             self._dense[dataset, architecture] = any_ | whole
         return self._dense[dataset, architecture]

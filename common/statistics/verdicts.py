@@ -110,6 +110,7 @@ def _claim(judged: Judged, terms: Terms, stability: Mapping[str, Any] | None) ->
         "p_holm": judged.p_holm[REPLICATED] if in_family else None,
         "p_against": judged.p[CONTRADICTED] if in_family else None,
         "p_against_holm": judged.p_holm[CONTRADICTED] if in_family else None,
+        "family": judged.family,
         "level": judged.level.get(REPLICATED),
         "level_against": judged.level.get(CONTRADICTED),
         "reason": words.claim_reason(judged, deciding, why),
