@@ -78,9 +78,9 @@ def _why(comparison: Comparison, found: Evidence, levels: dict[str, float]) -> W
         return Why(STRUCTURAL, None, found.bar)
     if isinstance(procedure, inference.Correlations):
         fewest = max(FEWEST_PAIRS, _fewest(levels[REPLICATED], found.test.replicated))
-        return Why(
-            NEEDS, fewest if fewest > found.n else None, f"an exact test needs at least {fewest} seeds"
-        )
+        if fewest <= found.n:
+            return Why(NEEDS, None, "more seeds are needed; how many, no formula tells")
+        return Why(NEEDS, fewest, f"an exact test needs at least {fewest} seeds")
     needs = _needed(found, levels)
     if needs is None:
         return Why(STRUCTURAL, None, f"a tie that no {MOST_SEEDS:,} seeds would decide")

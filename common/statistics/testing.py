@@ -150,7 +150,9 @@ def _numbers(found: Evidence, comparison: Comparison, sample: Sample, records: R
         values = inference.slopes(contrasts, x)
         found.p_page = inference.page(contrasts, x, "less" if comparison.sign < 0 else "greater")
     found.values = back(values).tolist()
-    found.estimate = float(back(values.mean()))
+    mean = float(values.mean())
+    # a mean that is nothing but rounding error is zero
+    found.estimate = float(back(mean if abs(mean) > 1e-12 * float(np.abs(values).max()) else 0.0))
     if claim.test == "count":
         found.count = _count(comparison, found)
         found.reference, found.test_name = (
