@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common.statistics.judging import Terms, judge_claims
 
 from common.statistics.calibrate import settled, simulate, simulate_all
 from common.statistics.calibration.cells import (
@@ -24,6 +23,7 @@ from common.statistics.calibration.page import write
 from common.statistics.calibration.papers import Papers
 from common.statistics.calibration.results import AGAIN, Result
 from common.statistics.claims import ClaimsFile
+from common.statistics.judging import Terms, judge_claims
 from common.statistics.records import Quantity
 from common.statistics.verdicts import judge
 
