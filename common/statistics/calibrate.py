@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common.statistics.calibration.cells import Cell, cells
 from common.statistics.calibration.page import write
@@ -60,7 +61,9 @@ def simulate_all(found: Sequence[Cell], papers: int, jobs: int) -> list[Result]:
     # the long ones first, so that no process ends alone
     order = sorted(range(len(found)), key=lambda at: -found[at].size)
     with ProcessPoolExecutor(jobs) as pool:
-        results = list(pool.map(settled, [found[at] for at in order], itertools.repeat(papers)))
+        ordered = pool.map(settled, [found[at] for at in order], itertools.repeat(papers))
+        # shown in a terminal only
+        results = list(tqdm(ordered, total=len(found), unit="cell", disable=None))
     return [result for _, result in sorted(zip(order, results), key=lambda pair: pair[0])]
 
 
