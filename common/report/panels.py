@@ -86,7 +86,8 @@ class CurvesPanel(Panel):
 class Effect:
     """One comparison of a claim, in units of the panel's axis.
 
-    values: one a pair of seeds. bounds: what the test tests against besides no effect: a margin, a bound.
+    values: one a pair of seeds. low, high: of the interval that decides, None for an infinite end. bounds: what it is
+    held against besides no effect: what matters, a bound.
     """
 
     label: str
