@@ -36,6 +36,14 @@ def test_later_seeds_never_judge_again():
     assert json.dumps(alone) == json.dumps(replayed)
     assert alone["verdict"] == "replicated" and alone["comparisons"][0]["look"] == 8
     assert judge(claim(), first + later)["verdict"] == "contradicted"
+    # nor where the comparison that decided is another
+    others = [
+        r
+        for s in range(8)
+        for r in (record("new", s, 0.5, target=0.5), record("old", s, 0.6 + s / 1e3, target=0.5))
+    ]
+    both = [judge(claim(), others + r, looks=(8, 16, 32)) for r in (first, first + later)]
+    assert both[0]["verdict"] == "contradicted" and json.dumps(both[0]) == json.dumps(both[1])
 
 
 def test_a_look_is_judged_only_when_its_runs_are_recorded_ok_or_failed():

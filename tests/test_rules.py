@@ -212,6 +212,8 @@ def test_a_comparison_that_is_replicated_does_not_contradict():
     records = pair(0.01, target=0.5) + pair(0.01, target=0.9, seed=1)
     found = judge(claim(matters=0.05), records)
     assert (found["verdict"], found["p_against"]) == ("replicated", 1)
+    one_open = judge(claim(matters=0.05), pair(0.01, target=0.5) + pair(0.01, target=0.9, seed=1, sd=0.08))
+    assert (one_open["verdict"], one_open["kind"]) == ("open", "mixed") and one_open["p_against"] > 0.1
     mixed = judge(claim(matters=0.05), pair(0.01, target=0.5) + pair(-0.01, target=0.9, seed=1))
     assert mixed["verdict"] == "contradicted"
 
@@ -311,6 +313,14 @@ def test_one_collapsed_control_among_eight_does_not_hide_the_other_seven():
     eight = judge_paper([claim(), *(claim(id=f"N{k}", control="nobody") for k in range(13))], records)[0]
     assert (eight["verdict"], eight["kind"], eight["needs"]) == ("open", "collapses", 9)
     assert eight["comparisons"][0]["low"] is None
+
+
+def test_dense_is_the_best_uncompressed_run_else_the_best_there():
+    records = pair(0.02, n=8, **CHANCE)
+    records[-1] = record("old", 7, 0.187, **CHANCE)
+    better = runs("better", [0.99] * 8, **CHANCE)
+    assert not judge_one(claim(), [*dense(8), *better, *records])["collapsed"]  # the bound is .185
+    assert judge_one(claim(), [*better, *records])["collapsed"]  # .189
 
 
 @pytest.mark.parametrize(("accuracy", "collapsed"), [(0.1849, True), (0.1851, False)])

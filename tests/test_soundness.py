@@ -31,6 +31,18 @@ def test_equal_differences_in_all_seeds_are_evidence():
     assert close["p"] < 1e-4
 
 
+def test_equal_slopes_in_all_seeds_are_evidence_too():
+    settings = {"data": {"test": 1000}}
+    records = [
+        r
+        for target, gain in ((0.5, 0.001), (0.9, 0.003))
+        for r in runs("new", 0.8 + np.arange(8) / 1000 + gain, target=target, settings=settings)
+    ]
+    found = judge_one(claim("trend", control=None), records)
+    assert found["sd"] == pytest.approx(0.001 / math.sqrt(12) / math.hypot(0.2, 0.2))
+    assert (found["verdict"], found["test_name"]) == ("replicated", "one-sided t on slopes")
+
+
 def test_an_accuracy_of_1_7_is_no_accuracy():
     records = pair(0.02, n=8)
     records[0] = record("new", 0, 1.7)
@@ -147,6 +159,14 @@ def test_an_arm_that_never_trained_is_unsound(accuracies, unsound):
         assert "the arm new (digits, mlp) is unsound" in found["reason"]
         declared = judge(claim(direction="lower", targets=[0.98], meant_to_fail="new"), records)
         assert declared["verdict"] == "replicated"
+
+
+@pytest.mark.parametrize(("at_chance", "verdict"), [(3, "replicated"), (4, "not tested")])
+def test_half_the_finished_runs_at_chance_make_an_arm_unsound(at_chance, verdict):
+    accuracies = [0.1] * at_chance + [0.9] * (8 - at_chance)
+    records = dense(8) + arm("old", {0.98: 0.7}) + runs("new", accuracies, target=0.0, **CHANCE)
+    records += arm("new", {0.98: 0.3})
+    assert judge(claim(direction="lower", targets=[0.98]), records)["verdict"] == verdict
 
 
 def test_an_arm_is_judged_before_its_mask_and_diverged_runs_are_outcomes():
