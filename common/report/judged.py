@@ -140,6 +140,7 @@ def _row(claim: Claim, comparison: Mapping[str, Any], label: str) -> dict[str, A
         "label": label,
         "verdict": comparison["verdict"],
         "below": comparison["below_what_matters"],
+        "graded": comparison["graded"] if comparison["graded"] != comparison["verdict"] else "",
         "estimate": _share(comparison["estimate"]) if share else _amount(claim, comparison["estimate"]),
         "interval": _interval(claim, comparison, share),
         "n": str(comparison["n"]),
