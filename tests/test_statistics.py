@@ -132,6 +132,14 @@ def test_the_detectable_effect_is_shown_in_80_of_100_samples(level):
     assert np.mean(shown) == pytest.approx(0.8, abs=0.03)
 
 
+def test_power_has_no_gaps():
+    n = np.arange(5, 3000)
+    for effect, level in ((0.78, 0.0007), (-0.78, 1e-5), (2.0, 0.05), (5.0, 1e-5), (-0.2, 1e-5)):
+        found = inference.power(effect, n, level)
+        assert np.isfinite(found).all() and ((found >= 0) & (found <= 1 + 1e-12)).all()
+        assert (np.diff(found) * np.sign(effect) > -1e-6).all()
+
+
 def test_holm_agrees_with_statsmodels():
     assert inference.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     for p_values in np.random.default_rng(1).uniform(0, 0.2, size=(50, 6)) ** 2:

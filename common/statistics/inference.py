@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
-from scipy.special import betaincinv, gammaln, nctdtr, nctdtrinc, stdtr, stdtrit
+from scipy.special import betaincinv, gammaln, nctdtr, nctdtrinc, ndtr, stdtr, stdtrit
 
 from common.statistics.flips import ENUMERATED, flip_interval, patterns, sign_flip
 
@@ -182,7 +182,10 @@ def detectable(n: int, level: float = ALPHA) -> float:
 
 def power(effect: ArrayLike, n: np.ndarray, level: float) -> np.ndarray:
     """Power of one-sided t-tests of n values, [k], for means of `effect` standard deviations ([k] or one for all)."""
-    return 1 - nctdtr(n - 1, np.asarray(effect) * np.sqrt(n), stdtrit(n - 1, 1 - level))
+    shift, t = np.asarray(effect) * np.sqrt(n), stdtrit(n - 1, 1 - level)
+    missed = nctdtr(n - 1, shift, t)
+    # far in its tails SciPy's function has gaps, where a normal approximation is as good as 0 or 1
+    return 1 - np.where(np.isnan(missed), ndtr(t - shift), missed)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
