@@ -238,7 +238,7 @@ def _per_end(answer: Answer | None, level: float) -> float:
 
 def _is_below(found: Evidence, level: float) -> bool:
     below = found.test.below
-    return below is not None and below.p(found.test.procedure) <= level
+    return below is not None and bool(below.p(found.test.procedure) <= level)
 
 
 def _grade(judged: Judged) -> None:

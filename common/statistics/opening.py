@@ -26,6 +26,7 @@ from common.statistics.testing import FEWEST_PAIRS, Answer
 NEEDS, MIXED, COLLAPSES, STRUCTURAL = "needs n seeds", "mixed", "collapses", "structural"
 MOST_SEEDS = 10_000
 """What would need more is a tie, which no number of seeds decides."""
+_MOST_LOG = 700.0  # the logarithm of about the largest number of double precision
 
 
 def explain(judged: Judged, last_share: float) -> None:
@@ -50,8 +51,8 @@ def explain(judged: Judged, last_share: float) -> None:
 
 def why_claim(judged: Judged, deciding: Comparison) -> Why | None:
     """Why a claim is open; of a contradicted one, whether it holds somewhere all the same."""
-    if judged.verdict not in (OPEN, CONTRADICTED) or judged.claim.test == "count":
-        return deciding.why if judged.verdict == OPEN else None
+    if judged.verdict not in (OPEN, CONTRADICTED):
+        return None
     graded = {comparison.graded for comparison in judged.comparisons}
     somewhere = REPLICATED if judged.claim.require == "all" else CONTRADICTED
     if somewhere in graded and graded & ({OPEN, REPLICATED, CONTRADICTED} - {somewhere}):
@@ -59,9 +60,7 @@ def why_claim(judged: Judged, deciding: Comparison) -> Why | None:
         return Why(MIXED, needs, "it does not hold everywhere alike")
     if judged.verdict == CONTRADICTED:
         return None
-    if deciding.why is None:
-        return Why(STRUCTURAL, None, "a comparison has not been tested")
-    return deciding.why
+    return deciding.why or Why(STRUCTURAL, None, "a comparison has not been tested")
 
 
 def _why_count(comparison: Comparison) -> Why:
@@ -146,7 +145,7 @@ def _detectable(comparison: Comparison, found: Evidence, levels: dict[str, float
         return None
     level = found.test.replicated.per_end(levels[REPLICATED])
     effect = procedure.sd * inference.detectable(found.n, level)
-    return math.exp(effect) if comparison.claim.scale == "ratio" else effect
+    return float(np.exp(min(effect, _MOST_LOG))) if comparison.claim.scale == "ratio" else effect
 
 
 def predicted(found: Evidence, seeds: int, levels: dict[str, float]) -> float | None:
