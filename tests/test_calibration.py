@@ -122,3 +122,14 @@ def test_the_page_shows_what_misses_its_goal(tmp_path):
     readme = (tmp_path / "README.md").read_text()
     assert "| superiority, truth 0 | normal | **30.0** / 3.0 |" in readme
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
+
+
+def test_what_diverges_is_shifted_like_all_other_outcomes_of_its_arm():
+    made = Papers(ALL["null; noninferiority, truth -1; diverging; 64 seeds; one comparison"])
+    (records,) = made.draw(np.random.default_rng(0), 1)
+    arms = [
+        Quantity(f"{side} 0", "made-up", "none", 0.1, "test_accuracy") for side in ("treatment", "control")
+    ]
+    values = [[records.measure(arm, seed) for seed in range(64)] for arm in arms]
+    assert [min(side) for side in values] == pytest.approx([CHANCE - made.outcome.margin, CHANCE])
+    assert {run.status for run in records.seeds(arms[0]).values()} == {"ok", "failed"}

@@ -223,12 +223,9 @@ def cells() -> Iterator[Cell]:
         yield Cell("null", NULLS[0], "normal", LOOKED, family)
     for question, power in POWERS:
         yield Cell("power" if power else "shown", question, "normal", power=power)
-    # half that effect, as looks are planned for
-    for question in (
-        Question("superiority", 0.5, (REPLICATED,)),
-        Question("noninferiority", -0.5, (REPLICATED,), True),
-    ):
-        yield Cell("shown", question, "normal", LOOKED)
+    holds, half = Question("superiority", 1, (REPLICATED,)), Question("superiority", 0.5, (REPLICATED,))
+    yield Cell("shown", half, "normal", LOOKED)
+    yield from (Cell("shown", holds, "collapsing", design) for design in (EIGHT, LOOKED))
     for question, outcome, design in itertools.product(NULLS, UNEQUAL, (EIGHT, LOOKED)):
         if len(question.answers) == 2 and question.test in ("superiority", "noninferiority", "equivalence"):
             yield Cell("shown", question, outcome, design)

@@ -102,7 +102,7 @@ def _readme(results: Sequence[Result]) -> str:
         "Any claim of several; where the others hold or fail, the first one.\n",
         _table(several, ("test", "accuracies", "seeds"), _family_row, lambda c: c.family.name),
         "## Power\n",
-        _table(rest, ("test",), lambda c: (c.question.name,), by_design),
+        _table(rest, ("test", "accuracies"), lambda c: (c.question.name, c.outcome), by_design),
         "## Arms that are not alike: no goal\n",
         _table(unlike, ("test", "accuracies"), lambda c: (c.question.name, c.outcome), by_design),
     ]

@@ -36,6 +36,8 @@ class Papers:
             ]
             for side in ("treatment", "control")
         ]
+        treatment = np.repeat(self.truth(), cell.design.seeds).tolist()
+        self.shifts = treatment, [0.0] * len(treatment)
 
     def _claim(self, number: int) -> Claim:
         question, margin = self.cell.question, self.outcome.margin
@@ -82,19 +84,19 @@ class Papers:
         treatment = treatment + self.truth()
         if self.outcome.decimals is not None:
             treatment, control = (np.round(side, self.outcome.decimals) for side in (treatment, control))
-        for sides in zip(
-            treatment.reshape(papers, -1).tolist(), control.reshape(papers, -1).tolist(), strict=True
-        ):
+        sides = [side.reshape(papers, -1).tolist() for side in (treatment, control)]
+        for accuracies in zip(*sides, strict=True):
             records = [
-                self._with(run, accuracy)
-                for runs, accuracies in zip(self.runs, sides, strict=True)
-                for run, accuracy in zip(runs, accuracies, strict=True)
+                self._with(*run)
+                for side in zip(self.runs, accuracies, self.shifts, strict=True)
+                for run in zip(*side, strict=True)
             ]
             yield Records(self.dense + records)
 
     @staticmethod
-    def _with(run: Record, accuracy: float) -> Record:
+    def _with(run: Record, accuracy: float, shift: float) -> Record:
         if math.isnan(accuracy):
+            # all outcomes of an arm are shifted, or both would not be distributed alike
             failed = {"status": "failed", "failure": "diverged", "reason": "the loss is nan"}
-            return run.model_copy(update={**failed, "metrics": {}, "cost": {}})
+            return run.model_copy(update={**failed, "metrics": {}, "cost": {}, "chance": CHANCE + shift})
         return run.model_copy(update={"metrics": {"test_accuracy": accuracy}})
