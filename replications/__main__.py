@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         type=_time_budget,
         default=math.inf,
         metavar="TIME",
-        help="stop cleanly after 90s, 25m, 2h, ... (exit status 3); the same command goes on, also elsewhere from a copy of .runs",
+        help="stop cleanly after 90s, 25m, 2h, ... (exit status 3); the same command goes on, also elsewhere from a copy of .runs; "
+        "what is finished can be imported (--partial)",
     )
     plan = known.add_parser("plan", help="what a profile costs on this machine, and what of it is done")
     plan.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
@@ -51,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     take = known.add_parser("import", help="take in the results of another machine without training")
     take.add_argument("folder", type=Path, help="a copy of its folder `results`")
     take.add_argument("--paper", action="append", default=[], help="only this one; may be repeated")
+    take.add_argument(
+        "--partial",
+        action="store_true",
+        help="also of stages that were stopped: what they had finished, from its folder `partial`",
+    )
     take.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     options = parser.parse_args(arguments)
     processes.set_environment()
@@ -63,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = {
         "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget),
         "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
-        "import": lambda: commands.import_results(o.folder, o.paper, o.params),
+        "import": lambda: commands.import_results(o.folder, o.paper, o.params, o.partial),
     }
     return commands.status(command[o.command])
 

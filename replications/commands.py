@@ -80,17 +80,29 @@ def run_paper(paper: str, params: str, profile_name: str | None, ends: float) ->
             print(f"failed: {paper}/{record.variant} seed {record.seed}: {record.reason}", file=sys.stderr)
 
 
-def import_results(folder: Path, only: Sequence[str], params: str) -> None:
-    """Take in the records of another machine, log them and have DVC accept them. Raises SettingsError, StageError."""
-    stages = importing.take_in(folder, RESULTS, only, params)
+def import_results(folder: Path, only: Sequence[str], params: str, unfinished: bool) -> None:
+    """Take in the records of another machine, log them and have DVC accept those of complete stages.
+
+    unfinished: also of stages that are not complete. Raises SettingsError, StageError.
+    """
+    stages = importing.take_in(folder, RESULTS, only, params, unfinished)
     for stage in stages:
         with _tracking(stage.paper, stage.profile, stage.environment) as log:
             for entry in stage.entries:
                 log.add(entry)
         _report(log, "the same command logs what is missing")
-        print(f"{stage.paper}: {len(stage.entries)} runs imported")
-    if refused := importing.accept([stage.paper for stage in stages]):
+        listed = f" of {len(stage.entries) + stage.unfinished}" if stage.unfinished else ""
+        print(f"{stage.paper}: {len(stage.entries)}{listed} runs imported")
+    complete = [stage.paper for stage in stages if not stage.unfinished]
+    if complete and (refused := importing.accept(complete)):
         print(refused, file=sys.stderr)
+    for stage in stages:
+        if stage.unfinished:
+            print(
+                f"{stage.paper} is not complete, so DVC is not told of it and `dvc repro {stage.paper}` trains: "
+                f"{plan.CONTINUES}. `dvc repro --single-item --force statistics report` judges what is there",
+                file=sys.stderr,
+            )
 
 
 def _report(log: StageLog | _NoTracking, remedy: str) -> None:

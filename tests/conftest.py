@@ -1,6 +1,5 @@
 """Options and defaults of the test suite."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -27,12 +26,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.fast)
-
-
-def pytest_collection_finish():
-    """statsmodels collects garbage at every correction, which takes long among all that the tests have loaded."""
-    gc.freeze()
-
-
-def pytest_sessionfinish():
-    gc.unfreeze()

@@ -81,3 +81,23 @@ def run(project: Path, *command: str, **extra: str) -> subprocess.CompletedProce
     return subprocess.run(
         command, cwd=project, env=environment(**extra), capture_output=True, text=True, check=False
     )
+
+
+BARE = "import sys\nsys.modules['mlflow'] = sys.modules['dvc'] = None\n"
+"""As `sitecustomize.py`, makes a machine with neither MLflow nor DVC."""
+
+
+def only_example(folder: Path) -> Path:
+    """A copy on such a machine, in which the only paper is the example, with its own defaults."""
+    project = copy(folder)
+    for protocol in (project / "replications").glob("*/protocol.py"):
+        shutil.rmtree(protocol.parent)
+    add_example(project)
+    params(project)
+    (project / "sitecustomize.py").write_text(BARE)
+    return project
+
+
+def replications(project: Path, *command: str) -> subprocess.CompletedProcess:
+    """Run a command of `python -m replications` in such a copy."""
+    return run(project, "python", "-m", "replications", *command, PYTHONPATH=str(project))

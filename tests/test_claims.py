@@ -65,7 +65,7 @@ def changed(**fields):
         ({"control": {"variant": "new"}}, ["H1.control: the same as the treatment"]),
         ({"control": {}}, ["H1.control: the same as the treatment"]),
         ({"direction": LEAVE_OUT}, ["H1.direction: missing"]),
-        ({"test": "equivalence", "direction": LEAVE_OUT}, ["H1.margin: missing; test equivalence needs it"]),
+        ({"test": "equivalence", "direction": LEAVE_OUT}, ["H1.matters: missing; test equivalence needs it"]),
         (
             {"test": "equivalence", "margin": 0.1},
             ["H1.direction: not for test equivalence, which knows control, margin"],
@@ -76,6 +76,18 @@ def changed(**fields):
         ({"margin": 0}, ["H1.margin", "greater than 0"]),
         ({"margin": {"digits": "wide"}}, ["H1.margin.digits = 'wide'", "number"]),
         ({"margin": float("nan")}, ["H1.margin", "finite"]),
+        ({"matters": -0.1}, ["H1.matters", "greater than or equal to 0"]),
+        ({"matters": 0.1, "margin": 0.1}, ["H1.margin: not beside matters"]),
+        (
+            {"test": "noninferiority", "matters": {"digits": 0.1, "other": 0}},
+            ["H1.matters = 0: test noninferiority needs more than 0"],
+        ),
+        ({"role": "main"}, ["H1.role = 'main'", "'headline'", "'probe'"]),
+        ({"precondition": {"variant": "a"}}, ["H1.precondition.not_worse_than: missing"]),
+        (
+            {"precondition": {"variant": "a", "not worse then": "b"}},
+            ["H1.precondition.not_worse_then: unknown key", "did you mean 'not_worse_than'?"],
+        ),
         ({"targets": [-1]}, ["H1.targets", "= -1", "greater than or equal to 0"]),
         ({"targets": 0.9}, ["H1.targets", "0.9", "tuple"]),
         (
@@ -177,8 +189,32 @@ def test_every_form_of_a_claim_is_read(tmp_path):
             control={"variant": "old", "minus": {"target": 0}},
         ),
     ]
-    a, b, c, d, e, f = claims.read(claims_file(tmp_path, *entries)).claims
-    assert (a.margin_for("digits"), a.margin_for("cifar10"), a.targets_for("digits")) == (
+    entries += [
+        changed(
+            id="g",
+            role="headline",
+            matters={"digits": 0, "other": 0.01},
+            bounds=[None, 1],
+            meant_to_fail="old",
+            precondition=[
+                {"variant": "a", "not worse than": "b", "by": 0.02},
+                {"variant": "b", "not_worse_than": "c"},
+            ],
+        )
+    ]
+    a, b, c, d, e, f, g = claims.read(claims_file(tmp_path, *entries)).claims
+    assert (g.role, f.role, g.matters_for("digits"), g.matters_for("cifar10")) == (
+        "headline",
+        "supporting",
+        0,
+        0.01,
+    )
+    assert g.bounds == (None, 1) and g.meant_to_fail == ("old",)
+    assert [(p.variant, p.not_worse_than, p.by) for p in g.precondition] == [
+        ("a", "b", 0.02),
+        ("b", "c", None),
+    ]
+    assert (a.matters_for("digits"), a.matters_for("cifar10"), a.targets_for("digits")) == (
         0.01,
         0.005,
         (0.98,),

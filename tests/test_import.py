@@ -8,11 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from project import add_example, copy, params, run
+from project import BARE, only_example, params, replications, run
 
-import replications
+import replications as package
 from common.stage import importing
-from common.stage.papers import papers
 from common.stage.store import StageError
 
 pytestmark = pytest.mark.slow
@@ -22,30 +21,13 @@ FILES = (
     "digits/example.curves.jsonl",
     "environment/digits/example.json",
 )
-# a machine with neither MLflow nor DVC
-BARE = "import sys\nsys.modules['mlflow'] = sys.modules['dvc'] = None\n"
-
-
-def _project(folder):
-    """A copy in which the only paper is the example."""
-    project = copy(folder)
-    for paper in papers():
-        shutil.rmtree(project / "replications" / paper)
-    add_example(project)
-    params(project)
-    (project / "sitecustomize.py").write_text(BARE)
-    return project
-
-
-def _run(project, *command):
-    return run(project, "python", "-m", "replications", *command, PYTHONPATH=str(project))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """What a stage leaves on the other machine."""
-    project = _project(tmp_path_factory.mktemp("there"))
-    result = _run(project, "run", "example")
+    project = only_example(tmp_path_factory.mktemp("there"))
+    result = replications(project, "run", "example")
     assert result.returncode == 0, result.stderr
     beside = project / "results" / FILES[2]
     environment = json.loads(beside.read_text())
@@ -63,7 +45,7 @@ def folder(made, tmp_path):
 
 @pytest.fixture
 def project(tmp_path):
-    return _project(tmp_path)
+    return only_example(tmp_path)
 
 
 @pytest.fixture
@@ -71,7 +53,7 @@ def inside(project, monkeypatch):
     """This process works in the copy, where the stage has run before: nothing of that may change."""
     for place in ("common.stage.papers.ROOT", "common.stage.store.ROOT"):
         monkeypatch.setattr(place, project)
-    monkeypatch.setattr(replications, "__path__", [str(project / "replications")])
+    monkeypatch.setattr(package, "__path__", [str(project / "replications")])
     monkeypatch.chdir(project)
     for name in FILES:
         (project / "results" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +206,7 @@ def _bytes(results):
 
 
 def test_without_mlflow_and_dvc_the_files_are_there_and_the_rest_is_said(project, folder):
-    result = _run(project, "import", str(folder), "--paper", "example")
+    result = replications(project, "import", str(folder), "--paper", "example")
     assert result.returncode == 0, result.stderr
     assert _bytes(project / "results") == _bytes(folder)
     assert "mlflow is not installed here" in result.stderr
@@ -250,10 +232,10 @@ pathlib.Path.write_bytes, os.replace = write, move
 
 def test_a_kill_before_all_is_written_changes_nothing(project, folder):
     (project / "sitecustomize.py").write_text(BARE + KILL.format(calls=3, name="write"))
-    assert _run(project, "import", str(folder)).returncode == -signal.SIGKILL
+    assert replications(project, "import", str(folder)).returncode == -signal.SIGKILL
     assert _bytes(project / "results") == [None] * 3
     (project / "sitecustomize.py").write_text(BARE)
-    assert _run(project, "import", str(folder)).returncode == 0
+    assert replications(project, "import", str(folder)).returncode == 0
     assert _bytes(project / "results") == _bytes(folder)
     assert sorted(os.listdir(project / "results")) == ["digits", "environment"]
 
@@ -261,10 +243,10 @@ def test_a_kill_before_all_is_written_changes_nothing(project, folder):
 def test_what_a_kill_leaves_half_moved_the_next_import_finishes_first(project, folder):
     # the first move is of all files at once, the next ones of one file each
     (project / "sitecustomize.py").write_text(BARE + KILL.format(calls=3, name="move"))
-    assert _run(project, "import", str(folder)).returncode == -signal.SIGKILL
+    assert replications(project, "import", str(folder)).returncode == -signal.SIGKILL
     assert _bytes(project / "results").count(None) == 2
     (project / "sitecustomize.py").write_text(BARE)
-    assert _run(project, "import", str(project / "nowhere")).returncode == 2
+    assert replications(project, "import", str(project / "nowhere")).returncode == 2
     assert _bytes(project / "results") == _bytes(folder)
     assert sorted(os.listdir(project / "results")) == ["digits", "environment"]
 
@@ -274,7 +256,7 @@ def test_an_imported_stage_is_logged_once_and_not_trained_again(project, folder)
     for command in (["git", "init", "-q"], ["git", "add", "-A"]):
         assert run(project, *command).returncode == 0
     for _ in range(2):
-        result = _run(project, "import", str(folder))
+        result = replications(project, "import", str(folder))
         assert result.returncode == 0, result.stderr
         assert result.stdout == "example: 6 runs imported\n" and "failed" not in result.stderr
     code = (

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import resource
+import shutil
 import signal
 import tarfile
 import threading
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from common.core.loading import checked, load
+from common.core.loading import checked, load, prepared_file
 from common.settings import DataError, DatasetSettings
 from common.stage import prepare as preparing
 from common.stage.prepare import canonical, main, prepare, write
@@ -147,6 +148,76 @@ def test_a_download_that_breaks_off_leaves_nothing_and_the_next_attempt_succeeds
     assert len(load(settings).labels["train"]) == 80
     manifest = json.loads(Path("data/prepared/manifest.json").read_text())
     assert manifest["cifar10"]["images"] == {"train": 80, "validation": 20, "test": 20}
+
+
+# ---------------------------------------------------------------------------------------------- copies of CIFAR
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Arrays of a small CIFAR-10, in another order and without names of classes, and what its download prepares."""
+    contents = _cifar_files(monkeypatch)
+    settings = DatasetSettings(source="cifar10", validation=20)
+    monkeypatch.setattr(preparing, "profile_datasets", lambda *arguments: [settings])
+    with _mirror(monkeypatch, contents):
+        assert main([]) == 0
+    file = prepared_file(settings)
+    monkeypatch.setitem(preparing.CIFAR_CLASSES, "cifar10", CLASSES)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    arrays, order = dict(np.load(file)), np.random.default_rng(1).permutation(100)
+    monkeypatch.setitem(preparing.CIFAR_SHA256, "cifar10", str(arrays["sha256"]))
+    packed = {"x_train": arrays["x_train"][order], "y_train": arrays["y_train"][order].astype(np.uint8)}
+    packed |= {"x_test": arrays["x_test"], "y_test": arrays["y_test"].astype(np.int32)}
+    expected = _digest(file)
+    shutil.rmtree("data")
+    return packed, file, expected
+
+
+def test_a_copy_stands_in_place_of_the_download(copied, capsys):
+    arrays, file, expected = copied
+    np.savez("mine.npz", **arrays)
+    assert main([]) == 2 and "(of CIFAR: as it is in the settings, with --from)" in capsys.readouterr().err
+    assert main(["--from", "mine.npz"]) == 0
+    assert _digest(file) == expected
+    # also when the prepared files are removed, as DVC does before it runs the stage
+    Path("mine.npz").unlink()
+    shutil.rmtree("data/prepared")
+    assert main([]) == 0 and _digest(file) == expected
+
+
+def _changed(arrays, key, value):
+    return arrays | {key: np.concatenate([arrays[key][:-1], np.full_like(arrays[key][-1:], value)])}
+
+
+def test_a_file_that_is_no_copy_is_refused_by_name(copied, capsys):
+    arrays, file, _ = copied
+
+    def refused(message, content):
+        Path("mine.npz").unlink(missing_ok=True)
+        if content:
+            np.savez("mine.npz", **content)
+        assert main(["--from", "mine.npz"]) == 2
+        error = capsys.readouterr().err.splitlines()[0]
+        assert error.startswith("error: mine.npz: ") and message in error
+        assert not file.exists() and not Path("data/downloads/cifar10.npz").exists()
+
+    refused("not a readable .npz file, or damaged", None)
+    refused("y_test is missing", {key: value for key, value in arrays.items() if key != "y_test"})
+    refused("x_test is float64", arrays | {"x_test": arrays["x_test"] / 255})
+    refused("not cifar10: the 100 training and 20 test images have", _changed(arrays, "x_train", 7))
+    refused("an image or a label differs", _changed(arrays, "y_test", 0))
+    few = {key: value[:-1] if key.endswith("train") else value for key, value in arrays.items()}
+    refused("not cifar10: the 99 training and 20 test images have", few)
+    refused("neither CIFAR-10 nor CIFAR-100: it has labels of 11 classes", _changed(arrays, "y_train", 10))
+
+
+def test_a_copy_that_the_profile_does_not_read_is_refused(copied, monkeypatch, capsys):
+    np.savez("mine.npz", **copied[0])
+    elsewhere = DatasetSettings(source="cifar10", path="root", validation=20)
+    monkeypatch.setattr(preparing, "profile_datasets", lambda *arguments: [elsewhere])
+    assert main(["--from", "mine.npz"]) == 2
+    error = capsys.readouterr().err.splitlines()[0]
+    assert error == "error: mine.npz: this is cifar10, which the profile does not read"
 
 
 def test_half_an_extraction_of_caltech_is_noticed():

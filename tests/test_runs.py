@@ -140,6 +140,19 @@ def test_a_run_that_kills_its_worker_fails_alone(project):
     assert set(status.values()) == {"ok"}
 
 
+def test_a_run_without_memory_beside_others_is_done_alone(project):
+    params(project, example={"fails": ["crowd:dense-1"]})
+    crowded = run(project, *STAGE)
+    assert crowded.returncode == 0, crowded.stderr
+    assert {r["status"] for r in _records(project)} == {"ok"}
+    one = {"device": "cpu", "precision": "float32", "threads": 1, "workers": 1}
+    params(project, execution=one, example={"fails": ["crowd:dense-2"]})
+    alone = run(project, *STAGE)
+    assert alone.returncode == 0, alone.stderr
+    failed = {_identity(r): r["failure"] for r in _records(project) if r["status"] == "failed"}
+    assert failed == {("dense", 0.0, 2): "resources", ("pruned", 0.9, 2): "needs"}
+
+
 def test_a_defect_stops_the_stage_and_keeps_what_is_finished(project):
     params(project, example={"fails": ["defect:pruned-1"]})
     result = run(project, *STAGE)
@@ -297,6 +310,7 @@ def test_a_spent_time_budget_stops_between_runs_and_the_stage_goes_on_later(proj
         if kept := len(list((project / ".runs/digits/example").glob("*.json"))):
             break
     assert 0 < kept < 6 and f"the time budget is spent; {kept} finished runs are kept" in result.stderr
+    assert len(partial.read(project / "results/partial/digits/example.jsonl")[1]) == kept
     elsewhere = project.parent / "elsewhere"  # another checkout goes on from a copy
     shutil.copytree(project, elsewhere)
     assert run(elsewhere, *STAGE, "--time-budget", "10m").returncode == 0

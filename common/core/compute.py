@@ -103,7 +103,8 @@ def make_repeatable(execution: ExecutionSettings) -> None:
     torch.set_flush_denormal(True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not repeatable
     torch.use_deterministic_algorithms(execution.deterministic, warn_only=True)
-    torch.backends.cudnn.benchmark = not execution.deterministic
+    # its search tries kernels with gigabytes of work space, which runs that share a GPU do not have
+    torch.backends.cudnn.benchmark = False
     # nothing here reads memory before writing it, and filling it costs up to a tenth of a small network's step
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set on the module by torch
 

@@ -404,7 +404,7 @@ def _name_phases(axes: Axes, panel: CurvesPanel) -> None:
 _VERDICT_LOOKS = {
     "replicated": (PALETTE[2], "D", True),
     "contradicted": (PALETTE[1], "X", True),
-    "inconclusive": (MUTED, "o", False),
+    "open": (MUTED, "o", False),
     "not tested": (GRID, "_", False),
 }
 _EFFECT_ROW = 0.42
@@ -421,6 +421,8 @@ def _(panel: ClaimPanel) -> Figure:
     axes = figure.add_axes((0.12 / WIDTH, bottom / whole, 1 - 0.24 / WIDTH, height / whole))
     if panel.logarithmic:
         axes.set_xscale("log")
+    _effect_limits(axes, panel)
+    left, right = axes.get_xlim()
     for number, effect in enumerate(panel.effects):
         colour, marker, filled = _VERDICT_LOOKS[effect.verdict]
         y = -number - 0.62
@@ -452,8 +454,9 @@ def _(panel: ClaimPanel) -> Figure:
         )
         if effect.estimate is None:
             continue
-        if effect.low is not None and effect.high is not None:
-            axes.hlines(y, effect.low, effect.high, color=colour, linewidth=1.6, zorder=2.5)
+        # an end that is infinite reaches the frame
+        ends = (left if effect.low is None else effect.low, right if effect.high is None else effect.high)
+        axes.hlines(y, *ends, color=colour, linewidth=1.6, zorder=2.5)
         axes.plot(
             [effect.estimate],
             [y],
@@ -466,7 +469,6 @@ def _(panel: ClaimPanel) -> Figure:
         )
     if panel.paper_value is not None:
         axes.axvline(panel.paper_value, color=PALETTE[4], linewidth=1.4, linestyle=(0, (1, 1)), zorder=1.5)
-    _effect_limits(axes, panel)
     axes.set_ylim(-len(panel.effects) - 0.1, 0.05)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)

@@ -22,7 +22,15 @@ class ClaimView:
 
     id: str
     statement: str
+    role: str
     verdict: str
+    below: bool
+    """Whether what is replicated is less than what matters."""
+    why: str
+    """In which way it is open, or mixed; empty where it is neither."""
+    where: str
+    """Where it holds, if not everywhere alike."""
+    stability: str
     reason: str
     note: str | None
     test: str
@@ -30,7 +38,7 @@ class ClaimView:
     paper_value: dict[str, str] | None
     """`text` and `source` of the paper's own number."""
     headline: dict[str, Any]
-    """The row of the comparison that decides the verdict."""
+    """The row of the comparison that decides the verdict, with the p of the claim."""
     shown_of: str
     """Which of several comparisons that is; empty for a single one."""
     comparisons: tuple[dict[str, Any], ...]
@@ -55,22 +63,54 @@ def _view(claim: Claim, judged: Mapping[str, Any] | None) -> ClaimView:
         sorted({comparison["test_name"] for comparison in judged["comparisons"] if comparison["test_name"]})
     )
     stated = f"{claim.test}: {names}" if names else claim.test
+    blank = dict.fromkeys(("estimate", "interval", "n"), "")
+    against = judged["verdict"] == "contradicted"
+    of_claim = {
+        "p_holm": p_value(judged.get("p_holm")),
+        "p_against": p_value(judged.get("p_against_holm")) if against else "",
+    }
     return ClaimView(
         id=claim.id,
         statement=claim.statement,
+        role=claim.role,
         verdict=judged["verdict"],
+        below=judged.get("below_what_matters", False),
+        why=_why(judged),
+        where=_sentence(judged["where_it_holds"]) if judged.get("where_it_holds") else "",
+        stability=_stability(judged.get("stability")),
         reason=_sentence(judged["reason"]),
         note=claim.note,
         test=" ".join(_sentence(part) for part in (stated, place, f"metric {claim.metric}") if part),
         paper_value=_paper_value(claim),
-        headline=rows[deciding]
-        if rows
-        else dict.fromkeys(("estimate", "interval", "n", "p_holm", "p_opposite"), ""),
+        headline=(rows[deciding] if rows else blank) | of_claim,
         shown_of=f"deciding one of {len(rows)} comparisons: {rows[deciding]['label']}"
         if len(rows) > 1
         else "",
         comparisons=tuple(rows),
     )
+
+
+def _why(judged: Mapping[str, Any]) -> str:
+    """`needs 17 seeds`, `mixed`, ...: why a claim is open, or holds in some places and not in others."""
+    kind, needs = judged.get("kind"), judged.get("needs")
+    if kind == "needs n seeds":
+        return f"needs {needs} seeds" if needs else "needs more seeds"
+    return kind or ""
+
+
+def _stability(found: Mapping[str, Any] | None) -> str:
+    """On how many other terms a verdict is the same, and what became of it on the others."""
+    if not found or not found["tried"]:
+        return ""
+    text = f"The same on {found['held']} of {found['tried']} other terms"
+    others = (
+        ("reversed", f"reversed (first: {found['first_reversal']})"),
+        ("lost", "lost though so many seeds could have kept it"),
+        ("cannot tell", "more than so many seeds can tell"),
+    )
+    parts = [f"on {len(found[name])} {words}" for name, words in others if found[name]]
+    lost = f" ({', '.join(found['lost'])})" if found["lost"] else ""
+    return "; ".join([text, *parts]) + lost + "."
 
 
 def _paper_value(claim: Claim) -> dict[str, str] | None:
@@ -99,6 +139,8 @@ def _row(claim: Claim, comparison: Mapping[str, Any], label: str) -> dict[str, A
     return {
         "label": label,
         "verdict": comparison["verdict"],
+        "below": comparison["below_what_matters"],
+        "graded": comparison["graded"] if comparison["graded"] != comparison["verdict"] else "",
         "estimate": _share(comparison["estimate"]) if share else _amount(claim, comparison["estimate"]),
         "interval": _interval(claim, comparison, share),
         "n": str(comparison["n"]),
@@ -106,25 +148,31 @@ def _row(claim: Claim, comparison: Mapping[str, Any], label: str) -> dict[str, A
         "p": p_value(comparison["p"]),
         "p_permutation": p_value(comparison["p_permutation"]),
         "checks": ", ".join(f"{name} {p_value(p)}" for name, p in checks if p is not None),
-        "p_holm": p_value(comparison["p_holm"]),
-        "p_opposite": p_value(comparison["p_opposite_holm"])
-        if comparison["verdict"] == "contradicted"
-        else "",
+        "p_against": p_value(comparison["p_against"]),
         "treatment": _level(claim, comparison["treatment_mean"]),
         "control": _level(claim, comparison["control_mean"]),
         "effect": "" if comparison["effect_size"] is None else f"{comparison['effect_size']:+.2f}",
-        "detectable": _amount(claim, comparison["smallest_effect"], signed=False),
+        "detectable": _amount(claim, comparison["detectable"], signed=False),
         "reason": _sentence(comparison["reason"]),
     }
 
 
 def _interval(claim: Claim, comparison: Mapping[str, Any], share: bool) -> str:
-    low, high = comparison["low"], comparison["high"]
-    if low is None or high is None:
+    """The interval that decides, with its confidence where it has one."""
+    low, high, level = comparison["low"], comparison["high"], comparison["level"]
+    if level is None and low is None:
         return ""
     if share:
-        return f"{100 * low:.0f} to {_share(high)}"
-    return f"{_amount(claim, low, unit=False)} to {_amount(claim, high)}"
+        text = f"{100 * low:.0f} to {_share(high)}"
+    else:
+        ends = "−∞" if low is None else _amount(claim, low, unit=False), _amount(claim, high) or "∞"
+        text = " to ".join(ends)
+    return text if level is None else f"{text} ({_confidence(level)})"
+
+
+def _confidence(level: float) -> str:
+    """`99.4 %` for ends that are one-sided at .003."""
+    return f"{100 * (1 - 2 * level):.4g} %"
 
 
 def p_value(p: float | None) -> str:
@@ -218,7 +266,7 @@ def _panel(
     one = {"sign": "cell", "trend": "seed's slope"}.get(
         claim.test, "seed" if not claim.control else "pair of equal seed"
     )
-    spread = "the range of all runs" if claim.test == "count" else "the 95 % interval"
+    spread = "the range of all runs" if claim.test == "count" else "the interval that decides"
     mark = "" if claim.test == "sign" else f" The large mark is the estimate, its bar {spread}."
     return ClaimPanel(
         name=name,
@@ -228,7 +276,7 @@ def _panel(
         effects=tuple(effects),
         axis=_axis(claim),
         null=(1.0 if ratio else 0.0) if _contrast(claim) else None,
-        bound="claimed bound" if claim.test in ("threshold", "count") else "margin",
+        bound="claimed bound" if claim.test in ("threshold", "count") else "what matters",
         logarithmic=ratio and all(value > 0 for effect in effects for value in effect.values),
         paper_value=_drawn_paper_value(claim) if full_scale else None,
     )

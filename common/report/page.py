@@ -21,7 +21,7 @@ from common.report.figures import Drawn
 from common.report.gathering import MOST_LINES, Gathered, gather, measured, reference, used_variants
 from common.report.judged import ClaimView
 from common.report.panels import VERDICTS, percent, slug
-from common.statistics.inference import smallest_effect
+from common.statistics.inference import detectable
 
 FULL_SCALE = "paper"
 """The one profile whose numbers stand beside a paper's own."""
@@ -148,6 +148,10 @@ def _environment(found: Mapping[str, Any] | None) -> str | None:
     versions = ", ".join(f"{key} {value}" for key, value in (found.get("versions") or {}).items())
     seconds = found.get("seconds") or {}
     parts = [f"Machine: {machine}." if machine else "", f"Versions: {versions}." if versions else ""]
+    others = Counter(str(other.get("device")) for other in (found.get("elsewhere") or {}).values())
+    parts += [f"{count} runs were executed on {device}." for device, count in sorted(others.items())]
+    if unfinished := found.get("unfinished"):
+        parts.append(f"The stage was stopped before its end: {unfinished} of its runs are not here.")
     if seconds:
         total = sum(seconds.values())
         parts.append(
@@ -231,7 +235,7 @@ def _accuracy(records: Sequence[Record], lost: int) -> dict[str, str] | None:
         return None
     note = f"n {len(values)}" + (f", {lost} failed" if lost else "")
     if len(values) > 1:
-        note += f", detects {smallest_effect(len(values), float(np.std(values, ddof=1))):.2g}"
+        note += f", detects {detectable(len(values)) * float(np.std(values, ddof=1)):.2g}"
     return {"value": _mean_sd(values), "note": note}
 
 

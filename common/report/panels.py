@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-VERDICTS = {"replicated": "✓", "contradicted": "✗", "inconclusive": "?", "not tested": "–"}
+VERDICTS = {"replicated": "✓", "contradicted": "✗", "open": "?", "not tested": "–"}
 """The verdicts in the order of every listing, with the sign that stands for each beside its colour."""
 
 
@@ -86,7 +86,8 @@ class CurvesPanel(Panel):
 class Effect:
     """One comparison of a claim, in units of the panel's axis.
 
-    values: one a pair of seeds. bounds: what the test tests against besides no effect: a margin, a bound.
+    values: one a pair of seeds. low, high: of the interval that decides, None for an infinite end. bounds: what it is
+    held against besides no effect: what matters, a bound.
     """
 
     label: str

@@ -1,7 +1,8 @@
 """`python -m replications import FOLDER`: take in what stages left in the results folder of another machine.
 
 Everything is checked first, then all files are put in place together. The caller then logs the runs to MLflow as if
-they had happened here, and has DVC accept the stages as done.
+they had happened here, and has DVC accept the complete stages as done. What a stage had finished when it was stopped is
+taken in as well, if that is asked for; its runs are kept so that a machine of the same kind goes on from them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from common.core.identity import canonical
 from common.core.run import Run
 from common.records import Curves, Entry, Line, Record, curves_file, parsed
 from common.settings import PARAMS_FILE, SettingsError, hint, selected_profile, validated
-from common.stage import pipeline, resolve
+from common.stage import partial, pipeline, resolve
 from common.stage.papers import load, papers
-from common.stage.store import StageError, code_digest, data_prints
+from common.stage.records import environment_file, recorded, results_files
+from common.stage.store import SCRATCH, StageError, Store, code_digest, data_prints
 
 _PENDING, _UNFINISHED = ".import", ".import.tmp"
 _MISSING = object()
@@ -37,22 +39,35 @@ _LEFT = ("settings", "settings_hash", "data", "metrics", "cost", "details")
 
 
 class _Environment(BaseModel):
-    """What is checked of the file beside the records; the rest of it is kept as it is."""
+    """What is checked of a stage's environment; the rest of it is kept as it is."""
 
     model_config = ConfigDict(extra="allow")
 
     code: str
     machine: dict[str, Any]
     versions: dict[str, Any]
+
+
+class _Beside(_Environment):
+    """Of the file beside the records of a complete stage."""
+
     seconds: dict[str, float]
     sha256: dict[str, str]
+    elsewhere: dict[str, dict[str, Any]] = {}
+
+
+class _Partial(_Environment):
+    """Of what a stage has left that is not complete."""
+
+    numerics: list[str | bool | int]
 
 
 @dataclass(frozen=True)
 class Imported:
     """A stage of the other machine.
 
-    environment, entries: as the stage had them there. files: content by path below the results folder.
+    environment, entries: as the stage had them there. files: content by path below the results folder. runs: the listed
+    ones to which the entries belong. unfinished: how many more are listed.
     """
 
     paper: str
@@ -60,21 +75,45 @@ class Imported:
     environment: dict[str, Any]
     entries: list[Entry]
     files: dict[Path, bytes]
+    runs: list[Run] = field(default_factory=list)
+    unfinished: int = 0
 
 
 def take_in(
-    folder: Path, results: Path, only: Sequence[str] = (), params: str = PARAMS_FILE
+    folder: Path,
+    results: Path,
+    only: Sequence[str] = (),
+    params: str = PARAMS_FILE,
+    unfinished: bool = False,
 ) -> list[Imported]:
     """Check the stages in `folder` (those of the papers in `only`, or all) and put their files into `results`.
 
-    They are of the profile that `params` selects. Raises StageError, SettingsError, with nothing changed, for what
-    does not fit this project.
+    They are of the profile that `params` selects. unfinished: also take in what stages have left that are not complete;
+    such results are later than complete ones of the same stage, which removes them. Raises StageError, SettingsError,
+    with nothing changed, for what does not fit this project.
     """
     _finish(results)
     profile = selected_profile(params)
-    stages = [_checked(folder, paper, profile, params) for paper in _found(folder, profile, only, params)]
+    there = _found(folder, profile, only, params, unfinished)
+    stages = [
+        _checked_part(folder, paper, profile, params) if part else _checked(folder, paper, profile, params)
+        for paper, part in sorted(there.items())
+    ]
+    for stage in stages:
+        _loses_nothing(stage, results)
     _put({path: content for stage in stages for path, content in stage.files.items()}, results)
+    for stage in stages:
+        _keep(stage)
     return stages
+
+
+def _keep(stage: Imported) -> None:
+    """Let a stage that is not complete go on from its runs, where runs are executed as these were."""
+    if stage.unfinished:
+        store = Store(SCRATCH / stage.profile / stage.paper, numerics=stage.environment["numerics"])
+        for run, entry in zip(stage.runs, stage.entries, strict=True):
+            if store.load(run) is None:
+                store.save(run, entry, None)
 
 
 def accept(stages: Sequence[str]) -> str | None:
@@ -96,14 +135,16 @@ def accept(stages: Sequence[str]) -> str | None:
 # ------------------------------------------------------------------------------------------ checks
 
 
-def _found(folder: Path, profile: str, only: Sequence[str], params: str) -> list[str]:
-    """The papers of which the folder holds something in this profile."""
-    there: dict[str, set[str]] = {}
-    for pattern in ("*/*.jsonl", "environment/*/*.json"):
-        for file in folder.glob(pattern):
-            there.setdefault(file.parent.name, set()).add(file.name.split(".")[0])
+def _found(folder: Path, profile: str, only: Sequence[str], params: str, unfinished: bool) -> dict[str, bool]:
+    """The papers of which the folder holds something in this profile, and whether it is from an incomplete stage."""
+    there: dict[str, dict[str, bool]] = {}
+    parts = f"{partial.FOLDER}/*/*.jsonl"
+    for pattern in ("*/*.jsonl", "environment/*/*.json", *([parts] if unfinished else [])):
+        for file in sorted(folder.glob(pattern)):
+            there.setdefault(file.parent.name, {})[file.name.split(".")[0]] = pattern == parts
     if not there:
-        raise StageError(f"{folder}: not a results folder: it holds no <profile>/<paper>.jsonl")
+        more = "; `--partial` takes what its stages have finished" if any(folder.glob(parts)) else ""
+        raise StageError(f"{folder}: not a results folder: it holds no <profile>/<paper>.jsonl{more}")
     if profile not in there:
         raise StageError(
             f"{folder}: results of profile {', '.join(sorted(there))}, but {params} selects {profile}; "
@@ -115,13 +156,13 @@ def _found(folder: Path, profile: str, only: Sequence[str], params: str) -> list
     for paper in only:
         if paper not in there[profile]:
             raise StageError(f"{folder}: nothing of paper {paper!r}; {hint(paper, sorted(there[profile]))}")
-    return sorted(only or there[profile])
+    return {paper: there[profile][paper] for paper in only or there[profile]}
 
 
 def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
     records = Path(profile, f"{paper}.jsonl")
     curves = curves_file(records)
-    beside = Path("environment", profile, f"{paper}.json")
+    beside = environment_file(profile, paper)
     files = {path: _read(folder / path) for path in (records, curves, beside)}
     about = _environment(files[beside], folder / beside)
     for path in (records, curves):
@@ -129,13 +170,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
             raise StageError(
                 f"{folder / path}: damaged or changed: its SHA-256 is not the one in {folder / beside}"
             )
-    runs = pipeline.listed(paper, load(paper, params, profile))
-    code = code_digest(runs)
-    if about.code != code:
-        raise StageError(
-            f"{folder / beside}: made by other code (digest {about.code[:12]}, here {code[:12]}); "
-            "use the same revision of the project on both machines"
-        )
+    runs = _listed(paper, profile, params, about, folder / beside)
     rows = list(_records(files[records], folder / records))
     of_curves = [line for _, line in _lines(files[curves], folder / curves, Curves)]
     hashes = [row.settings_hash for row in rows]
@@ -143,9 +178,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
         raise StageError(f"{folder / curves}: not the curves of the runs in {records.name}")
     if missing := set(hashes) - set(about.seconds):
         raise StageError(f"{folder / beside}: seconds of run {min(missing)} are missing")
-    if problems := list(_problems(rows, runs)):
-        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise StageError(f"{folder / records}: {'; '.join(problems[:_NAMED])}{more}")
+    _fit(rows, runs, folder / records)
     if find_spec("dvc") is not None:
         for made, producer in pipeline.producers(paper).items():
             if not Path(made).exists():
@@ -153,10 +186,63 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
                     f"{paper} depends on {made}, which is not there: `dvc repro {producer}` makes it"
                 )
     entries = [
-        Entry(record=row, curves=own.curves, seconds=about.seconds[row.settings_hash])
+        Entry(
+            record=row,
+            curves=own.curves,
+            seconds=about.seconds[row.settings_hash],
+            machine=about.elsewhere.get(row.settings_hash, about.machine),
+        )
         for row, own in zip(rows, of_curves)
     ]
     return Imported(paper, profile, about.model_dump(), entries, files)
+
+
+def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Imported:
+    """What a stage has finished that is not complete, in the order of a complete one."""
+    file = partial.partial_file(folder, profile, paper)
+    content, entries = partial.read(file)
+    about = _valid(_Partial, content, f"{file}, line 1")
+    listed = _listed(paper, profile, params, about, file)
+    _fit([entry.record for entry in entries], listed, file, whole=False)
+    found = {entry.record.settings_hash: entry for entry in entries}
+    runs = [run for run in listed if run.settings_hash in found]
+    entries = [found[run.settings_hash] for run in runs]
+    unfinished = len(listed) - len(runs)
+    environment = about.model_dump() | {"unfinished": unfinished}
+    files = results_files(profile, paper, entries, environment)
+    return Imported(paper, profile, environment, entries, files, runs, unfinished)
+
+
+def _listed(paper: str, profile: str, params: str, about: _Environment, where: Path) -> list[Run]:
+    """The runs that the paper lists here. Raises StageError if other code has made what is to be imported."""
+    runs = pipeline.listed(paper, load(paper, params, profile))
+    code = code_digest(runs)
+    if about.code != code:
+        raise StageError(
+            f"{where}: made by other code (digest {about.code[:12]}, here {code[:12]}); "
+            "use the same revision of the project on both machines"
+        )
+    return runs
+
+
+def _fit(records: Sequence[Record], runs: Sequence[Run], where: Path, whole: bool = True) -> None:
+    """Raises StageError if the records are not those of the listed runs; whole: of all of them."""
+    if problems := list(_problems(records, runs, whole)):
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise StageError(f"{where}: {'; '.join(problems[:_NAMED])}{more}")
+
+
+def _loses_nothing(stage: Imported, results: Path) -> None:
+    """Raises StageError if results here hold finished runs that an incomplete stage lacks."""
+    if not stage.unfinished:
+        return
+    here = recorded(results, stage.profile, stage.paper, stage.environment["code"])
+    taken = {run.settings_hash for run in stage.runs}
+    if here and (lost := here.hashes - taken):
+        raise StageError(
+            f"{here.file}: holds {len(lost)} finished runs that the results to be imported lack, of which "
+            f"{stage.unfinished} runs are not finished; move it away to take these in its place"
+        )
 
 
 def _read(path: Path) -> bytes:
@@ -168,11 +254,16 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _environment(content: bytes, file: Path) -> _Environment:
+def _environment(content: bytes, file: Path) -> _Beside:
     try:
-        return validated(_Environment, json.loads(content), str(file))
+        return _valid(_Beside, json.loads(content), str(file))
     except ValueError as error:
         raise StageError(f"{file}: not valid JSON: {error}") from None
+
+
+def _valid(kind: type[Line], content: Any, where: str) -> Line:
+    try:
+        return validated(kind, content, where)
     except SettingsError as error:
         raise StageError(str(error)) from None
 
@@ -192,8 +283,8 @@ def _records(content: bytes, file: Path) -> Iterator[Record]:
         yield record
 
 
-def _problems(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
-    """In what the records are not those of the listed runs."""
+def _problems(records: Sequence[Record], runs: Sequence[Run], whole: bool) -> Iterator[str]:
+    """In what the records are not those of the listed runs; whole: of all of them."""
     listed = {tuple(run.identity.values()): run for run in runs}
     for record in records:
         run = listed.pop(tuple(record.identity.values()), None)
@@ -208,7 +299,8 @@ def _problems(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
         if record.data != (prints := data_prints(run)):
             yield f"{run}: data = {_short(record.data)}, but the data prepared here is {_short(prints)}"
         yield from (f"{run}: {problem}" for problem in _invalid(record))
-    yield from (f"{run} is missing" for run in listed.values())
+    if whole:
+        yield from (f"{run} is missing" for run in listed.values())
 
 
 def _invalid(record: Record) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,15 @@ from pathlib import Path
 
 from common.core.compute import Compute
 from common.core.run import Run
-from common.records import Record, read
 from common.settings import DataError, Profile
 from common.stage import pipeline, rehearsal
 from common.stage.papers import load, papers
-from common.stage.records import machine
+from common.stage.records import Recorded, machine, recorded
 from common.stage.rehearsal import Cost, Kind
 from common.stage.scheduler import training_slots
 from common.stage.store import SCRATCH, Store, code_digest
+
+CONTINUES = "a machine that executes runs as these were goes on from them, another one trains all"
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,15 @@ class Stage:
     """What a profile plans for one paper.
 
     kinds: of its runs; empty if they cannot be listed yet. done: settings hashes of finished runs, None if that
-    cannot be told yet. missing: which data is not there, and what prepares it.
+    cannot be told yet. missing: which data is not there, and what prepares it. origins: what is said of the runs whose
+    records are in the results, if they are of another device or not all.
     """
 
     paper: str
     kinds: list[Kind]
     done: set[str] | None = None
     missing: str | None = None
+    origins: str | None = None
 
     @property
     def runs(self) -> int:
@@ -46,21 +48,34 @@ def stage(paper: str, profile: Profile, results: Path) -> Stage:
     try:
         runs = pipeline.listed(paper, profile)
         kinds = rehearsal.kinds(runs)
-        return Stage(paper, kinds, _done(paper, profile, runs, results))
+        left = recorded(results, profile.name, paper, code_digest(runs))
+        done = _done(paper, profile, runs, left)
+        return Stage(paper, kinds, done, origins=_origins(left, runs, profile) if left else None)
     except DataError as error:
         return Stage(paper, kinds, missing=f"{error}; {pipeline.preparation(paper)} prepares what it reads")
 
 
-def _done(paper: str, profile: Profile, runs: Sequence[Run], results: Path) -> set[str]:
-    """Runs that are kept in the scratch folder, or whose records this code has left in the results."""
+def _done(paper: str, profile: Profile, runs: Sequence[Run], left: Recorded | None) -> set[str]:
+    """Runs that are kept in the scratch folder, or that a complete stage has left in the results.
+
+    Of a stage that is not complete, what was imported is in the scratch folder, too; there it is found where runs are
+    executed as these were.
+    """
     store = Store(SCRATCH / profile.name / paper, profile.execution)
-    listed = {run.settings_hash for run in runs}
     found = {run.settings_hash for run in runs if store.load(run)}
-    records = results / profile.name / f"{paper}.jsonl"
-    beside = results / "environment" / profile.name / f"{paper}.json"
-    if records.exists() and beside.exists() and json.loads(beside.read_text())["code"] == code_digest(runs):
-        found |= {record.settings_hash for _, record in read(records, Record)}
-    return found & listed
+    if left and not left.unfinished:
+        found |= left.hashes & {run.settings_hash for run in runs}
+    return found
+
+
+def _origins(left: Recorded, runs: Sequence[Run], profile: Profile) -> str | None:
+    ours = left.hashes & {run.settings_hash for run in runs}
+    devices = left.devices(ours)
+    if not left.unfinished and set(devices) <= {machine(Compute.choose(profile.execution.device))["device"]}:
+        return None
+    origins = ", ".join(f"{count} from {device}" for device, count in sorted(devices.items()))
+    partial = f"; they are not complete, {CONTINUES}" if left.unfinished else ""
+    return f"the results hold {len(ours)} of {len(runs)} runs: {origins}{partial}"
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,8 @@ def _remarks(stages: Sequence[Stage], costs: Mapping[str, Cost]) -> list[str]:
     for stage in stages:
         if stage.missing:
             found.append(f"{stage.paper}: {stage.missing}")
+        if stage.origins:
+            found.append(f"{stage.paper}: {stage.origins}")
         if stage.missing or not costs:
             continue
         all_costs = [costs.get(kind.run.settings_hash) for kind in stage.kinds]

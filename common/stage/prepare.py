@@ -1,8 +1,8 @@
 """`python -m common.stage.prepare`: bring every data set of a profile into one checked array file each, once.
 
 The stage `data` of the pipeline. torchvision downloads and verifies its own data sets (into `data/downloads`, which
-survives a broken attempt); image folders are converted, or indexed where they are to be streamed. A local `.npz`
-already is such a file and is read as it is.
+survives a broken attempt), unless `--from` has put a copy of CIFAR there; image folders are converted, or indexed where
+they are to be streamed. A local `.npz` already is such a file and is read as it is.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,25 @@ from common.stage.papers import profile_datasets
 
 DOWNLOADS = Path("data/downloads")
 CALTECH101_IMAGES = 8677
+CIFAR_SHA256 = {
+    "cifar10": "7a47f1124b687c0d7879bd234775caab1c8ef0437b5affa8cbc873fe86c0d219",
+    "cifar100": "ab8d8a2c9d7e32cb9c5c6c7fca6ca0fffa18446e857ad908289c136998822988",
+}
+"""The digests of their arrays in canonical order, by which copies are known."""
+CIFAR_CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "cifar100": (
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
+        "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup "
+        "dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower "
+        "leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid "
+        "otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray "
+        "road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
+        "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle "
+        "wardrobe whale willow_tree wolf woman worm"
+    ).split(),
+}
+"""The names that the downloads have for the labels 0, 1, ..."""
 
 
 def prepare(settings: DatasetSettings) -> Arrays:
@@ -72,7 +92,8 @@ def _downloaded(make: Callable, origin: str):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{origin}: the download or its check failed ({type(error).__name__}: {reason}); what is complete is kept in "
-            f"{DOWNLOADS}, the same command tries again. Without a network, give a local `.npz` or folder instead."
+            f"{DOWNLOADS}, the same command tries again. Without a network, give a local `.npz` or folder instead "
+            "(of CIFAR: as it is in the settings, with --from)."
         ) from None
 
 
@@ -91,6 +112,8 @@ def _mnist(settings: DatasetSettings) -> Arrays:
 def _cifar(settings: DatasetSettings) -> Arrays:
     from torchvision import datasets as tv
 
+    if settings.path is None and (copy := _copy_of(settings.source)).exists():
+        return cifar_copy(copy)[1]
     kind = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[settings.source]
     root = settings.path or DOWNLOADS
     train, test = (
@@ -98,6 +121,46 @@ def _cifar(settings: DatasetSettings) -> Arrays:
     )
     arrays = {"x_train": train.data, "y_train": np.array(train.targets), "classes": np.array(train.classes)}
     return arrays | {"x_test": test.data, "y_test": np.array(test.targets)}
+
+
+def _copy_of(source: str) -> Path:
+    """Where a copy of CIFAR stands in place of its download."""
+    return DOWNLOADS / f"{source}.npz"
+
+
+def cifar_copy(file: Path) -> tuple[str, Arrays]:
+    """The source of which a file is a copy, `cifar10` or `cifar100`, and its arrays as the download has them.
+
+    The file holds x_train, y_train, x_test and y_test in any order of the images; other arrays are passed over. Raises
+    DataError if it is no such copy.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            parts = {key: opened[key] for key in opened.files if key[:2] in ("x_", "y_")}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise DataError(f"{file}: not a readable .npz file, or damaged: {error}") from None
+    arrays = checked(parts, str(file))
+    known = {len(names): source for source, names in CIFAR_CLASSES.items()}
+    if (source := known.get(len(arrays["classes"]))) is None:
+        raise DataError(
+            f"{file}: neither CIFAR-10 nor CIFAR-100: it has labels of {len(arrays['classes'])} classes"
+        )
+    arrays = canonical(arrays | {"classes": np.array(CIFAR_CLASSES[source])})
+    if (found := content_digest(arrays)) != CIFAR_SHA256[source]:
+        counts = f"{len(arrays['y_train'])} training and {len(arrays['y_test'])} test images"
+        raise DataError(
+            f"{file}: not {source}: the {counts} have the digest {found[:12]}, not {CIFAR_SHA256[source][:12]}; "
+            "an image or a label differs, or is missing"
+        )
+    return source, arrays
+
+
+def _put_copy(file: Path, sources: Collection[str]) -> None:
+    """Put a copy of CIFAR in place of its download. sources: what the profile reads. Raises DataError."""
+    source, arrays = cifar_copy(file)
+    if source not in sources:
+        raise DataError(f"{file}: this is {source}, which the profile does not read")
+    write(_copy_of(source), arrays)
 
 
 def _svhn(settings: DatasetSettings) -> Arrays:
@@ -275,11 +338,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m common.stage.prepare", description=__doc__)
     parser.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     parser.add_argument("--profile", help="profile to use in place of the one that the file selects")
+    parser.add_argument(
+        "--from",
+        dest="copies",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.npz",
+        help="a copy of CIFAR-10 or CIFAR-100 to use in place of the download, with x_train, y_train, x_test and y_test; "
+        "which one it is, and whether it is whole, is told by its content; may be repeated",
+    )
     options = parser.parse_args(arguments)
     manifest: dict[str, object] = {}
     errors: list[SettingsError] = []
     try:
-        for settings in profile_datasets(options.params, options.profile):
+        datasets = profile_datasets(options.params, options.profile)
+        sources = {settings.source for settings in datasets if settings.path is None}
+        for file in options.copies:
+            try:
+                _put_copy(file, sources)
+            except DataError as wrong:
+                errors.append(wrong)
+        for settings in datasets:
             if settings.source in _SOURCES:
                 try:
                     manifest[settings.origin] = _described(settings)

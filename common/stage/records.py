@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from pydantic import BaseModel
 from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Context, Outcome, Run
-from common.records import Cause, Curves, Entry, Failure, Record, curves_file
-from common.settings import DatasetSettings
+from common.records import Cause, Curves, Entry, Failure, Record, curves_file, read
+from common.settings import DatasetSettings, SettingsError
 from common.stage.store import Store, code_digest, data_prints, data_settings
 
 
@@ -138,6 +139,39 @@ def results_files(
     beside = {**about, "seconds": seconds, "elsewhere": elsewhere, "sha256": sha256}
     files[environment_file(profile, paper)] = json.dumps(beside, indent=1, sort_keys=True).encode()
     return files
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Runs whose records are in the results. file: the records; hashes: of their settings; environment: beside them."""
+
+    file: Path
+    hashes: set[str]
+    environment: dict[str, Any]
+
+    @property
+    def unfinished(self) -> int:
+        """How many runs of the stage are not among them, as results say that were imported before it was complete."""
+        return self.environment.get("unfinished", 0)
+
+    def devices(self, hashes: Iterable[str]) -> Counter[str]:
+        """How many of these runs were executed on which device."""
+        own, elsewhere = self.environment["machine"], self.environment.get("elsewhere", {})
+        return Counter(str(elsewhere.get(each, own)["device"]) for each in hashes)
+
+
+def recorded(results: Path, profile: str, paper: str, code: str) -> Recorded | None:
+    """What a stage has left in the results, None where there is nothing that this code has left. Raises SettingsError."""
+    file, beside = results / profile / f"{paper}.jsonl", results / environment_file(profile, paper)
+    if not file.exists() or not beside.exists():
+        return None
+    try:
+        about = json.loads(beside.read_text())
+    except ValueError as error:
+        raise SettingsError(f"{beside}: not valid JSON: {error}") from None
+    if about["code"] != code:
+        return None
+    return Recorded(file, {record.settings_hash for _, record in read(file, Record)}, about)
 
 
 def environment_file(profile: str, paper: str) -> Path:

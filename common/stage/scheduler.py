@@ -242,12 +242,15 @@ class _Scheduler:
         self.store, self.execution, self.workers, self.devices = store, execution, workers, devices
         self.needed, self.entries, self.finish, self.budget = needed, entries, finish, budget
         self.running: dict[Future[Entry | None], Run] = {}
+        self.crowded: list[Run] = []
+        """Runs that found no memory beside others."""
         self.defects: list[str] = []
 
     def execute(self, todo: list[Run]) -> None:
         waiting, suspects = list(todo), list[Run]()
         while waiting or suspects:
-            # after a worker has died, those that were running go on one by one, so that only the guilty one fails
+            # after a worker has died, those that were running go on one by one, so that only the guilty one fails;
+            # so do those for which there was no memory beside others
             workers, batch = (1, [suspects.pop(0)]) if suspects else (self.workers, waiting)
             with self._pool(workers) as pool:
                 try:
@@ -258,6 +261,8 @@ class _Scheduler:
                     self.budget.ends = 0.0  # threads stop at the end of their epoch
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise StageError(self._stopped(error)) from None
+            suspects += self.crowded
+            self.crowded = []
         if self.defects:
             raise StageError(f"{len(self.defects)} runs stopped on an error: {'; '.join(self.defects[:3])}")
         if any(run.settings_hash not in self.entries for run in todo):
@@ -284,12 +289,13 @@ class _Scheduler:
                 future = pool.submit(_work, run, self.store, self.execution, keep, self.budget)
                 self.running[future] = run
             if not self.running:
-                # what is left needs a run that a defect stopped
-                return waiting.clear()
+                if not self.crowded:  # else what is left may need one of them
+                    waiting.clear()  # what is left needs a run that a defect stopped
+                return
             for future in wait(self.running, return_when=FIRST_COMPLETED).done:
-                self._collect(future)
+                self._collect(future, alone=workers == 1)
 
-    def _collect(self, future: Future[Entry | None]) -> None:
+    def _collect(self, future: Future[Entry | None], alone: bool) -> None:
         try:
             entry = future.result()
         except (BrokenProcessPool, OSError):
@@ -299,8 +305,11 @@ class _Scheduler:
             self.defects.append(f"{run}: {type(error).__name__}: {error}")
             traceback.print_exception(error)
         else:
-            del self.running[future]
-            if entry is not None:
+            run = self.running.pop(future)
+            if entry and entry.record.failure == "resources" and not alone:
+                self.store.forget(run)
+                self.crowded.append(run)
+            elif entry:
                 self.finish(entry)
 
     def _after_a_death(self, alone: bool) -> list[Run]:

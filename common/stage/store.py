@@ -197,6 +197,10 @@ class Store:
         save_checked(self.folder / f"{self.key(run)}.json", canonical(entry).encode())
         return entry
 
+    def forget(self, run: Run) -> None:
+        """Have the run done again."""
+        (self.folder / f"{self.key(run)}.json").unlink(missing_ok=True)
+
     def finished(self, run: Run, needed: bool) -> Entry | None:
         """As `load`, but None as well when others need a state that has been lost or damaged, or was never here."""
         entry = self.load(run)

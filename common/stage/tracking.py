@@ -181,8 +181,10 @@ def _log_run(
     run_key: str,
 ) -> None:
     record = entry.record
-    # machine and versions stand at the stage's run, which is the parent
+    # machine and versions stand at the stage's run, which is the parent, unless another machine executed this one
     own = {key: value for key, value in shared.items() if "." not in key or key.startswith("git.")}
+    machine = {f"machine.{key}": str(value) for key, value in (entry.machine or {}).items()}
+    own |= {key: value for key, value in machine.items() if shared.get(key) != value}
     tags = {**own, **{k: str(v) for k, v in record.identity.items()}, "mlflow.parentRunId": parent}
     for name in ("status", "settings_hash", "failure", "reason", "device", "precision"):
         if (value := getattr(record, name)) is not None:

@@ -28,13 +28,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--metrics", help="short metrics to write for `dvc metrics show`", type=Path, metavar="FILE"
     )
+    parser.add_argument(
+        "--looks",
+        help="planned numbers of seeds at which is judged, such as 8,16,32,64 (default: one look at all seeds)",
+        type=_looks,
+        metavar="N,N,...",
+    )
     options = parser.parse_args(arguments)
     try:
         files = claims.read_all(options.claims)
         found = records.read_all(options.records)
         for paper in sorted(found.keys() - {file.paper for file in files}):
             print(f"note: no claims for paper {paper!r}: its records are ignored", file=sys.stderr)
-        verdicts = judge(files, found)
+        verdicts = judge(files, found, options.looks, checks=True)
         _write(options.out, verdicts)
         if options.metrics:
             _write(options.metrics, metrics(verdicts))
@@ -46,6 +52,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(", ".join(f"{count} {verdict}" for verdict, count in verdicts["counts"].items()))
     return 0
+
+
+def _looks(text: str) -> tuple[int, ...]:
+    """`8,16,32` as numbers. Raises argparse.ArgumentTypeError."""
+    try:
+        looks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        looks = ()
+    if not looks or looks[0] < 1 or list(looks) != sorted(set(looks)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of ascending numbers of seeds, such as 8,16,32"
+        )
+    return looks
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

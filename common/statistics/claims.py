@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from common.settings import SettingsError, Strict, hint, read_yaml, validated
 
@@ -34,15 +34,31 @@ Test = Literal[
 _FIELDS: dict[Test, tuple[set[str], set[str]]] = {
     "superiority": ({"control", "direction"}, {"margin", "targets", "scale"}),
     "difference": ({"control"}, {"margin", "targets", "scale"}),
-    "noninferiority": ({"control", "direction", "margin"}, {"targets", "scale"}),
-    "equivalence": ({"control", "margin"}, {"targets", "scale"}),
+    "noninferiority": ({"control", "direction"}, {"margin", "targets", "scale"}),
+    "equivalence": ({"control"}, {"margin", "targets", "scale"}),
     "threshold": ({"direction", "value"}, {"control", "targets", "scale"}),
     "trend": ({"direction"}, {"control", "targets", "scale", "x", "steps"}),
     "sign": ({"control", "direction"}, {"targets", "scale"}),
     "diversity": ({"control", "direction"}, {"targets"}),
     "count": ({"direction", "value"}, {"control", "targets", "scale"}),
 }
-_EVERY_TEST = {"id", "statement", "treatment", "where", "metric", "test", "require", "paper_value", "note"}
+_EVERY_TEST = {
+    "id",
+    "statement",
+    "role",
+    "treatment",
+    "where",
+    "metric",
+    "test",
+    "matters",
+    "bounds",
+    "require",
+    "precondition",
+    "meant_to_fail",
+    "paper_value",
+    "note",
+}
+_NEEDS_MATTERS = ("noninferiority", "equivalence")
 
 Target = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -59,6 +75,9 @@ def _by_dataset(value: Any) -> Any:
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
 Margins = Annotated[
     dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_by_dataset), Field(min_length=1)
+]
+Effects = Annotated[
+    dict[str, Annotated[float, Field(ge=0)]], BeforeValidator(_by_dataset), Field(min_length=1)
 ]
 TargetLists = Annotated[
     dict[str, Annotated[tuple[Target, ...], Field(min_length=1)]],
@@ -101,11 +120,33 @@ class PaperValue(Strict):
     source: Name
 
 
+class Precondition(Strict):
+    """A variant that must not be worse than another, on average, for anything to be judged.
+
+    So a control that is broken, or a dense network that has not converged (one trained twice as long is the other), makes
+    no verdict. In claims.yaml the keys may have spaces: `{variant: a, not worse than: b, by: 0.02}`.
+    """
+
+    variant: Name
+    not_worse_than: Name
+    by: Annotated[float, Field(ge=0)] | None = None
+    """In units of test accuracy; what matters to the claim, where absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_spaces(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {str(key).replace(" ", "_"): value for key, value in values.items()}
+
+
 class Claim(Strict):
     """A falsifiable statement of a paper."""
 
     id: Name
     statement: Name
+    role: Literal["headline", "supporting", "probe"] = "supporting"
+    """The abstract's, the paper's, or ours: the families of Holm's correction; probes stand alone."""
     treatment: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)]
     control: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
     where: Where = Where()
@@ -113,12 +154,22 @@ class Claim(Strict):
     metric: Name = "test_accuracy"
     test: Test
     direction: Literal["higher", "lower"] | None = None
+    matters: Effects | None = None
+    """The smallest effect that matters, in units of the metric, by data set."""
     margin: Margins | None = None
+    """An older word for `matters`, which in test superiority also shifts the null."""
     value: float | None = None
+    bounds: tuple[float | None, float | None] | None = None
+    """Floor and cap of the metric; at them, values are censored."""
     scale: Literal["points", "ratio", "none"] = "none"
     x: Literal["target", "logit"] = "target"
     steps: Annotated[tuple[Step, ...], Field(min_length=2)] | None = None
     require: Literal["all", "any"] = "all"
+    precondition: (
+        Annotated[tuple[Precondition, ...], BeforeValidator(_listed), Field(min_length=1)] | None
+    ) = None
+    meant_to_fail: Names | None = None
+    """Variants that are to be at chance, which makes them no unsound arms."""
     paper_value: PaperValue | None = None
     note: str | None = None
 
@@ -128,9 +179,18 @@ class Claim(Strict):
         longest = max(len(self.treatment), len(controls))
         return list(zip(_repeated(self.treatment, longest), _repeated(controls, longest), strict=True))
 
-    def margin_for(self, dataset: str) -> float | None:
-        """The margin for a data set, None where the claim has none."""
-        return _entry(self.margin, dataset)
+    def matters_for(self, dataset: str | None) -> float | None:
+        """The smallest effect that matters in a data set, None where the claim states none."""
+        table = self.matters or self.margin
+        return _entry(table, OTHER if dataset is None else dataset)
+
+    def scaled(self, factor: float) -> Claim:
+        """The claim with `factor` times as much that matters."""
+
+        def times(table: Mapping[str, float] | None) -> dict[str, float] | None:
+            return {name: factor * value for name, value in table.items()} if table else None
+
+        return self.model_copy(update={"matters": times(self.matters), "margin": times(self.margin)})
 
     def targets_for(self, dataset: str) -> tuple[float, ...] | None:
         """The targets for a data set, None for all that were run."""
@@ -139,7 +199,8 @@ class Claim(Strict):
     def covers(self, dataset: str, architecture: str) -> bool:
         """Whether the claim is made for this cell."""
         tables = all(
-            table is None or dataset in table or OTHER in table for table in (self.margin, self.targets)
+            table is None or dataset in table or OTHER in table
+            for table in (self.matters, self.margin, self.targets)
         )
         names = ((self.where.dataset, dataset), (self.where.architecture, architecture))
         return tables and all(allowed is None or name in allowed for allowed, name in names)
@@ -226,6 +287,7 @@ def _claim(entry: Any, path: Path, number: int) -> Claim:
             ("treatment", Selection),
             ("control", Selection),
             ("steps", Step),
+            ("precondition", Precondition),
             ("paper_value", PaperValue),
         ):
             if entry.get(key) is not None:
@@ -248,6 +310,13 @@ def _check(claim: Claim, where: str) -> None:
     for key in sorted(needed):
         if getattr(claim, key) is None:
             raise SettingsError(f"{where}.{key}: missing; test {claim.test} needs it")
+    if claim.matters and claim.margin:
+        raise SettingsError(f"{where}.margin: not beside matters; it is the older word for it")
+    if claim.test in _NEEDS_MATTERS:
+        if not (claim.matters or claim.margin):
+            raise SettingsError(f"{where}.matters: missing; test {claim.test} needs it")
+        if claim.matters and not all(claim.matters.values()):
+            raise SettingsError(f"{where}.matters = 0: test {claim.test} needs more than 0")
     for key in sorted(given - needed - allowed - _EVERY_TEST):
         fields = ", ".join(sorted(needed | allowed))
         raise SettingsError(f"{where}.{key}: not for test {claim.test}, which knows {fields}")

@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 from common.statistics.claims import Claim, Selection
+from common.statistics.evidence import Evidence, Why, known
 from common.statistics.records import Quantity, Records, place
-
-Known = TypeVar("Known")
-
-
-def known(value: Known | None) -> Known:
-    """What a claim gives, or a test has found; a test that does not is not asked for it."""
-    if value is None:
-        raise TypeError("a value is asked for that this claim or test does not have")
-    return value
 
 
 @dataclass(frozen=True)
@@ -30,15 +21,14 @@ class Point:
 
     def quantities(self) -> list[Quantity]:
         both = [self.treatment, *([self.control] if self.control else [])]
-        return both + [quantity.minus for quantity in both if quantity.minus]
+        return [part for quantity in both for part in quantity.parts]
 
 
 @dataclass
 class Comparison:
-    """One test of a claim. What is measured stays None where nothing could be tested; `problem` says why.
+    """One test inside a claim: what it compares, and what became of it.
 
-    values, estimate, low and high are differences, slopes or the metric itself in the metric's units, or
-    ratios if the claim's scale is `ratio`; sd is that of the values, or of their logarithms.
+    `problem` says why it cannot be tested at all. What follows it is filled in by `deciding` and `opening`.
     """
 
     claim: Claim
@@ -47,50 +37,35 @@ class Comparison:
     architecture: str | None = None
     target: float | None = None
     problem: str | None = None
-    n: int = 0
-    seeds: list[int] = field(default_factory=list)
-    lost: list[dict[str, Any]] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    treatment_mean: float | None = None
-    control_mean: float | None = None
-    estimate: float | None = None
+    looks: list[Evidence] = field(default_factory=list)
+    """What was found at each look that could be judged, in order."""
+    shown: Evidence | None = None
+    """What the verdict rests on: the look at which it was reached, else the last one."""
+    verdict: str = ""
+    graded: str = ""
+    """The verdict by Holm's correction inside the claim."""
+    below: bool = False
+    """Whether what is replicated is surely less than what matters."""
+    level: float | None = None
+    """Each end of the interval is one-sided at this level."""
     low: float | None = None
     high: float | None = None
-    sd: float | None = None
-    constant: bool = False
-    """Whether all values are equal, so that the sign-flip test stands in for the t-test."""
-    reference: list[float] = field(default_factory=list)
-    test_name: str | None = None
-    p: float | None = None
-    p_opposite: float | None = None
-    p_holm: float | None = None
-    p_opposite_holm: float | None = None
-    p_permutation: float | None = None
-    p_wilcoxon: float | None = None
-    p_page: float | None = None
-    effect_size: float | None = None
-    smallest_effect: float | None = None
-    point_means: list[float] = field(default_factory=list)
-    """Mean contrast at each point of a trend."""
-    verdict: str = ""
-    reason: str = ""
+    detectable: float | None = None
+    why: Why | None = None
 
     @property
-    def margin(self) -> float | None:
-        return self.claim.margin_for(self.dataset) if self.dataset else None
+    def matters(self) -> float | None:
+        return self.claim.matters_for(self.dataset)
 
     @property
-    def alternative(self) -> str:
-        """The claimed direction in SciPy's words; what `lower` is not, is `greater`."""
-        return "less" if self.claim.direction == "lower" else "greater"
+    def sign(self) -> float:
+        """What turns values to the claimed direction; what `lower` is not, is `higher`."""
+        return -1.0 if self.claim.direction == "lower" else 1.0
 
-    def bound_met(self) -> int:
-        """How many values of a count keep the claimed bound."""
-        bound = known(self.claim.value)
-        slack = 1e-12 * abs(bound)
-        if self.claim.direction == "lower":
-            return sum(value <= bound + slack for value in self.values)
-        return sum(value >= bound - slack for value in self.values)
+    @property
+    def quantities(self) -> list[Quantity]:
+        """All quantities of all points, each once."""
+        return list(dict.fromkeys(quantity for point in self.points for quantity in point.quantities()))
 
 
 def find(claim: Claim, records: Records) -> list[Comparison]:

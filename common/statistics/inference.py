@@ -1,32 +1,28 @@
 """The tests behind the verdicts: plain functions of arrays, one number per seed.
 
-SciPy and statsmodels do the mathematics. What is written out here is what they lack: the sign-flip test with
-a tolerance for ties, and the comparison of two sets of vectors.
+SciPy does the mathematics. What is written out here, and in `flips`, is what it lacks, or what it does a hundred times
+slower: t-tests with a floor under the standard deviation, Holm's correction, the comparison of two sets of vectors.
 
-`alternative` is `greater`, `less` or `two-sided`, as in SciPy. One-dimensional arguments `values` have shape
-[n], n >= 2, and are finite. A t-test of values that are all equal is undefined (`is_constant`); the exact
-sign-flip test is not.
+`alternative` is `greater` or `less`, as in SciPy. One-dimensional arguments `values` have shape [n], n >= 2, and are
+finite. A `level` is one-sided. A t-test of values that are all equal is undefined where there is no floor
+(`is_constant`); the exact sign-flip test is not.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
-from scipy.special import gammaln
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
+from scipy.special import betaincinv, gammaln, nctdtr, nctdtrinc, ndtr, stdtr, stdtrit
+
+from common.statistics.flips import ENUMERATED, flip_interval, patterns, sign_flip
 
 ALPHA = 0.05
-CONFIDENCE = 1 - ALPHA
 POWER = 0.8
-ENUMERATED = 16
-"""Up to this many pairs all assignments of signs are enumerated; beyond, DRAWS random ones, seed fixed."""
-DRAWS = 99_999
 _ROUNDING = 1e-12  # relative size below which a difference of two measurements is rounding error
 
 
@@ -45,37 +41,99 @@ def is_constant(values: ArrayLike) -> bool:
     return bool(np.ptp(values) <= _ROUNDING * np.abs(values).max())
 
 
-def _shifted(values: ArrayLike, null: float) -> np.ndarray:
-    return differences(values, np.full(len(np.asarray(values)), null))
+@functools.lru_cache(maxsize=4096)
+def quantile(freedom: int, level: float) -> float:
+    """The value that Student's t exceeds with probability `level`."""
+    return float(stdtrit(freedom, 1 - level))
 
 
-def opposite(alternative: str) -> str:
-    """`less` for `greater` and the other way round."""
-    return {"greater": "less", "less": "greater"}[alternative]
+class Student:
+    """One-sample t-tests of the mean, and the interval that is their inversion.
+
+    floor: least standard deviation to reckon with, which rounding to steps of floor * sqrt(12) would cause alone. Without
+    one, constant values have no t-test.
+    """
+
+    name = "t"
+
+    def __init__(self, values: np.ndarray, floor: float = 0.0):
+        self.n, self.mean = len(values), float(values.mean())
+        self.sd = max(float(values.std(ddof=1)), floor)
+        self._error = self.sd / math.sqrt(self.n)
+
+    def p(self, null: float, alternative: str) -> float:
+        """p that the mean is above (`greater`) or below (`less`) the null."""
+        t = (self.mean - null) / self._error
+        return float(stdtr(self.n - 1, -t if alternative == "greater" else t))
+
+    def ends(self, level: float) -> tuple[float, float]:
+        """The nulls between which neither test is significant at `level`."""
+        half = quantile(self.n - 1, level) * self._error
+        return self.mean - half, self.mean + half
 
 
-def t_test(values: ArrayLike, null: float, alternative: str) -> float:
-    """p of Student's one-sample t-test of the mean against `null`. Not for constant values."""
-    return float(stats.ttest_1samp(values, null, alternative=alternative).pvalue)
+class Flips:
+    """The same by the sign-flip test, whose p cannot go below 2**-n: ends are infinite where the level does."""
+
+    name = "sign-flip"
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    def p(self, null: float, alternative: str) -> float:
+        return sign_flip(self.values, null, alternative)
+
+    def ends(self, level: float) -> tuple[float, float]:
+        return flip_interval(self.values, level)
 
 
-def interval(values: ArrayLike) -> tuple[float, float]:
-    """95% t interval of the mean; constant values give that value twice."""
-    values = np.asarray(values, float)
-    mean = float(values.mean())
-    if is_constant(values):
-        return mean, mean
-    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=stats.sem(values))
-    return float(low), float(high)
+class Ranks:
+    """Wilcoxon's signed ranks: p only."""
+
+    name = "Wilcoxon"
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    def p(self, null: float, alternative: str) -> float:
+        return wilcoxon(self.values, null, alternative)
 
 
-@functools.lru_cache(maxsize=8)
-def _signs(n: int) -> np.ndarray:
-    """Assignments of +1 and -1 to n pairs, [rows, n]: all, or DRAWS random ones; the first row is all +1."""
-    if n <= ENUMERATED:
-        return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    drawn = np.random.default_rng(0).choice([-1.0, 1.0], size=(DRAWS, n))
-    return np.vstack([np.ones(n), drawn])
+class Cells:
+    """The exact sign test that more than half of all cells agree, and Clopper and Pearson's interval of their share."""
+
+    name = "exact sign test over cells"
+
+    def __init__(self, agreeing: int, opposing: int, n: int):
+        self.agreeing, self.opposing, self.n = agreeing, opposing, n
+
+    def p(self, null: float, alternative: str) -> float:
+        hits = self.agreeing if alternative == "greater" else self.opposing
+        return float(stats.binom.sf(hits - 1, self.n, 0.5))
+
+    def ends(self, level: float) -> tuple[float, float]:
+        k, n = self.agreeing, self.n
+        low = float(betaincinv(k, n - k + 1, level)) if k else 0.0
+        high = float(betaincinv(k + 1, n - k, 1 - level)) if k < n else 1.0
+        return low, high
+
+
+class Correlations:
+    """Exchange of labels within seeds for the mean correlation of vectors, and a jackknife interval over seeds.
+
+    treatment, control: [n, k], the same seed in the same row. Correlations are compared as Fisher's z.
+    """
+
+    name = "permutation of labels within seeds"
+
+    def __init__(self, treatment: ArrayLike, control: ArrayLike):
+        self.sides = np.asarray(treatment, float), np.asarray(control, float)
+
+    def p(self, null: float, alternative: str) -> float:
+        return compare_correlations(*self.sides, alternative)
+
+    def ends(self, level: float) -> tuple[float, float]:
+        return correlation_interval(*self.sides, level)
 
 
 def _permutation_p(statistics: np.ndarray, size: float, alternative: str) -> float:
@@ -83,20 +141,9 @@ def _permutation_p(statistics: np.ndarray, size: float, alternative: str) -> flo
 
     With random assignments, this share (the observed one among them) is a valid p too.
     """
-    if alternative == "two-sided":
-        statistics = np.abs(statistics)
-    elif alternative == "less":
+    if alternative == "less":
         statistics = -statistics
     return float(np.mean(statistics >= statistics[0] - _ROUNDING * size))
-
-
-def sign_flip(values: ArrayLike, null: float, alternative: str) -> float:
-    """p of the sign-flip permutation test that `values` are symmetric about `null`.
-
-    Exact up to ENUMERATED values: no one-sided p is below 2**-n, no two-sided one below 2 * 2**-n.
-    """
-    shifted = _shifted(values, null)
-    return _permutation_p(_signs(len(shifted)) @ shifted, np.abs(shifted).sum(), alternative)
 
 
 def wilcoxon(values: ArrayLike, null: float, alternative: str) -> float:
@@ -105,21 +152,13 @@ def wilcoxon(values: ArrayLike, null: float, alternative: str) -> float:
     Values equal to `null` are left out. Up to ENUMERATED values it is the exact sign-flip test of the signed ranks, with
     mid-ranks for ties: what SciPy finds for ties too, but only by its general and slow permutation test.
     """
-    shifted = _shifted(values, null)
+    shifted = differences(values, np.full(len(np.asarray(values)), null))
     shifted = shifted[shifted != 0]
     if not len(shifted):
         return 1.0
     if len(shifted) <= ENUMERATED:
         return sign_flip(np.sign(shifted) * stats.rankdata(np.abs(shifted)), 0.0, alternative)
     return float(stats.wilcoxon(shifted, alternative=alternative).pvalue)
-
-
-def tost(values: ArrayLike, low: float, high: float, test: Callable[..., float] = t_test) -> float:
-    """p that the mean lies between `low` and `high`: the larger p of two one-sided tests.
-
-    test: `t_test`, or one of the others that take (values, null, alternative).
-    """
-    return max(test(values, low, "greater"), test(values, high, "less"))
 
 
 def effect_size(values: ArrayLike, null: float = 0.0) -> float:
@@ -135,20 +174,28 @@ def effect_size(values: ArrayLike, null: float = 0.0) -> float:
     return float((values.mean() - null) / values.std(ddof=1) * correction)
 
 
-def smallest_effect(n: int, sd: float) -> float:
-    """Mean that n values of this sd show with power 0.8 in a one-sided t-test at 0.05 (non-central t)."""
-    return sd * _standardised_smallest_effect(n)
+@functools.lru_cache(maxsize=4096)
+def detectable(n: int, level: float = ALPHA) -> float:
+    """Mean, in standard deviations, that n values show with power 0.8 in a one-sided t-test (non-central t)."""
+    return float(nctdtrinc(n - 1, 1 - POWER, quantile(n - 1, level))) / math.sqrt(n)
 
 
-@functools.lru_cache
-def _standardised_smallest_effect(n: int) -> float:
-    return float(TTestPower().solve_power(nobs=n, alpha=ALPHA, power=POWER, alternative="larger"))
+def power(effect: ArrayLike, n: np.ndarray, level: float) -> np.ndarray:
+    """Power of one-sided t-tests of n values, [k], for means of `effect` standard deviations ([k] or one for all)."""
+    shift, t = np.asarray(effect) * np.sqrt(n), stdtrit(n - 1, 1 - level)
+    missed = nctdtr(n - 1, shift, t)
+    # far in its tails SciPy's function has gaps, where a normal approximation is as good as 0 or 1
+    return 1 - np.where(np.isnan(missed), ndtr(t - shift), missed)
 
 
-def holm(p_values: ArrayLike) -> np.ndarray:
-    """p after Holm's correction within one family, [n]; an empty family gives an empty array."""
-    p_values = np.asarray(p_values, float)
-    return multipletests(p_values, method="holm")[1] if len(p_values) else p_values
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p after Holm's correction within one family, in the order given."""
+    family = len(p_values)
+    found, largest = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (family - rank) * p_values[index]))
+        found[index] = largest
+    return found
 
 
 def slopes(values: ArrayLike, x: ArrayLike) -> np.ndarray:
@@ -173,17 +220,20 @@ def page(values: ArrayLike, x: ArrayLike, alternative: str) -> float:
     return float(stats.page_trend_test(values).pvalue)
 
 
-def sign_test(positive: int, n: int) -> tuple[float, float, float]:
-    """p that more than half of all cells are positive, and the exact 95% interval of their share."""
-    result = stats.binomtest(positive, n, alternative="greater")
-    share = stats.binomtest(positive, n).proportion_ci(CONFIDENCE, method="exact")
-    return float(result.pvalue), float(share.low), float(share.high)
+def fisher(correlations: np.ndarray) -> np.ndarray:
+    """Fisher's z; a correlation of 1 is taken as far from 1 as numbers of double precision tell."""
+    limit = 1 - 1e-12
+    return np.arctanh(np.clip(correlations, -limit, limit))
 
 
 def mean_correlations(vectors: ArrayLike) -> np.ndarray:
-    """Mean Pearson correlation of each row of `vectors`, [n, k], with the others: [n]. No constant rows."""
-    matrix = np.corrcoef(np.asarray(vectors, float))
-    return (matrix.sum(axis=1) - 1) / (len(matrix) - 1)
+    """Mean Fisher's z of the Pearson correlations of each row of `vectors`, [n, k], with the others: [n].
+
+    No constant rows.
+    """
+    matrix = fisher(np.corrcoef(np.asarray(vectors, float)))
+    np.fill_diagonal(matrix, 0.0)
+    return matrix.sum(axis=1) / (len(matrix) - 1)
 
 
 def compare_correlations(treatment: ArrayLike, control: ArrayLike, alternative: str) -> float:
@@ -191,21 +241,22 @@ def compare_correlations(treatment: ArrayLike, control: ArrayLike, alternative: 
 
     Both have shape [n, k] with the same seed in the same row. Pairs of vectors are dependent, so the labels
     are exchanged: within seeds, because those are paired. The statistic is the difference of mean pairwise
-    correlations.
+    correlations, as Fisher's z.
     """
-    both = np.corrcoef(np.vstack([np.asarray(treatment, float), np.asarray(control, float)]))
-    signs = _signs(len(np.asarray(treatment)))
-    first = np.hstack([signs > 0, signs < 0]).astype(float)
+    both = fisher(np.corrcoef(np.vstack([np.asarray(treatment, float), np.asarray(control, float)])))
+    np.fill_diagonal(both, 0.0)
+    flipped = patterns(len(np.asarray(treatment)))
+    first = np.hstack([1 - flipped, flipped])
 
     def within(members: np.ndarray) -> np.ndarray:
         return np.einsum("ij,ij->i", members @ both, members)
 
     statistics = within(first) - within(1 - first)
-    return _permutation_p(statistics, len(both) ** 2, alternative)
+    return _permutation_p(statistics, float(np.abs(both).sum()), alternative)
 
 
-def correlation_interval(treatment: ArrayLike, control: ArrayLike) -> tuple[float, float]:
-    """95% jackknife interval, over seeds, of the difference of mean pairwise correlations."""
+def correlation_interval(treatment: ArrayLike, control: ArrayLike, level: float) -> tuple[float, float]:
+    """Jackknife t interval, over seeds, of the difference of mean pairwise correlations as Fisher's z."""
     treatment, control = np.asarray(treatment, float), np.asarray(control, float)
 
     def difference(rows: np.ndarray) -> float:
@@ -214,4 +265,5 @@ def correlation_interval(treatment: ArrayLike, control: ArrayLike) -> tuple[floa
     seeds = np.arange(len(treatment))
     whole = difference(seeds)
     without = np.array([difference(np.delete(seeds, seed)) for seed in seeds])
-    return interval(len(seeds) * whole - (len(seeds) - 1) * without)
+    pseudo = len(seeds) * whole - (len(seeds) - 1) * without
+    return (whole, whole) if is_constant(pseudo) else Student(pseudo).ends(level)

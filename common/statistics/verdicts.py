@@ -1,57 +1,86 @@
-"""From tested comparisons to verdicts, each with its reason, and to the documents that are written."""
+"""Verdicts as documents: the content of verdicts.json, and of the metrics file."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
-from common.statistics import inference, words
-from common.statistics.claims import Claim, ClaimsFile
-from common.statistics.comparisons import Comparison, find, known
-from common.statistics.records import Quantity, Records
-from common.statistics.testing import test
-
-REPLICATED, CONTRADICTED, INCONCLUSIVE, NOT_TESTED = (
-    "replicated",
-    "contradicted",
-    "inconclusive",
-    "not tested",
+from common.statistics import opening, words
+from common.statistics.claims import ClaimsFile
+from common.statistics.comparisons import Comparison
+from common.statistics.deciding import (
+    CONTRADICTED,
+    NOT_TESTED,
+    OPEN,
+    REPLICATED,
+    VERDICTS,
+    Judged,
 )
-VERDICTS = (REPLICATED, CONTRADICTED, INCONCLUSIVE, NOT_TESTED)
-_BY_INTERVAL = ("noninferiority", "equivalence", "difference")
+from common.statistics.evidence import Evidence
+from common.statistics.judging import Terms, judge_claims
+from common.statistics.records import Quantity, Records
+from common.statistics.stability import of as stability_of
+from common.statistics.testing import add_checks
+
 _DIGITS = 10
 
 
-def judge(files: Sequence[ClaimsFile], records: Mapping[str, Records]) -> dict[str, Any]:
+def judge(
+    files: Sequence[ClaimsFile],
+    records: Mapping[str, Records],
+    looks: Sequence[int] | None = None,
+    checks: bool = False,
+) -> dict[str, Any]:
     """The verdicts on all claims: the content of verdicts.json, in plain JSON values.
 
-    Holm's correction runs over all comparisons of a paper. A paper without records has claims that are not
-    tested.
+    looks: planned numbers of seeds, ascending: at each, the first so many seeds are judged; None for one look at all of
+    them. checks: whether to find what decides nothing, too: the same hypotheses by other tests, and what becomes of each
+    verdict on other terms (stability); it takes some twenty times as long. A paper without records has claims that are
+    not tested.
     """
-    papers = {file.paper: _paper(file, records.get(file.paper, Records([]))) for file in files}
+    terms = Terms(tuple(looks or ()))
+    papers = {}
+    for file in files:
+        found = records.get(file.paper, Records([]))
+        judged = judge_claims(file.claims, found, terms)
+        again = stability_of(file.claims, judged, found, terms) if checks else None
+        papers[file.paper] = _paper(file, judged, found, terms, again)
     counts: Counter[str] = Counter()
     for paper in papers.values():
         counts.update(paper["counts"])
-    return _plain({"alpha": inference.ALPHA, "counts": _counts(counts), "papers": papers})
+    plan = [
+        {"seeds": "all" if size is None else size, "share": share}
+        for size, share in zip(terms.sizes, terms.shares, strict=True)
+    ]
+    return _plain({"alpha": terms.alpha, "looks": plan, "counts": _counts(counts), "papers": papers})
 
 
-def _paper(file: ClaimsFile, records: Records) -> dict[str, Any]:
-    compared = [(claim, find(claim, records)) for claim in file.claims]
-    comparisons = [comparison for _, found in compared for comparison in found]
-    for comparison in comparisons:
-        test(comparison, records)
-    _correct(comparisons)
-    for comparison in comparisons:
-        comparison.verdict = _verdict(comparison)
-        comparison.reason = words.reason(comparison)
-    claims = [_claim(claim, found) for claim, found in compared]
+def _paper(
+    file: ClaimsFile,
+    judged: Sequence[Judged],
+    records: Records,
+    terms: Terms,
+    stability: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    claims = [_claim(one, terms, stability) for one in judged]
     return {
         "claims": claims,
         "claims_digest": file.digest,
         "counts": _counts(Counter(claim["verdict"] for claim in claims)),
+        "without_chance": sorted({name for one in judged for name in _without_chance(one, records)}),
+    }
+
+
+def _without_chance(judged: Judged, records: Records) -> set[str]:
+    """Data sets of which no record says what chance is, so that collapses and unsound arms are not seen."""
+    return {
+        quantity.dataset
+        for comparison in judged.comparisons
+        for quantity in comparison.quantities
+        if quantity.dataset and not records.knows_chance(quantity.dataset)
     }
 
 
@@ -59,105 +88,99 @@ def _counts(found: Mapping[str, int]) -> dict[str, int]:
     return {verdict: found.get(verdict, 0) for verdict in VERDICTS}
 
 
-def _correct(comparisons: Sequence[Comparison]) -> None:
-    """Holm's correction of the stated tests, and apart from it of the opposite tests that can contradict."""
-    stated = [c for c in comparisons if c.p is not None]
-    for comparison, p in zip(stated, inference.holm([known(c.p) for c in stated]), strict=True):
-        comparison.p_holm = float(p)
-    opposite = [c for c in stated if c.claim.test not in _BY_INTERVAL]
-    for comparison, p in zip(opposite, inference.holm([known(c.p_opposite) for c in opposite]), strict=True):
-        comparison.p_opposite_holm = float(p)
-
-
-def _verdict(comparison: Comparison) -> str:
-    if comparison.problem:
-        return NOT_TESTED
-    if comparison.claim.test == "count":
-        return _count_verdict(comparison)
-    if known(comparison.p_holm) < inference.ALPHA:
-        return REPLICATED
-    if comparison.claim.test in _BY_INTERVAL:
-        # one-sided p below alpha / 2 is the same as: the 95% interval lies wholly on the wrong side
-        contradicted = comparison.p_opposite is not None and comparison.p_opposite < inference.ALPHA / 2
-    else:
-        contradicted = known(comparison.p_opposite_holm) < inference.ALPHA
-    return CONTRADICTED if contradicted else INCONCLUSIVE
-
-
-def _count_verdict(comparison: Comparison) -> str:
-    met = comparison.bound_met()
-    return REPLICATED if met == comparison.n else INCONCLUSIVE if met else CONTRADICTED
-
-
-def _claim(claim: Claim, comparisons: list[Comparison]) -> dict[str, Any]:
-    verdict = combine([comparison.verdict for comparison in comparisons], claim.require)
-    deciding = _deciding(verdict, comparisons, claim.require)
+def _claim(judged: Judged, terms: Terms, stability: Mapping[str, Any] | None) -> dict[str, Any]:
+    claim, comparisons = judged.claim, judged.comparisons
+    if stability is not None:
+        for comparison in comparisons:
+            add_checks(comparison)
+    opening.explain(judged, terms.shares[-1])
+    deciding = _deciding(judged)
+    why = opening.why_claim(judged, deciding)
+    in_family = claim.test != "count"
+    held = {"role", "id", "statement", "test", "metric", "direction", "scale", "require", "note"}
     return {
-        **claim.model_dump(
-            include={"id", "statement", "test", "metric", "direction", "scale", "require", "note"}
-        ),
+        **claim.model_dump(include=held),
         "paper_value": claim.paper_value.model_dump() if claim.paper_value else None,
-        "verdict": verdict,
-        "reason": words.claim_reason(comparisons, deciding),
+        "verdict": judged.verdict,
+        "below_what_matters": judged.verdict == REPLICATED and _below(judged),
+        "kind": why.kind if why else None,
+        "needs": why.needs if why else None,
+        "where_it_holds": words.where_it_holds(comparisons),
+        "p": judged.p[REPLICATED] if in_family else None,
+        "p_holm": judged.p_holm[REPLICATED] if in_family else None,
+        "p_against": judged.p[CONTRADICTED] if in_family else None,
+        "p_against_holm": judged.p_holm[CONTRADICTED] if in_family else None,
+        "family": judged.family,
+        "level": judged.level.get(REPLICATED),
+        "level_against": judged.level.get(CONTRADICTED),
+        "reason": words.claim_reason(judged, deciding, why),
+        "stability": stability[claim.id] if stability is not None else None,
         "deciding": comparisons.index(deciding),
-        "comparisons": [_comparison(comparison) for comparison in comparisons],
+        "comparisons": [_comparison(judged, comparison, terms) for comparison in comparisons],
     }
 
 
-def combine(verdicts: Sequence[str], require: str) -> str:
-    """The verdict on a claim from those on its comparisons.
-
-    all: contradicted if any is, replicated if every one is. any: replicated if any is, contradicted if every
-    tested one is. In both: not tested if none was, else inconclusive.
-    """
-    tested = {verdict for verdict in verdicts if verdict != NOT_TESTED}
-    if not tested:
-        return NOT_TESTED
-    if require == "any":
-        if REPLICATED in tested:
-            return REPLICATED
-        return CONTRADICTED if tested == {CONTRADICTED} else INCONCLUSIVE
-    if CONTRADICTED in tested:
-        return CONTRADICTED
-    return REPLICATED if set(verdicts) == {REPLICATED} else INCONCLUSIVE
+def _below(judged: Judged) -> bool:
+    """Whether what is replicated is less than what matters: somewhere, if it must hold everywhere."""
+    found = [c.below for c in judged.comparisons if c.verdict == REPLICATED]
+    return any(found) if judged.claim.require == "all" else all(found)
 
 
-def _deciding(verdict: str, comparisons: list[Comparison], require: str) -> Comparison:
+def _deciding(judged: Judged) -> Comparison:
     """The comparison that the claim's verdict hangs on: the weakest, or the one that settles it."""
-    candidates = [c for c in comparisons if c.verdict == verdict]
-    if not candidates:  # inconclusive only because some comparison was not tested
-        candidates = [c for c in comparisons if c.verdict == NOT_TESTED]
+    comparisons = judged.comparisons
+    candidates = [c for c in comparisons if c.verdict == judged.verdict]
+    if not candidates:  # open only because some comparison was not tested, or because others differ
+        candidates = [c for c in comparisons if c.verdict == NOT_TESTED] or comparisons
+    everything = judged.claim.require == "all"
 
-    if verdict == CONTRADICTED:
-        return min(candidates, key=lambda comparison: _or_one(comparison.p_opposite))
-    chosen = max if require == "all" else min
-    return chosen(candidates, key=lambda comparison: _or_one(comparison.p_holm))
+    def p(comparison: Comparison) -> float:
+        against = judged.verdict == CONTRADICTED
+        found = comparison.shown
+        value = None if found is None else found.p_against if against else found.p
+        return 1.0 if value is None else value
+
+    weakest = everything != (judged.verdict == CONTRADICTED)
+    return (max if weakest else min)(candidates, key=p)
 
 
-def _or_one(p: float | None) -> float:
-    return 1.0 if p is None else p
-
-
-_INTERNAL = {"claim", "points", "problem", "constant", "p_opposite", "point_means"}
-
-
-def _comparison(comparison: Comparison) -> dict[str, Any]:
-    points = zip(comparison.points, comparison.point_means, strict=False)
+def _comparison(judged: Judged, comparison: Comparison, terms: Terms) -> dict[str, Any]:
+    found = comparison.shown or Evidence()
+    points = zip(comparison.points, found.point_means, strict=False)
+    measured = (
+        *("n", "seeds", "lost", "values", "estimate", "median", "interquartile_mean", "sd", "reference"),
+        *("treatment_mean", "control_mean", "test_name", "by_flips", "collapsed", "p", "p_against"),
+        *("p_permutation", "p_wilcoxon", "p_page", "effect_size"),
+    )
+    predicted = None
+    if terms.looks and comparison.verdict == OPEN and judged.claim.test != "count":
+        levels = {answer: level * terms.shares[-1] for answer, level in judged.levels.items()}
+        predicted = opening.predicted(found, terms.looks[-1], levels)
     return {
         "label": words.label(comparison),
         "treatment": _side([point.treatment for point in comparison.points]),
         "control": _side([point.control for point in comparison.points]),
-        "value": comparison.claim.value,
+        "dataset": comparison.dataset,
+        "architecture": comparison.architecture,
+        "target": comparison.target,
+        "value": judged.claim.value,
+        "matters": comparison.matters,
         "points": [
             {"mean": mean, "target": point.treatment.target, "variant": point.treatment.variant, "x": point.x}
             for point, mean in points
         ],
-        "margin": comparison.margin,
-        **{
-            field.name: getattr(comparison, field.name)
-            for field in fields(comparison)
-            if field.name not in _INTERNAL
-        },
+        **{name: getattr(found, name) for name in measured},
+        "low": comparison.low,
+        "high": comparison.high,
+        "level": comparison.level,
+        "look": terms.sizes[found.number] if comparison.shown else None,
+        "detectable": comparison.detectable,
+        "predicted": predicted,
+        "verdict": comparison.verdict,
+        "below_what_matters": comparison.below,
+        "graded": comparison.graded,
+        "why": asdict(comparison.why) if comparison.why else None,
+        "reason": words.reason(comparison),
     }
 
 
@@ -186,12 +209,12 @@ def _plain(value: Any) -> Any:
 
 
 def metrics(verdicts: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers for `dvc metrics show`: counts of verdicts by paper, estimate and p of what decides a claim."""
+    """Numbers for `dvc metrics show`: counts of verdicts by paper, estimate of what decides a claim and the claim's p."""
     found = {}
     for name, paper in verdicts["papers"].items():
         found[name] = {verdict.replace(" ", "_"): count for verdict, count in paper["counts"].items()}
         for claim in paper["claims"]:
             deciding = claim["comparisons"][claim["deciding"]]
-            values = {"estimate": deciding["estimate"], "p_holm": deciding["p_holm"]}
+            values = {"estimate": deciding["estimate"], "p_holm": claim["p_holm"]}
             found[name][claim["id"]] = {key: value for key, value in values.items() if value is not None}
     return found

@@ -1,0 +1,62 @@
+"""A second interval for a difference of accuracies: over seeds and over test images.
+
+The interval over seeds says what other seeds would give on these test images. Where it is known which images each run
+has right, both can be taken as drawn: seeds crossed with images, as readers are with cases in radiology. Obuchowski and
+Rockette, "Hypothesis testing of diagnostic accuracy for multiple readers and multiple tests", Communications in
+Statistics 1995; Hillis, "A marginal-mean ANOVA approach for analyzing multireader multicase radiological imaging data",
+Statistics in Medicine 2014.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import stdtrit
+
+
+def crossed_variance(treatment: ArrayLike, control: ArrayLike) -> tuple[float, float]:
+    """Variance of the difference of mean accuracies over seeds and images, and its degrees of freedom.
+
+    treatment, control: whether each run has each test image right, [seeds, images], at least two of both; the same seed
+    in the same row, the same image in the same column. With the mean squares of the two-way table of differences,
+
+        V = (MS_seed + max(MS_image - MS_residual, 0)) / (seeds * images),
+
+    where MS_image - MS_residual is what images have in common over seeds, and degrees of freedom are Satterthwaite's.
+    They are infinite where nothing varies. Raises ValueError for other shapes.
+    """
+    table = _differences(treatment, control)
+    seeds, images = table.shape
+    mean, by_seed, by_image = table.mean(), table.mean(axis=1), table.mean(axis=0)
+    seed = images * by_seed.var(ddof=1)
+    image = seeds * by_image.var(ddof=1)
+    rest = table - by_seed[:, None] - by_image + mean
+    residual = (rest**2).sum() / ((seeds - 1) * (images - 1))
+    total, spread = seed, seed**2 / (seeds - 1)
+    if image > residual:
+        total += image - residual
+        spread += image**2 / (images - 1) + residual**2 / ((seeds - 1) * (images - 1))
+    return float(total / (seeds * images)), float(total**2 / spread) if spread else math.inf
+
+
+def crossed_interval(treatment: ArrayLike, control: ArrayLike, level: float) -> tuple[float, float]:
+    """Interval of the difference of mean accuracies over seeds and images: each end one-sided at `level`.
+
+    Arguments and errors as of `crossed_variance`. Where no difference varies, both ends are the difference itself.
+    """
+    variance, freedom = crossed_variance(treatment, control)
+    mean = float(_differences(treatment, control).mean())
+    half = float(stdtrit(freedom, 1 - level)) * math.sqrt(variance)
+    return mean - half, mean + half
+
+
+def _differences(treatment: ArrayLike, control: ArrayLike) -> np.ndarray:
+    first, second = np.asarray(treatment, float), np.asarray(control, float)
+    if first.shape != second.shape or first.ndim != 2 or min(first.shape) < 2:
+        raise ValueError(
+            f"correctness of the shapes {first.shape} and {second.shape}: both must be [seeds, images], "
+            "with the same seeds and images, at least two of both"
+        )
+    return first - second
