@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -56,25 +56,26 @@ def _has_own_keys(annotation: Any) -> bool:
 Part = TypeVar("Part")
 
 
-def parts(value: Any, kind: type[Part]) -> Iterator[Part]:
+def parts(value: Any, kind: type[Part], closed: type | tuple[()] = ()) -> Iterator[Part]:
     """The objects of a kind in `value`: itself, or in a list, a table or the fields of a value object, at any depth.
 
-    What such an object holds is not looked at.
+    What they hold themselves is not looked at, nor what objects of the kind `closed` hold.
     """
+    inner: Iterable[Any] = ()
     if isinstance(value, kind):
         yield value
+    elif isinstance(value, closed):
+        return
     elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from parts(getattr(value, name), kind)
+        inner = (getattr(value, name) for name in type(value).model_fields)
     elif is_dataclass(value):
-        for field in fields(value):
-            yield from parts(getattr(value, field.name), kind)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from parts(item, kind)
+        inner = (getattr(value, field.name) for field in fields(value))
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from parts(item, kind)
+        inner = value.values()
+    elif isinstance(value, (tuple, list)):
+        inner = value
+    for item in inner:
+        yield from parts(item, kind, closed)
 
 
 def _distinct(values: tuple) -> tuple:

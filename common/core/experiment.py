@@ -14,7 +14,7 @@ from common.core.data import Dataset
 from common.core.models import ArchitectureName
 from common.core.recipe import Recipe
 from common.core.run import Cell, Job, Run
-from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Targets, parts
+from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Targets
 
 
 def _above_0(targets: tuple[float, ...]) -> tuple[float, ...]:
@@ -78,11 +78,16 @@ Settings = TypeVar("Settings", bound=ExperimentSettings)
 class Experiment(Generic[Settings]):
     """The experiment in one cell; a paper derives its own and lists the jobs.
 
-    settings: the paper's, with what the cell changes. cell: of the jobs. data: its images.
+    settings: the paper's, with what the cell changes. cell: of the jobs. data: its images. network: without values.
+    Raises SettingsError for a network that cannot be.
     """
 
     def __init__(self, settings: Settings, cell: Cell, data: Dataset):
         self.settings, self.cell, self.data = settings, cell, data
+        try:
+            self.network = cell.build(data, device="meta")
+        except (TypeError, ValueError) as error:
+            raise SettingsError(str(error)) from None
 
     def jobs(self, seed: int) -> Iterable[Job]:
         """The jobs of one seed; what they need may be left out. Raises SettingsError for what cannot be."""
@@ -123,8 +128,7 @@ def _check_recipes(jobs: Iterable[Job], load: Callable[[DatasetSettings], Datase
 
 
 def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
-    for name in type(job).model_fields:
-        for recipe in parts(getattr(job, name), Recipe):
-            yield name, recipe, job.cell.data
+    for name, recipe in job.parts(Recipe):
+        yield name, recipe, job.cell.data
     for need in job.needs:
         yield from _recipes(need)

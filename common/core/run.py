@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, TypedDict, Unpack
@@ -21,7 +21,7 @@ from common.core.models import ArchitectureName, Network
 from common.core.pruning.counting import cost
 from common.core.trainer import Checkpoints, Decays, Hooks, Trainer
 from common.records import Record
-from common.settings import DatasetSettings, Strict, parts
+from common.settings import DatasetSettings, Part, Strict, parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class Job(Strict):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.paper = cls.__module__.split(".")[-2]
+        cls.paper = cls.__module__.split(".")[-2:][0]
 
     def execute(self, context: Context) -> Outcome:
         """Train and measure. Raises RunFailed."""
@@ -109,11 +109,16 @@ class Job(Strict):
         """What code it executes beside the core and its paper; see Run."""
         return ()
 
+    def parts(self, kind: type[Part]) -> Iterator[tuple[str, Part]]:
+        """The objects of a kind in its fields, with the name of the field; other jobs are not looked into."""
+        for name in type(self).model_fields:
+            for part in parts(getattr(self, name), kind, Job):
+                yield name, part
+
     @cached_property
     def needs(self) -> tuple[Job, ...]:
         """The jobs that it starts from, each once, in the order of the fields."""
-        found = (need for name in type(self).model_fields for need in parts(getattr(self, name), Job))
-        return tuple({need.run.settings_hash: need for need in found}.values())
+        return tuple({need.run.settings_hash: need for _, need in self.parts(Job)}.values())
 
     @cached_property
     def run(self) -> Run:

@@ -9,14 +9,12 @@ from typing import Generic, Literal, Self, TypeVar
 
 from pydantic import model_validator
 
-from common.core.failures import Diverged, Unreachable
+from common.core.failures import Diverged
 from common.core.run import Context, Job
-from common.records import Record
+from common.records import TRIAL, Record
 from common.settings import PaperSettings, Seeds, parts
 
 Option = TypeVar("Option")
-TRIAL = "tuning-"
-"""Begins the names of runs from which something is chosen."""
 
 
 class TuningSettings(PaperSettings):
@@ -84,8 +82,5 @@ def tuned(
 
 def lost(job: Job, need: Job, record: Record) -> bool:
     """Whether a needed run that failed is a trial which lost by that, so that `job` goes on with the others."""
-    if record.root.failure not in (Diverged.failure, Unreachable.failure):
-        return False
-    choices = (tuned for name in type(job).model_fields for tuned in parts(getattr(job, name), Tuned))
-    trials = (trial for tuned in choices for trial in parts(tuned.trials, Job))
-    return any(trial.run.settings_hash == need.run.settings_hash for trial in trials)
+    trials = (trial for _, choice in job.parts(Tuned) for trial in parts(choice.trials, Job))
+    return record.is_lost_trial and any(trial.run.settings_hash == need.run.settings_hash for trial in trials)

@@ -22,7 +22,8 @@ from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.recipe import NotNegative, Recipe
 from common.core.run import Context, Job, Outcome
 from common.core.trainer import Trainer
-from common.core.tuning import TRIAL, Tuned, TuningSettings, tuned
+from common.core.tuning import Tuned, TuningSettings, tuned
+from common.records import TRIAL
 from common.settings import Count, Rate, SettingsError, Sparsity, Strict
 from replications.halo import measures, method
 
@@ -316,7 +317,7 @@ class Experiment(experiment.Experiment[Settings]):
 
     def jobs(self, seed: int) -> Iterator[Job]:
         if self.settings.layers == "conv" and not any(
-            isinstance(m, nn.Conv2d) for m in self.cell.build(self.data, device="meta").modules()
+            isinstance(m, nn.Conv2d) for m in self.network.modules()
         ):
             raise SettingsError("the network has no convolutions: layers must be conv+linear")
         for name, targets in self.settings.wanted.items():

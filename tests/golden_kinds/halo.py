@@ -6,11 +6,13 @@ from torch import nn
 
 from common.core.data import FixedBatches
 from common.core.failures import Diverged
-from common.core.models import ARCHITECTURES
+from common.core.models import ARCHITECTURES, build
 from common.core.pruning.counting import layer_costs
 from common.core.pruning.masks import prunable
 from common.core.trainer import Hooks, Trainer
-from replications.halo import measures, method, protocol
+from common.settings import ROOT
+from common.stage.papers import load
+from replications.halo import measures, method
 
 CIFAR, MNIST = "conv", "conv+linear"
 # names of the modes in the authors' scripts
@@ -479,11 +481,18 @@ def _known_as(name):
     return name
 
 
+def _paper_s_own(name, classes, shape):
+    """The network as profile `paper` has it, or as it is where that does not have it; shapes only."""
+    cells = load("halo", ROOT / "params.yaml", "paper").paper.cells
+    options = next((cell.options for cell in cells if cell.architecture == name), {})
+    return build(name, classes=classes, image_shape=shape, device="meta", **options)
+
+
 def architecture(case, document):
     inputs = case["inputs"]
     # the first number of the shape is that of the images
     name, shape = inputs["architecture"], inputs["input_shape"][-3:]
-    model = protocol.network(_known_as(name), inputs["classes"], shape, device="meta")
+    model = _paper_s_own(_known_as(name), inputs["classes"], shape)
     layers = MNIST if name.startswith("lenet") else CIFAR
     costs = layer_costs(model, shape)
     sizes = [weight.numel() for weight in prunable(model, layers).values()]
