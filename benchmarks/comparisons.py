@@ -26,9 +26,9 @@ from common.core.models import Network
 from common.core.pruning import channels
 from common.core.pruning.counting import cost, layer_costs
 from common.core.pruning.masks import KeepMasked, Masks
-from common.core.run import Run
+from common.core.run import Cell
 from common.core.trainer import Trainer
-from common.settings import ExecutionSettings
+from common.settings import DatasetSettings, ExecutionSettings
 from common.stage.scheduler import execute
 from common.stage.store import Store
 from replications.feature_relevance.gradual import Scoring
@@ -36,15 +36,13 @@ from replications.feature_relevance.method import prunable_layers
 from replications.feature_relevance.protocol import scoring_batches
 from replications.halo.method import HALO, LambdaTraining, penalised
 from replications.pruning_from_scratch.method import Gates
-from replications.pruning_from_scratch.protocol import TrainingSettings
+from replications.pruning_from_scratch.protocol import Dense, Training
 
 SPARSITY = 0.9
 KEPT_CHANNELS = 0.5
 SCORING_SHARE = 0.1
 LINEAR = 1.1
 """Growth counts as linear up to this exponent."""
-STAGE_PAPER = "pruning_from_scratch"
-"""Its variant `dense` is a plain training run, which goes through all that a stage does."""
 
 # measured on an H200 with torch's own kernels: large bf16 matrix products, and a copy (read + write) in device memory
 H200_FLOPS = 780e12
@@ -271,25 +269,20 @@ def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs:
         arrays[f"{letter}_train"] = np.concatenate([parts["train"], parts["validation"]])
         arrays[f"{letter}_test"] = parts["test"][: bench.batch]
     np.savez(file, **arrays)
-    settings = {
-        "data": {"source": "npz", "path": str(file), "validation": bench.batch},
-        "options": {},
-        "expansion": 1.25,
-        "training": TrainingSettings(epochs=epochs, batch_size=bench.batch, learning_rate=RATE).model_dump(
-            mode="json"
-        ),
-    }
+    images = DatasetSettings(source="npz", path=str(file), validation=bench.batch)
+    cell = Cell(architecture=architecture, data=images)
+    training = Training(epochs=epochs, batch_size=bench.batch, learning_rate=RATE, weight_decay=1e-4)
 
     def stage(seeds: int, **execution: int) -> None:
-        runs = [Run(STAGE_PAPER, "dense", "npz", architecture, 0.0, seed, settings) for seed in range(seeds)]
+        jobs = [Dense(variant="dense", cell=cell, seed=seed, training=training) for seed in range(seeds)]
         with TemporaryDirectory() as results, contextlib.redirect_stderr(io.StringIO()):
             entries = execute(
-                runs,
+                [job.run for job in jobs],
                 Store(Path(results)),
                 ExecutionSettings(device=bench.device, precision=bench.precision, **execution),
                 "benchmark",
             )
-        failed = [entry["record"]["reason"] for entry in entries if entry["record"]["status"] != "ok"]
+        failed = [entry.record.reason for entry in entries if entry.record.status != "ok"]
         if failed:
             raise RuntimeError(f"a run of the benchmark failed: {failed[0]}")
 

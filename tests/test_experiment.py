@@ -7,7 +7,6 @@ import pytest
 
 from common.core.compute import Compute
 from common.core.experiment import Cells, CellSettings, Cuts, Experiment, VariantSettings, listed
-from common.core.loading import load
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context, Job, Needed
 from common.core.tuning import Tuned
@@ -21,7 +20,6 @@ from common.settings import (
     Strict,
     validated,
 )
-from common.stage import papers, pipeline
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
 
@@ -167,7 +165,7 @@ def test_a_run_travels_to_another_process_with_its_job():
 
 
 def test_jobs_run_to_their_records(tmp_path):
-    jobs = list(MadeUp(Settings(), CELL, load(DATA)).jobs(0))
+    jobs = list(MadeUp(Settings(), CELL).jobs(0))
     store, execution = Store(tmp_path), ExecutionSettings(device="cpu", precision="float32")
     dense, *pruned = [
         perform(run, store, execution, keep_state=True).record for run in in_order([job.run for job in jobs])
@@ -231,17 +229,23 @@ def test_what_cannot_be_is_refused_by_name(changes, message):
         listed("made_up", MadeUp, _profile(**changes))
 
 
-def test_images_that_are_not_there_are_no_fault_of_the_cell(tmp_path, monkeypatch):
+def test_runs_are_listed_without_their_images_where_they_do_not_depend_on_them(tmp_path, monkeypatch):
+    class Looks(MadeUp):
+        def jobs(self, seed):
+            assert len(self.data.labels)
+            return super().jobs(seed)
+
     monkeypatch.chdir(tmp_path)
-    cells = [{"architecture": "mlp", "data": {"source": "cifar10"}}]
+    profile = _profile(cells=[{"architecture": "mlp", "data": {"source": "cifar10"}}])
+    assert len(listed("made_up", MadeUp, profile)) == 6
     with pytest.raises(DataError, match="^data/prepared/cifar10"):
+        listed("made_up", Looks, profile)
+
+
+@pytest.mark.parametrize("settings", [{}, {"training": {"epochs": 4}}])
+def test_a_cell_that_repeats_runs_of_another_is_refused(settings):
+    cells = [{"architecture": "mlp"}, {"architecture": "mlp", "settings": settings}]
+    with pytest.raises(
+        SettingsError, match=r"cells\[1\] \(mlp\): must not repeat .*dense mlp .* in cells\[0\]"
+    ):
         listed("made_up", MadeUp, _profile(cells=cells))
-
-
-def test_two_cells_whose_runs_bear_the_same_names_are_refused(monkeypatch):
-    cells = [{"architecture": "mlp"}, {"architecture": "mlp", "settings": {"training": {"epochs": 4}}}]
-    found = listed("made_up", MadeUp, _profile(cells=cells))
-    monkeypatch.setattr(papers, "protocol", lambda paper: pytest)
-    monkeypatch.setattr(pipeline, "runs", lambda paper, profile: found)
-    with pytest.raises(SettingsError, match="made_up: two different runs are called"):
-        pipeline.listed("made_up", _profile())

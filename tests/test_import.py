@@ -92,24 +92,24 @@ def _write(folder, lines, sign=True, file=FILES[0]):
 
 
 def test_other_settings_are_named_with_the_run(inside, folder):
-    params(inside, example={"epochs": 3})
+    params(inside, example={"training": {"epochs": 3}})
     message = _refused(folder)
-    assert "example/dense linear target 0 seed 0: settings.epochs = 2, here 3" in message
+    assert "example/dense mlp target 0 seed 0: settings.training.epochs = 2, here 3" in message
     assert message.endswith("; and 1 more")
 
 
 def test_runs_that_are_not_planned_and_runs_that_are_missing_are_named(inside, folder):
     params(inside, example={"seeds": [0, 1, 7]})
     message = _refused(folder)
-    assert "example/dense linear target 0 seed 2 is given twice or not listed here" in message
-    assert "example/pruned linear target 0.9 seed 7 is missing" in message
+    assert "example/dense mlp target 0 seed 2 is given twice or not listed here" in message
+    assert "example/pruned mlp target 0.9 seed 7 is missing" in message
 
 
 def test_a_run_that_is_given_twice_is_named(inside, folder):
     for file in FILES[:2]:
         lines = (folder / file).read_text().splitlines()
         _write(folder, [*lines, lines[0]], file=file)
-    assert "example/dense linear target 0 seed 0 is given twice" in _refused(folder)
+    assert "example/dense mlp target 0 seed 0 is given twice" in _refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_hash_that_is_not_that_of_the_settings_is_named(inside, folder):
     for file in FILES[:2]:
         _change(folder, lambda content: content.update(settings_hash="f" * 64), file=file)
     _change(folder, lambda content: content["seconds"].update({"f" * 64: 1.0}), file=FILES[2], sign=False)
-    assert "example/dense linear target 0 seed 0: settings_hash is not that of its" in _refused(folder)
+    assert "example/dense mlp target 0 seed 0: settings_hash is not that of its" in _refused(folder)
 
 
 @pytest.mark.parametrize("file", FILES[:2])

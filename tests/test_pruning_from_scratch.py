@@ -12,6 +12,7 @@ from common.arena import Arena, Contest
 from common.core import loading
 from common.core.compute import Compute
 from common.core.data import Batches
+from common.core.experiment import listed
 from common.core.run import Context
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
@@ -214,14 +215,6 @@ def test_networks_that_cannot_be_gated_or_built_are_named():
         Layout.of("digits_vgg", 10, (1, 8, 8), {"seed": 5})
 
 
-def test_decay_can_spare_norms_biases_and_depthwise_convolutions():
-    model = digits_layout("mobilenet_t8").build()
-    decays = protocol.weights_only(model)
-    spared = {name for name, parameter in model.named_parameters() if not decays(name, parameter)}
-    assert {"bn1.weight", "linear.bias", "blocks.0.conv1.weight"} <= spared
-    assert not {"conv1.weight", "linear.weight", "blocks.0.conv2.weight"} & spared
-
-
 # ---------------------------------------------------------------------------------------------- blocks
 
 
@@ -401,7 +394,7 @@ def test_channels_leave_until_the_cost_is_nearest_to_the_budget():
     ("values", "named"),
     [
         ({"variants": {"pfs-e": [1.2]}}, ["pfs-e", "1.2", "less than 1"]),
-        ({"variants": {"pfs-e": [0.0]}}, ["pfs-e", "between 0 and 1"]),
+        ({"variants": {"pfs-e": [0.0]}}, ["pfs-e", "above 0"]),
         ({"variants": {"pfs": [0.5]}}, ["pfs", "pfs-e"]),
         ({"search": {"min_channels": 0}}, ["min_channels", "0", "greater than or equal to 1"]),
         ({"search": {"returned": "first"}}, ["returned", "'best' or 'last'"]),
@@ -409,13 +402,21 @@ def test_channels_leave_until_the_cost_is_nearest_to_the_budget():
         ({"gates": {"level": 1.5}}, ["level", "1.5"]),
         ({"training": {"epoch": 3}}, ["epoch", "did you mean 'epochs'"]),
         ({"blocks": {"weight": -0.1}}, ["blocks.weight", "-0.1"]),
-        ({"architectures": [{"data": {"source": "cifar"}}]}, ["architectures[0].data.source", "'cifar'"]),
+        (
+            {"cells": [{"architecture": "mlp", "data": {"source": "cifar"}}]},
+            ["cells[0].data.source", "'cifar'"],
+        ),
     ],
 )
 def test_impossible_settings_are_named(values, named):
     with pytest.raises(SettingsError) as error:
         validated(protocol.Settings, values, "params.yaml")
     assert all(word in str(error.value) for word in named)
+
+
+def runs_of(profile):
+    """The runs of a profile."""
+    return listed("pruning_from_scratch", protocol.Experiment, profile)
 
 
 def profile(**values):
@@ -439,7 +440,7 @@ def profile(**values):
 )
 def test_a_budget_that_no_structure_meets_is_an_error_before_training(variant, target, options):
     with pytest.raises(SettingsError, match=f"variants.{variant}: a reduction of {target}") as error:
-        protocol.runs(profile(variants={variant: [target]}, search=options))
+        runs_of(profile(variants={variant: [target]}, search=options))
     base = digits_layout()
     layout = base if variant == "uniform-e" else base.expanded(1.25)
     unit = options.get("budget", "macs")
@@ -447,31 +448,34 @@ def test_a_budget_that_no_structure_meets_is_an_error_before_training(variant, t
         layout.widths, layout.spends(unit), base.cost()[unit], options.get("min_channels", 1)
     )
     assert f"saves {floor:.4f} of the {unit}" in str(error.value)
-    protocol.runs(profile(variants={variant: [floor]}, search=options))
+    runs_of(profile(variants={variant: [floor]}, search=options))
 
 
 @pytest.mark.parametrize(
     ("architecture", "named"),
     [
-        ({"name": "digits_vgg"}, ["variants.bpcp-e", "digits_vgg", "resnet20", "resnet<6n+2>"]),
-        ({"name": "mobilenet_t8"}, ["variants.bpcp-e", "mobilenet_t8", "resnet20"]),
-        ({"name": "resnet8", "options": {"shortcut": "A"}}, ["variants.bpcp-e", "resnet8", "shortcut B"]),
+        ({"architecture": "digits_vgg"}, ["variants.bpcp-e", "digits_vgg", "resnet20", "resnet<6n+2>"]),
+        ({"architecture": "mobilenet_t8"}, ["variants.bpcp-e", "mobilenet_t8", "resnet20"]),
+        (
+            {"architecture": "resnet8", "options": {"shortcut": "A"}},
+            ["variants.bpcp-e", "resnet8", "shortcut B"],
+        ),
     ],
 )
 def test_networks_without_removable_blocks_are_named_before_training(architecture, named):
     with pytest.raises(SettingsError) as error:
-        protocol.runs(profile(variants={"bpcp-e": [0.5]}, architectures=[architecture]))
+        runs_of(profile(variants={"bpcp-e": [0.5]}, cells=[architecture]))
     assert all(word in str(error.value) for word in named)
-    protocol.runs(profile(variants={"pfs-e": [0.5]}, architectures=[architecture]))
+    runs_of(profile(variants={"pfs-e": [0.5]}, cells=[architecture]))
 
 
 def test_a_budget_beyond_the_narrowest_residual_network_is_an_error_before_training():
     for target, least in ((0.9999, 1), (0.5, 24)):
         plan = profile(
-            variants={"bpcp-e": [target]}, architectures=[{"name": "resnet8"}], search={"min_channels": least}
+            variants={"bpcp-e": [target]}, cells=[{"architecture": "resnet8"}], search={"min_channels": least}
         )
         with pytest.raises(SettingsError, match=f"variants.bpcp-e: a reduction of {target}"):
-            protocol.runs(plan)
+            runs_of(plan)
 
 
 def test_an_architecture_can_have_its_own_data(tmp_path):
@@ -484,24 +488,27 @@ def test_an_architecture_can_have_its_own_data(tmp_path):
     own = {"source": "npz", "path": str(tmp_path / "own.npz"), "validation": 60}
     variants = {"uniform-e": [0.5]}
     plan = profile(
-        variants=variants, architectures=[{"name": "digits_vgg"}, {"name": "digits_vgg", "data": own}]
+        variants=variants, cells=[{"architecture": "digits_vgg"}, {"architecture": "digits_vgg", "data": own}]
     )
-    runs = protocol.runs(plan)
+    runs = runs_of(plan)
     assert [run.dataset for run in runs] == ["digits", "digits", "own", "own"]
     assert runs[2].settings["data"] == DatasetSettings(**own).model_dump(mode="json")
     assert perform(runs[3], Store(tmp_path), CPU, False).record.status == "ok"
-    same = profile(variants=variants, architectures=[{"name": "digits_vgg", "data": DATA.model_dump()}])
-    assert [run.settings_hash for run in protocol.runs(same)] == [run.settings_hash for run in runs[:2]]
-    for repeated in ({"name": "digits_vgg"}, {"name": "digits_vgg", "data": {"source": "digits"}}):
-        plan = profile(variants=variants, architectures=[{"name": "digits_vgg"}, repeated])
-        with pytest.raises(SettingsError, match="architectures.*repeat.*digits_vgg on digits"):
-            protocol.runs(plan)
+    same = profile(variants=variants, cells=[{"architecture": "digits_vgg", "data": DATA.model_dump()}])
+    assert [run.settings_hash for run in runs_of(same)] == [run.settings_hash for run in runs[:2]]
+    for repeated in (
+        {"architecture": "digits_vgg"},
+        {"architecture": "digits_vgg", "data": {"source": "digits"}},
+    ):
+        plan = profile(variants=variants, cells=[{"architecture": "digits_vgg"}, repeated])
+        with pytest.raises(SettingsError, match="must not repeat .*digits_vgg .* on digits"):
+            runs_of(plan)
 
 
 def test_gates_are_shared_between_budgets_unless_their_level_follows_the_budget():
     variants = {"pfs-e": [0.5, 0.8], "pfs-b": [0.5], "trained-gates-e": [0.5]}
     for level, count in ((0.5, 1), ("budget", 2)):
-        planned = in_order(protocol.runs(profile(variants=variants, gates={"level": level})))
+        planned = in_order(runs_of(profile(variants=variants, gates={"level": level})))
         gates = [run for run in planned if run.variant == "gates-on-random-weights"]
         assert len(gates) == count
         assert [run.variant for run in planned].count("expanded") == 1
@@ -521,7 +528,7 @@ def records(tmp_path_factory):
     variants = {f"{source}-e": [0.6] for source in everything} | {"pfs-b": [0.6], "uniform-b": [0.6]}
     store = Store(tmp_path_factory.mktemp("runs"))
     done = {}
-    for run in in_order(protocol.runs(profile(variants=variants))):
+    for run in in_order(runs_of(profile(variants=variants))):
         entry = perform(run, store, CPU, keep_state=True).model_dump()
         assert entry["record"]["status"] == "ok", entry["record"]
         done[run.variant, run.target] = entry["record"]
@@ -569,12 +576,12 @@ def pruned_blocks(tmp_path_factory):
     """The entries of bpcp-e and what it starts from, by variant and target; the penalty closes all blocks."""
     plan = profile(
         variants={"bpcp-e": [0.3, 0.8]},
-        architectures=[{"name": "resnet14", "options": {"stem": 4}}],
+        cells=[{"architecture": "resnet14", "options": {"stem": 4}}],
         blocks={"weight": 5.0, "recovery_epochs": 1},
         training={"epochs": 2},
     )
     store = Store(tmp_path_factory.mktemp("blocks"))
-    runs = in_order(protocol.runs(plan))
+    runs = in_order(runs_of(plan))
     done = {(run.variant, run.target): perform(run, store, CPU, keep_state=True).model_dump() for run in runs}
     assert {entry["record"]["status"] for entry in done.values()} == {"ok"}
     return done
@@ -610,17 +617,17 @@ def test_the_larger_recipe_trains(tmp_path):
     recipe = {
         "schedule": "cosine",
         "nesterov": True,
-        "decay": "weights",
+        "decay": "not_depthwise",
         "label_smoothing": 0.1,
-        "budget_epochs": 2,
     }
     plan = profile(
         variants={"uniform-b": [0.5]},
         training={"epochs": 1, **recipe},
-        architectures=[{"name": "mobilenet_t8", "options": {"stem_stride": 2}}],
+        budget_epochs=2,
+        cells=[{"architecture": "mobilenet_t8", "options": {"stem_stride": 2}}],
     )
     store = Store(tmp_path)
-    run = protocol.runs(plan)[-1]
+    run = runs_of(plan)[-1]
     entry = perform(run, store, CPU, keep_state=False).model_dump()
     assert entry["record"]["details"]["epochs"] == 2
     rates = [row["lr"] for row in entry["curves"]]
@@ -628,7 +635,7 @@ def test_the_larger_recipe_trains(tmp_path):
 
 
 def test_the_contender_spends_the_epochs_of_the_arena():
-    run = protocol.runs(profile())[0]
+    run = runs_of(profile())[0]
     run = type(run)(run.paper, "pruning from scratch", run.dataset, "vgg_t8", 0.5, 0, run.settings)
     context = Context(run, Compute.choose("cpu", "float32"), ())
     outcome = contend(Contest(run, context, Arena(epochs=4)))

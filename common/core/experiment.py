@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
@@ -11,7 +13,8 @@ from pydantic import AfterValidator, Field, model_validator
 import common.settings
 from common.core import loading
 from common.core.data import Dataset
-from common.core.models import ArchitectureName
+from common.core.identity import canonical
+from common.core.models import ArchitectureName, Network
 from common.core.recipe import Recipe
 from common.core.run import Cell, Job, Run
 from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Targets
@@ -73,58 +76,53 @@ class VariantSettings(ExperimentSettings):
 
 
 Settings = TypeVar("Settings", bound=ExperimentSettings)
+JobKind = TypeVar("JobKind", bound=Job)
 
 
 class Experiment(Generic[Settings]):
     """The experiment in one cell; a paper derives its own and lists the jobs.
 
-    settings: the paper's, with what the cell changes. cell: of the jobs. data: its images. network: without values.
-    Raises SettingsError for a network that cannot be.
+    settings: the paper's, with what the cell changes. cell: of the jobs. load: how images are read.
     """
 
-    def __init__(self, settings: Settings, cell: Cell, data: Dataset):
-        self.settings, self.cell, self.data = settings, cell, data
+    def __init__(
+        self, settings: Settings, cell: Cell, load: Callable[[DatasetSettings], Dataset] = loading.load
+    ):
+        self.settings, self.cell, self.load = settings, cell, load
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The cell's images. Raises DataError."""
+        return self.load(self.cell.data)
+
+    @cached_property
+    def network(self) -> Network:
+        """The cell's network without values. Raises SettingsError for one that cannot be, DataError."""
         try:
-            self.network = cell.build(data, device="meta")
+            return self.cell.build(self.data, device="meta")
         except (TypeError, ValueError) as error:
             raise SettingsError(str(error)) from None
+
+    def job(
+        self, kind: type[JobKind], variant: str, seed: int, target: float = 0.0, **fields: Any
+    ) -> JobKind:
+        """A job of this cell. A field that is not given, and that the settings have under its name, is theirs."""
+        names = kind.model_fields.keys() & type(self.settings).model_fields.keys()
+        own = {name: getattr(self.settings, name) for name in names} | fields
+        return kind(variant=variant, cell=self.cell, seed=seed, target=target, **own)
 
     def jobs(self, seed: int) -> Iterable[Job]:
         """The jobs of one seed; what they need may be left out. Raises SettingsError for what cannot be."""
         raise NotImplementedError
 
-
-def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> list[Run]:
-    """The runs of a paper in all its cells and with all seeds.
-
-    Raises SettingsError that names the cell, and DataError where images are not there.
-    """
-    load = functools.cache(loading.load)
-    found = []
-    for number, entry in enumerate(profile.paper.cells):
-        where = f"{paper}.cells[{number}]"
-        settings = profile.paper.changed(entry.settings, f"{where}.settings")
-        data = entry.data or profile.dataset
-        cell = Cell(architecture=entry.architecture, options=entry.options, data=data)
-        try:
-            own = experiment(settings, cell, load(data))
-            jobs = [job for seed in settings.seeds for job in own.jobs(seed)]
-            _check_recipes(jobs, load)
-        except DataError:
-            raise
-        except SettingsError as error:
-            raise SettingsError(f"{where} ({entry.architecture}): {error}") from None
-        found += [job.run for job in jobs]
-    return found
-
-
-def _check_recipes(jobs: Iterable[Job], load: Callable[[DatasetSettings], Dataset]) -> None:
-    """Raise SettingsError for a recipe that does not fit the images, with the name that its job gives it."""
-    for name, recipe, data in {entry for job in jobs for entry in _recipes(job)}:
-        try:
-            recipe.rates(recipe.per_epoch(load(data)))
-        except SettingsError as error:
-            raise SettingsError(f"{name}.{error}") from None
+    def check(self, jobs: Iterable[Job]) -> None:
+        """Raises SettingsError for a network that cannot be, and for a recipe that does not fit the images, by name."""
+        _ = self.network
+        for name, recipe, data in {entry for job in jobs for entry in _recipes(job)}:
+            try:
+                recipe.rates(recipe.per_epoch(self.load(data)))
+            except SettingsError as error:
+                raise SettingsError(f"{name}.{error}") from None
 
 
 def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
@@ -132,3 +130,34 @@ def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
         yield name, recipe, job.cell.data
     for need in job.needs:
         yield from _recipes(need)
+
+
+def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> list[Run]:
+    """The runs of a paper in all its cells and with all seeds.
+
+    Raises SettingsError that names the cell, and DataError where images are not there and jobs depend on them.
+    """
+    load = functools.cache(loading.load)
+    found: list[Run] = []
+    cells: dict[str, int] = {}  # by the names of their runs
+    for number, entry in enumerate(profile.paper.cells):
+        where = f"{paper}.cells[{number}]"
+        settings = profile.paper.changed(entry.settings, f"{where}.settings")
+        data = entry.data or profile.dataset
+        cell = Cell(architecture=entry.architecture, options=entry.options, data=data)
+        try:
+            own = experiment(settings, cell, load)
+            jobs = [job for seed in settings.seeds for job in own.jobs(seed)]
+            with contextlib.suppress(DataError):  # without images nothing is trained
+                own.check(jobs)
+            for job in jobs:
+                if (other := cells.setdefault(canonical(job.run.identity), number)) != number:
+                    raise SettingsError(
+                        f"must not repeat {job.run} on {data.name}, which is in cells[{other}]"
+                    )
+        except DataError:
+            raise
+        except SettingsError as error:
+            raise SettingsError(f"{where} ({entry.architecture}): {error}") from None
+        found += [job.run for job in jobs]
+    return found

@@ -321,44 +321,30 @@ class Experiment(experiment.Experiment[Settings]):
         ):
             raise SettingsError("the network has no convolutions: layers must be conv+linear")
         for name, targets in self.settings.wanted.items():
-            if name == ONE_SHOT:
-                tuning = self.fine_tuning(name, targets, seed)
-                dense = self.train(UNPENALISED, seed)
-                yield from (self.fine_tuned(name, target, dense, tuning) for target in targets)
-            elif name == ITERATIVE:
-                tuning = self.fine_tuning(name, targets, seed)
-                yield from self.rounds(name, targets, self.train(UNPENALISED, seed), tuning)
+            if name in (ONE_SHOT, ITERATIVE):
+                dense, tuning = self.train(UNPENALISED, seed), self.fine_tuning(name, targets, seed)
+                chains = [(target,) for target in targets] if name == ONE_SHOT else [targets]
+                for chain in chains:
+                    yield from self.rounds(name, chain, dense, tuning)
             else:
                 trained = self.train(name, seed)
                 yield trained
-                for target in targets:
-                    yield Mask(variant=name, cell=self.cell, target=target, seed=seed, start=trained)
-
-    def penalised(self, variant: str) -> dict[str, Any]:
-        """What a variant's training has in common with its trials."""
-        penalty, coupling = PENALISED[variant]
-        names = "training", "layers", "lambdas", "step_iterations"
-        return {"cell": self.cell, "penalty": penalty, "coupling": coupling} | {
-            name: getattr(self.settings, name) for name in names
-        }
+                yield from (self.job(Mask, name, seed, target, start=trained) for target in targets)
 
     def train(self, variant: str, seed: int) -> Train:
         """The network that is trained with a variant's penalty."""
-        shared, penalty, strength = self.penalised(variant), PENALISED[variant][0], None
+        penalty, coupling = PENALISED[variant]
+        own: dict[str, Any] = {"penalty": penalty, "coupling": coupling}
+        target, strength = self.settings.tuning_target, None
+
+        def trial(name: str, option: Strength, seed: int) -> Job:
+            return self.job(Trial, name, seed, target, strength=option, **own)
+
         if penalty != "none":
-            strength = tuned(
-                self.settings,
-                seed,
-                variant,
-                getattr(self.settings.trials, penalty),
-                lambda name, strength, seed: Trial(
-                    variant=name, seed=seed, target=self.settings.tuning_target, strength=strength, **shared
-                ),
-            )
+            strength = tuned(self.settings, seed, variant, getattr(self.settings.trials, penalty), trial)
         # a seed that is there for tuning alone has no run of the experiment
         name = variant if seed in self.settings.seeds else f"{TRIAL}{variant}"
-        threshold = self.settings.fixed_threshold
-        return Train(variant=name, seed=seed, strength=strength, fixed_threshold=threshold, **shared)
+        return self.job(Train, name, seed, strength=strength, **own)
 
     def fine_tuning(self, variant: str, targets: Sequence[float], seed: int) -> Tuned[Recipe]:
         """The recipe of fine-tuning, chosen at the tuning target."""
@@ -367,24 +353,17 @@ class Experiment(experiment.Experiment[Settings]):
 
         def trial(name: str, option: Recipe, seed: int) -> Job:
             dense, alone = self.train(UNPENALISED, seed), Tuned((option,))
-            if variant == ONE_SHOT:
-                return self.fine_tuned(name, target, dense, alone)
-            return next(job for job in self.rounds(name, targets, dense, alone) if job.target == target)
+            up_to = (target,) if variant == ONE_SHOT else [before for before in targets if before <= target]
+            *_, last = self.rounds(name, up_to, dense, alone)
+            return last
 
         options = [recipe.changed(learning_rate=rate) for rate in self.settings.trials.fine_tuning]
         return tuned(self.settings, seed, variant, options, trial)
 
-    def fine_tuned(
-        self, name: str, target: float, start: Train | FineTune, training: Tuned[Recipe]
-    ) -> FineTune:
-        """A network that is masked and trained on."""
-        identity = {"variant": name, "cell": self.cell, "target": target, "seed": start.seed}
-        return FineTune(**identity, start=start, layers=self.settings.layers, training=training)
-
     def rounds(
         self, name: str, targets: Sequence[float], start: Train | FineTune, training: Tuned[Recipe]
     ) -> Iterator[FineTune]:
-        """The rounds of iterative pruning, each from the one before."""
+        """Rounds of masking and training on, each from the one before."""
         for target in targets:
-            start = self.fine_tuned(name, target, start, training)
+            start = self.job(FineTune, name, start.seed, target, start=start, training=training)
             yield start

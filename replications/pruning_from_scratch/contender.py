@@ -7,7 +7,7 @@ from common.core.failures import Unreachable
 from common.core.identity import stream
 from common.core.pruning import counting
 from common.core.run import Outcome
-from replications.pruning_from_scratch.protocol import EXPANSION, GateSettings, learned
+from replications.pruning_from_scratch.method import EXPANSION, GateSettings, learned
 from replications.pruning_from_scratch.structure import Layout, Ranking, search
 
 
@@ -18,7 +18,7 @@ def contend(contest: Contest) -> Outcome:
     wide = Layout.of(arena.architecture, data.classes, data.image_shape).expanded(EXPANSION)
     model = wide.build(seed=stream(contest.run.seed, "widened network"))
     options = GateSettings(epochs=epochs, level=contest.keep)
-    _, gates, _ = learned(contest.context, data, wide, model, options)
+    _, gates, _ = learned(contest.context, data, wide.gated, model, options)
 
     def parameters(widths: Sequence[int]) -> int:
         return sum(parameter.numel() for parameter in contest.shape_of(widths).parameters())

@@ -8,17 +8,42 @@ channels a small network gets (`structure.py`). That network is then built afres
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from common.core import schedules
-from common.core.models import module_of
+from common.core.data import Dataset
+from common.core.models import Network, module_of
+from common.core.run import Context
 from common.core.trainer import Hooks, Trainer
+from common.settings import Count, Rate, Share, Strict
 
+EXPANSION = 1.25
 REFERENCE_BATCH = 256
 """The batch size for which the cosine recipe states its learning rate."""
+
+
+class GateSettings(Strict):
+    """How gates are learned; Adam, its learning rate constant."""
+
+    epochs: Count = 20
+    batch_size: Count = 32
+    learning_rate: Rate = 0.01
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    """Lambda, the weight of the penalty on the mean gate."""
+    level: Literal["budget"] | Share = 0.5
+    """s, the mean gate that the penalty aims at; `budget` is 1 - target, which needs gates for every target.
+    """
+
+    @property
+    def aim(self) -> float:
+        """The level as a number; that of a budget is one from the run on."""
+        if isinstance(self.level, str):
+            raise ValueError(f"gates of level {self.level!r} are learned for a target")
+        return self.level
 
 
 class Gates(Hooks):
@@ -96,6 +121,25 @@ def kept_epoch(accuracies: Sequence[float], densities: Sequence[float], level: f
     if not eligible:
         return len(accuracies) - 1, False
     return max(eligible, key=lambda i: (accuracies[i], -i)), True
+
+
+def learned(
+    context: Context, data: Dataset, gated: Sequence[str], model: Network, options: GateSettings
+) -> tuple[Trainer, Gates, dict[str, Any]]:
+    """Gates of `model` at the norms `gated`, all its weights frozen, as they were after the kept epoch.
+
+    Returns the trainer with them in place, the gates, and as `epoch` and `eligible` what `kept_epoch` says.
+    """
+    gates = Gates(context.compute.place(model), gated, options.weight, options.aim)
+    trainer = context.trainer(model, data, options.batch_size, hooks=gates, optimizer=gates.optimizer())
+    trainer.fit([options.learning_rate] * (options.epochs * len(trainer.batches)), phase="gates")
+    densities = [density(values) for values in gates.epochs]
+    for row, values, share in zip(trainer.history, gates.epochs, densities, strict=True):
+        row |= {"mean_gate": values.mean().item(), "density": share}
+    accuracies = [row["validation_accuracy"] for row in trainer.history]
+    epoch, eligible = kept_epoch(accuracies, densities, options.aim)
+    gates.values.data.copy_(gates.epochs[epoch])
+    return trainer, gates, {"epoch": epoch, "eligible": eligible}
 
 
 def budget_epochs(base: int, target: float) -> int:

@@ -15,14 +15,14 @@ from common.core.loading import make_dataset
 from common.core.models import build
 from common.core.pruning import channels
 from common.core.pruning.masks import KeepMasked, Masks
-from common.core.run import Run
+from common.core.run import Cell
 from common.core.trainer import Hooks, Trainer
-from common.settings import AugmentationSettings, ExecutionSettings
+from common.settings import AugmentationSettings, DatasetSettings, ExecutionSettings
 from common.stage.scheduler import execute, prepare_process
 from common.stage.store import Store
 from replications.halo.method import HALO, LambdaTraining, penalised
 from replications.pruning_from_scratch.method import Gates
-from replications.pruning_from_scratch.protocol import TrainingSettings
+from replications.pruning_from_scratch.protocol import Dense, Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -168,16 +168,11 @@ def _stage(tmp_path, name, workers, rates):
     if not file.exists():
         (x_train, y_train), (x_test, y_test) = _images(200), _images(60, seed=1)
         np.savez(file, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    cell = Cell(architecture="resnet8", data=DatasetSettings(source="npz", path=str(file), validation=40))
     runs = []
     for seed, rate in enumerate(rates):
-        training = TrainingSettings(epochs=EPOCHS, batch_size=BATCH, learning_rate=rate)
-        settings = {
-            "data": {"source": "npz", "path": str(file), "validation": 40},
-            "options": {},
-            "expansion": 1.25,
-            "training": training.model_dump(mode="json"),
-        }
-        runs.append(Run("pruning_from_scratch", "dense", "images", "resnet8", 0.0, seed, settings))
+        training = Training(epochs=EPOCHS, batch_size=BATCH, learning_rate=rate, weight_decay=1e-4)
+        runs.append(Dense(variant="dense", cell=cell, seed=seed, training=training).run)
     execution = ExecutionSettings(device="cuda", precision="bfloat16", workers=workers)
     store = Store(tmp_path / name, execution)
     return execute(runs, store, execution, name)
