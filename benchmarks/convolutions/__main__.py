@@ -1,4 +1,4 @@
-"""`python -m benchmarks.convolutions --out FILE`: measure narrow convolutions on one GPU; about half a minute on an H100."""
+"""`python -m benchmarks.convolutions --out FILE`: measure narrow convolutions on one GPU; half a minute on an H100."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # only now: the kernels need Triton, which comes with torch where there is a GPU
     from benchmarks.convolutions import compiling
-    from benchmarks.convolutions.measure import SHAPES, GraphClock, Kit
+    from benchmarks.convolutions.clock import GraphClock
+    from benchmarks.convolutions.measure import SHAPES, Kit
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processors, capability = properties.multi_processor_count, properties.major * 10 + properties.minor
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, get_context("spawn"), compiling.begin, (capability,)) as pool:
-        submit = partial(pool.submit, compiling.compile_one, processors)
+        submit = partial(pool.submit, partial(compiling.compile_one, processors))
         found = Kit(chosen.out, chosen.budget, processors, GraphClock(), submit).all(SHAPES)
         pool.shutdown(wait=False, cancel_futures=True)
     for name, microseconds in found["estimates"].items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import triton
@@ -38,21 +37,19 @@ def begin(capability: int) -> None:
     triton.runtime.driver.set_active(Compiler(capability))
 
 
-def compile_one(processors: int, kind: Kind, shape: Shape, tiles: Tiles, fused: Fused) -> list[Any]:
-    """Compile what this operation launches; returns the compiled kernels. Raises DoesNotFit."""
+def compile_one(processors: int, kind: Kind, shape: Shape, tiles: Tiles, fused: Fused) -> None:
+    """Compile what this operation launches. Raises DoesNotFit."""
     half = torch.empty(1, dtype=torch.bfloat16, device="meta")
     full = torch.empty(1, device="meta")
     before, after = (full if needed else None for needed in (fused.prologue, fused.epilogue))
+    tensors: tuple[torch.Tensor | None, ...]
     if kind == "wgrad":
         tensors = (half, half, full, before)
     elif fused.epilogue == "sums":
         tensors = (half, half, half, before, None, after, full, full)
     else:
         tensors = (half, half, half, before, half if fused.epilogue else None, after)
-    made = []
-    for kernel, grid, arguments, constants in build(kind, shape, tiles, fused, processors, "meta").launches(
-        *tensors
-    ):
+    operation = build(kind, shape, tiles, fused, processors, "meta")
+    for kernel, grid, arguments, constants in operation.launches(*tensors):
         types = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
-        made.append(kernel.warmup(*types, grid=grid, **constants))
-    return made
+        kernel.warmup(*types, grid=grid, **constants)

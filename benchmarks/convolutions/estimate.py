@@ -6,7 +6,8 @@ shortcut comes in), and each of its batch norms one backward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 BLOCKS = {"ResNet-20": 3, "ResNet-56": 9}  # a stage
@@ -29,14 +30,14 @@ def estimates(cases: Sequence[Row]) -> dict[str, float]:
     for network, blocks in BLOCKS.items():
         for how in ("cycled", "together"):
             step = _Step(cases, blocks, how)
-            wanted = {by: (step.convolutions, by) for by in FIRST}
+            wanted: dict[str, Callable[[], float]] = {by: partial(step.convolutions, by) for by in FIRST}
             for finish in ("unfolded", "folded", "apart"):
                 for where in ("kernel", "pass"):
                     name = f"triton with batch norm, sums {finish}, norm in a {where}"
-                    wanted[name] = (step.with_norm, finish, where == "kernel")
-            for name, (function, *arguments) in wanted.items():
+                    wanted[name] = partial(step.with_norm, finish, where == "kernel")
+            for name, part in wanted.items():
                 try:
-                    found[f"{network}, {name}, {how}"] = round(function(*arguments), 1)
+                    found[f"{network}, {name}, {how}"] = round(part(), 1)
                 except KeyError:
                     continue
     return found

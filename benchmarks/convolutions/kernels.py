@@ -2,12 +2,13 @@
 
 Activations are NHWC in memory (torch's channels_last), weights [C_out, 3, 3, C_in] (channels_last of torch's order).
 
-One product does all three directions. Neighbouring output pixels form groups of GH x GW; a group needs an input patch of
-QH x QW pixels. A patch is a row of the left matrix (K = QH*QW*C_in, whole rows of it contiguous in memory), a group's
-outputs are the columns (N = GH*GW*C_out), and the weights become a banded [K, N] matrix, gathered with a mask while it is
-loaded. Groups make wide tiles out of 16 channels and load each pixel 4 (2 x 2) or 6 (1 x 2) instead of 9 times, for 1.8 or
-1.3 times the arithmetic, which is not the limit here. The tap that joins patch row r and group row i is A0 + A1*r + A2*i:
-forward with stride s: r - s*i; backward to the input, stride 1: 2 - r + i; stride 2 (groups of 2 x 2): 1 - 2r + i.
+One product does all three directions. Neighbouring output pixels form groups of GH x GW; a group needs an input patch
+of QH x QW pixels. A patch is a row of the left matrix (K = QH*QW*C_in, whole rows of it contiguous in memory), a
+group's outputs are the columns (N = GH*GW*C_out), and the weights become a banded [K, N] matrix, gathered with a mask
+while it is loaded. Groups make wide tiles out of 16 channels and load each pixel 4 (2 x 2) or 6 (1 x 2) instead of 9
+times, for 1.8 or 1.3 times the arithmetic, which is not the limit here. The tap that joins patch row r and group row i
+is A0 + A1*r + A2*i: forward with stride s: r - s*i; backward to the input, stride 1: 2 - r + i; stride 2 (groups of
+2 x 2): 1 - 2r + i.
 """
 
 import triton
@@ -15,10 +16,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _patches(x, table, m, k0, GROUPS, BK: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr, HG: tl.constexpr,
-             WG: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, OFF: tl.constexpr,
+def _patches(x, table, m, k0, GROUPS, BK: tl.constexpr, HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr,
+             HG: tl.constexpr, WG: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, OFF: tl.constexpr,
              QW: tl.constexpr, PROLOGUE: tl.constexpr):  # fmt: skip
-    """Patches of groups m at positions k0 .. k0 + BK: [BM, BK]; PROLOGUE: relu(x*scale + shift), with zeros still outside."""
+    """Patches of groups m at k0 .. k0 + BK: [BM, BK]; PROLOGUE: relu(x*scale + shift), with zeros still outside."""
     row: tl.constexpr = QW * CI
     y0 = (m // WG) % HG * STEP_H + OFF
     x0 = m % WG * STEP_W + OFF
@@ -53,7 +54,7 @@ def _band(w, k, n, CI: tl.constexpr, CO: tl.constexpr, GW: tl.constexpr, QW: tl.
 @triton.jit
 def _table(part, table, gamma, beta, c, ROWS, COUNT, CO: tl.constexpr, BR: tl.constexpr, EPILOGUE: tl.constexpr,
            EPS: tl.constexpr):  # fmt: skip
-    """Add the ROWS partial sums of channels c, always in the same order, and write these columns of a batch norm's table."""
+    """Add the ROWS partial sums of channels c, always in the same order, into a batch norm's table."""
     first = tl.zeros(c.shape, tl.float32)
     second = tl.zeros(c.shape, tl.float32)
     for r0 in range(0, ROWS, BR):
@@ -93,17 +94,17 @@ def norm_table(part, table, gamma, beta, ROWS, COUNT, CO: tl.constexpr, BC: tl.c
 
 @triton.jit
 def conv(x, w, y, in_table, z, out_table, gamma, beta, part, counter, GROUPS, TILES, COUNT,
-          HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, HG: tl.constexpr, WG: tl.constexpr,
-          GH: tl.constexpr, GW: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, OFF: tl.constexpr,
-          QW: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
-          W_CI: tl.constexpr, W_CO: tl.constexpr, W_TAP: tl.constexpr, PROLOGUE: tl.constexpr, EPILOGUE: tl.constexpr,
-          EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr,
-          RESIDENT: tl.constexpr, STAGES: tl.constexpr, FINISH: tl.constexpr):  # fmt: skip
+         HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, HG: tl.constexpr, WG: tl.constexpr,
+         GH: tl.constexpr, GW: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, OFF: tl.constexpr,
+         QW: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
+         W_CI: tl.constexpr, W_CO: tl.constexpr, W_TAP: tl.constexpr, PROLOGUE: tl.constexpr, EPILOGUE: tl.constexpr,
+         EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr,
+         RESIDENT: tl.constexpr, STAGES: tl.constexpr, FINISH: tl.constexpr):  # fmt: skip
     """y = patches x band. EPILOGUE 1: sums of y and y^2 for the batch norm that follows (forward). 2: y is the gradient
     behind a ReLU and batch norm of z: mask it, and sum it and its product with the normalised z (backward).
 
-    FINISH says who adds the programs' sums: 0, the last program, a row for each column of the product (as measured first);
-    1, the last program, a row a program; 2, `norm_table`."""
+    FINISH says who adds the programs' sums: 0, the last program, from a row for each pixel of a group; 1, the last
+    program, from a row a program; 2, `norm_table`."""
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     out_columns = n // (GW * CO) * (WG * GW * CO) + n % (GW * CO)
@@ -173,27 +174,18 @@ def conv(x, w, y, in_table, z, out_table, gamma, beta, part, counter, GROUPS, TI
         if FINISH < 2:
             tl.debug_barrier()  # every thread's partial sums are written before the count goes up
             if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
-                _table(
-                    part,
-                    out_table,
-                    gamma,
-                    beta,
-                    tl.arange(0, CO),
-                    programs * W // CO,
-                    COUNT,
-                    CO,
-                    128,
-                    EPILOGUE,
-                    EPS,
-                )
+                c = tl.arange(0, CO)
+                BR: tl.constexpr = 256 if FINISH == 1 and CO <= 16 else 128
+                _table(part, out_table, gamma, beta, c, programs * W // CO, COUNT, CO, BR, EPILOGUE, EPS)
                 tl.store(counter, 0)
 
 
 @triton.jit
 def weight_gradient(x, dy, part, in_table, GROUPS, TILES, PER,
-           HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, HG: tl.constexpr, WG: tl.constexpr,
-           GH: tl.constexpr, GW: tl.constexpr, STRIDE: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
-           PROLOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
+                    HG: tl.constexpr, WG: tl.constexpr, GH: tl.constexpr, GW: tl.constexpr, STRIDE: tl.constexpr,
+                    QH: tl.constexpr, QW: tl.constexpr, PROLOGUE: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """part[split, K, N] = patches^T x dy over the groups of one split."""
     NT: tl.constexpr = GH * GW * CO
     KT: tl.constexpr = QH * QW * CI
@@ -219,7 +211,8 @@ def weight_gradient(x, dy, part, in_table, GROUPS, TILES, PER,
 
 @triton.jit
 def weight_gradient_sum(part, dw, SPLITS, CI: tl.constexpr, CO: tl.constexpr, GH: tl.constexpr, GW: tl.constexpr,
-               STRIDE: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+                        STRIDE: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
+                        BS: tl.constexpr, BE: tl.constexpr):  # fmt: skip
     """dw[co, tap, ci] = sum over the splits and over a group's pixels, always in the same order."""
     NT: tl.constexpr = GH * GW * CO
     KT: tl.constexpr = QH * QW * CI
@@ -242,7 +235,7 @@ def weight_gradient_sum(part, dw, SPLITS, CI: tl.constexpr, CO: tl.constexpr, GH
 @triton.jit
 def combine(x, z, out, table, SIZE, C: tl.constexpr, A: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
             RELU: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """out = a*x + b*z + d per channel, a, b, d: rows of the table (B == -1: b = 1; B == -2: no z), and ReLU if asked for."""
+    """out = a*x + b*z + d per channel, a, b, d: rows of the table (B -1: b = 1; B -2: no z); ReLU if asked for."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < SIZE
     c = at % C

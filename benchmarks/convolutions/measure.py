@@ -1,7 +1,6 @@
-"""Microseconds of cuDNN's convolutions and of those in Triton, alone, in turn and together, in a given time.
+"""Microseconds of cuDNN's convolutions and of those in Triton, in a given time.
 
-`hot` repeats one set of tensors, `cycled` goes through 8 sets in turn (a whole step reads more than the cache holds),
-`together` replays 8 graphs on 8 streams (several runs train at once). Every case stands alone: one that fails loses itself.
+Every case stands alone: one that fails loses itself.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from concurrent.futures import BrokenExecutor, Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 
+from benchmarks.convolutions.clock import Call, Clock
 from benchmarks.convolutions.estimate import estimates
 from benchmarks.convolutions.operations import (
     EPSILON,
@@ -42,8 +41,7 @@ from benchmarks.convolutions.operations import (
     through_norm,
 )
 
-Call = Callable[[], Any]
-COPIES, LAUNCHES = 8, 40
+COPIES = 8
 # ResNet's at batch 128; the first layer's 3 channels are padded to 4 for Triton
 SHAPES = [
     Shape(128, 32, 16, 16),
@@ -75,70 +73,6 @@ def variants(kind: Kind, shape: Shape) -> list[Fused]:
         return [Fused(True)] * norm
     sums = [Fused(False, "sums", finish) for finish in ("apart", "folded", "unfolded")]
     return sums + [Fused(True), Fused(True, "sums", "apart")] * norm
-
-
-class Clock(Protocol):
-    """How calls are timed: microseconds a call."""
-
-    def hot(self, calls: Sequence[Call]) -> float:
-        """The first of the calls, again and again."""
-
-    def cycled(self, calls: Sequence[Call], repeats: int = 9) -> float:
-        """All calls in turn."""
-
-    def together(self, calls: Sequence[Call]) -> float:
-        """All calls at once, each on a stream of its own."""
-
-
-class GraphClock:
-    """CUDA graphs of 40 calls between two events."""
-
-    def hot(self, calls: Sequence[Call]) -> float:
-        return self._time(_graph(calls[:1] * LAUNCHES).replay, LAUNCHES)
-
-    def cycled(self, calls: Sequence[Call], repeats: int = 9) -> float:
-        many = [calls[i % len(calls)] for i in range(LAUNCHES)]
-        return self._time(_graph(many).replay, LAUNCHES, repeats)
-
-    def together(self, calls: Sequence[Call]) -> float:
-        graphs = [_graph([call] * LAUNCHES) for call in calls]
-        streams = [torch.cuda.Stream() for _ in graphs]
-
-        def replay() -> None:
-            main = torch.cuda.current_stream()
-            for graph, stream in zip(graphs, streams):
-                stream.wait_stream(main)
-                with torch.cuda.stream(stream):
-                    graph.replay()
-            for stream in streams:
-                main.wait_stream(stream)
-
-        return self._time(replay, LAUNCHES * len(graphs))
-
-    @staticmethod
-    def _time(replay: Call, launches: int, repeats: int = 9) -> float:
-        for _ in range(3):
-            replay()
-        times = []
-        for _ in range(repeats):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1000 / launches)
-        return round(median(times), 3)
-
-
-def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    for call in calls[:COPIES]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
 
 
 def images(t: torch.Tensor) -> torch.Tensor:
@@ -331,7 +265,9 @@ class Kit:
             "empty_kernel_us": self.clock.cycled([one.zero_]),
         }
 
-    def _row(self, by: str, kind: str, tensors: Tensors, moved: int, calls: list[Call], **more: Any) -> None:
+    def _row(
+        self, by: str, kind: str, tensors: Tensors, moved: int, calls: Sequence[Call], **more: Any
+    ) -> None:
         clock = self.clock
         times = {name: getattr(clock, name)(calls) for name in ("hot", "cycled", "together")}
         floor = round(moved / self.bytes_a_microsecond, 2)

@@ -67,7 +67,7 @@ class Fused:
     prologue: the input is relu(x*scale + shift) by the table of the batch norm before it.
     epilogue: "sums", forward: the batch norm after it gets its table; "behind norm", backward: the gradient passes the
     ReLU of relu(batch norm(z)), whose table gets the rows of the gradient.
-    finish: who adds the programs' sums: the last program, from one row for each pixel of a group ("unfolded") or one row
+    finish: who adds the programs' sums: the last program, from one row for each pixel of a group ("unfolded") or one
     for each program ("folded"), or a small launch of its own ("apart").
     """
 
@@ -188,7 +188,7 @@ class Conv:
         )
 
     def launches(self, x, w, y, in_table=None, z=None, out_table=None, gamma=None, beta=None) -> list[Launch]:
-        """x, y: this kernel's input and output; tables: of the batch norms before (prologue) and after it (epilogue)."""
+        """x, y: input and output of this kernel; tables: of the batch norms before it (prologue) and after it."""
         # what is not there is not read either
         in_table, z, out_table, gamma, beta = (
             self.part if t is None else t for t in (in_table, z, out_table, gamma, beta)
