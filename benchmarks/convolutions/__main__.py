@@ -1,4 +1,4 @@
-"""`python -m benchmarks.convolutions --out FILE`: measure narrow convolutions on one GPU; half a minute on an H100."""
+"""`python -m benchmarks.convolutions --out FILE`: measure narrow convolutions on one NVIDIA GPU."""
 
 from __future__ import annotations
 
