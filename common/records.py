@@ -26,6 +26,10 @@ memory. died: its process did. needs: a run that it starts from failed.
 """
 
 
+TRIAL = "tuning-"
+"""Begins the variants of runs from which a setting is chosen."""
+
+
 class _Line(BaseModel):
     """What one line of a file holds. Fields of a later revision are passed over."""
 
@@ -89,6 +93,12 @@ class Record(Identity):
         """What a run that starts from this failed one names as its cause."""
         own = {name: getattr(self, name) for name in Cause.model_fields}
         return self.cause or Cause.model_validate(own)
+
+    @property
+    def is_lost_trial(self) -> bool:
+        """Whether it says of the setting that it tries, and of nothing else, that it is no good."""
+        failure = self.cause.failure if self.cause else self.failure
+        return self.variant.startswith(TRIAL) and failure in ("diverged", "unreachable")
 
     def content(self) -> dict[str, Any]:
         """The record as JSON values, as it stands in its file."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,6 +51,31 @@ def _has_own_keys(annotation: Any) -> bool:
         return False
     item = get_args(annotation)[1]
     return item is not Any and type(None) not in get_args(item)
+
+
+Part = TypeVar("Part")
+
+
+def parts(value: Any, kind: type[Part], closed: type | tuple[()] = ()) -> Iterator[Part]:
+    """The objects of a kind in `value`: itself, or in a list, a table or the fields of a value object, at any depth.
+
+    What they hold themselves is not looked at, nor what objects of the kind `closed` hold.
+    """
+    inner: Iterable[Any] = ()
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, closed):
+        return
+    elif isinstance(value, BaseModel):
+        inner = (getattr(value, name) for name in type(value).model_fields)
+    elif is_dataclass(value):
+        inner = (getattr(value, field.name) for field in fields(value))
+    elif isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, (tuple, list)):
+        inner = value
+    for item in inner:
+        yield from parts(item, kind, closed)
 
 
 def _distinct(values: tuple) -> tuple:
@@ -159,8 +185,11 @@ class PaperSettings(Strict):
     seeds: Seeds = tuple(range(10))
 
     def changed(self, changes: Mapping[str, Any], where: str) -> Self:
-        """The same with some of the settings replaced. Raises SettingsError that names them as in `where`."""
-        return validated(type(self), self.model_dump() | dict(changes), where)
+        """The same with changes as a profile makes them in one that it extends.
+
+        Raises SettingsError that names them as in `where`.
+        """
+        return validated(type(self), merged(self.model_dump(), changes), where)
 
 
 class CellSettings(Strict):
@@ -169,7 +198,7 @@ class CellSettings(Strict):
     data: DatasetSettings | None = None
     """In place of the profile's data set."""
     settings: dict[str, Any] = {}
-    """Settings of the paper that are others here, each as a whole."""
+    """Settings of the paper that are others here; tables are merged, as in a profile that extends another."""
 
 
 def hint(name: str, known: list[str]) -> str:

@@ -76,7 +76,7 @@ def run_paper(paper: str, params: str, profile_name: str | None, ends: float) ->
             write_atomically(RESULTS / path, content)
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
     for record in (entry.record for entry in entries):
-        if record.status == "failed":
+        if record.status == "failed" and not record.is_lost_trial:
             print(f"failed: {paper}/{record.variant} seed {record.seed}: {record.reason}", file=sys.stderr)
 
 

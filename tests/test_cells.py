@@ -9,6 +9,7 @@ from PIL import Image
 from common.core import loading
 from common.core.loading import prepared_file
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.stage import papers
 from common.stage import prepare as preparing
 from common.stage.papers import profile_datasets
 from common.stage.scheduler import in_order, perform
@@ -29,10 +30,9 @@ IMP_SLR = {
     "bimp": {"shares": [0.5]},
 }
 HALO = {
-    "epochs": 2,
-    "milestones": [1],
+    "training": {"epochs": 2, "milestones": [0.5]},
     "targets": [0.5],
-    "variants": ["halo", "magnitude-one-shot"],
+    "variants": {"halo": "all", "magnitude-one-shot": [0.5]},
     "trials": {
         "l1": [{"xi": 1e-3}],
         "sws": [{"xi": 1e-3}],
@@ -40,19 +40,28 @@ HALO = {
         "halo": [{"xi": 1e-3, "psi": 1e-2}],
         "fine_tuning": [0.1],
     },
-    "fine_tuning": {"epochs": 1, "one_shot": [0.5]},
+    "fine_tuning_epochs": 1,
 }
 FEATURE_RELEVANCE = {"epochs": 2, "every": 1, "last": 1, "scoring_share": 0.5}
 # paper -> its settings, the name of its list of cells, a cell
 PAPERS = {
     "imp_slr": (IMP_SLR, "cells", {"experiments": ["schedules", "during"]}),
-    "halo": (HALO, "cells", {}),
+    "halo": (HALO, "cells", {"architecture": "digits_cnn"}),
     "feature_relevance": (
         FEATURE_RELEVANCE,
         "architectures",
         {"name": "resnet8", "options": {"stem": 4}, "runs": {"frs": [0.4]}},
     ),
 }
+
+
+# papers with a recipe
+DECLARED = ("halo",)
+
+
+def _training(paper, **changes):
+    """Settings of training, where the paper has them."""
+    return {"training": changes} if paper in DECLARED else changes
 
 
 def _runs(paper, **changes):
@@ -63,9 +72,8 @@ def _runs(paper, **changes):
     execution = ExecutionSettings(device="cpu", precision="float32")
     chosen = validated(protocol.Settings, values, paper)
     data = DatasetSettings(train=60, validation=20, test=40)
-    return in_order(
-        protocol.runs(Profile(name="test", dataset=data, execution=execution, paper=chosen))
-    ), execution
+    profile = Profile(name="test", dataset=data, execution=execution, paper=chosen)
+    return in_order(papers.runs(paper, profile)), execution
 
 
 @pytest.fixture
@@ -87,8 +95,11 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_cell_with_its_own_data_and_settings_runs_to_its_records(paper, photos, tmp_path):
-    runs, execution = _runs(paper, data=PHOTOS, settings={"batch_size": 7, "seeds": [3]})
-    assert {(run.dataset, run.seed, run.settings.get("batch_size", 7)) for run in runs} >= {("photos", 3, 7)}
+    settings = {**_training(paper, batch_size=7), "seeds": [3]}
+    runs, execution = _runs(paper, data=PHOTOS, settings=settings)
+    trained = [run.settings.get("training", run.settings) for run in runs if run.dataset == "photos"]
+    assert 7 in [training.get("batch_size") for training in trained]
+    assert {run.seed for run in runs if run.dataset == "photos"} == {3}
     assert {run.seed for run in runs if run.dataset == "digits"} == {0}
     own = [run for run in runs if run.dataset == "photos"]
     assert len(own) == len(runs) / 2 and all(run.settings["data"]["streamed"] for run in own)
@@ -105,9 +116,10 @@ def test_a_cell_with_its_own_data_and_settings_runs_to_its_records(paper, photos
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_wrong_setting_of_a_cell_is_named(paper):
-    where = rf"{paper}\.{PAPERS[paper][1]}\[1\]\.settings\.epoch: unknown key; .*did you mean 'epochs'"
+    key = "training.epoch" if paper in DECLARED else "epoch"
+    where = rf"{paper}\.{PAPERS[paper][1]}\[1\]\.settings\.{key}: unknown key; .*did you mean 'epochs'"
     with pytest.raises(SettingsError, match=where):
-        _runs(paper, data={"source": "digits", "train": 50}, settings={"epoch": 3})
+        _runs(paper, data={"source": "digits", "train": 50}, settings=_training(paper, epoch=3))
 
 
 def test_the_paper_profile_names_the_imagenet_folder_that_is_missing(tmp_path, monkeypatch, capsys):

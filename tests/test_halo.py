@@ -7,17 +7,26 @@ from torch import nn
 
 from common.core.compute import Compute
 from common.core.data import FixedBatches
+from common.core.experiment import listed
 from common.core.failures import Diverged, RunFailed
 from common.core.models import build
 from common.core.pruning.masks import prunable
 from common.core.run import Context, Needed
 from common.core.trainer import Trainer
 from common.records import Record
-from common.settings import DatasetSettings, ExecutionSettings, Profile
+from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError
+from common.stage.scheduler import in_order, perform
+from common.stage.store import Store
 from replications.halo import measures, method, protocol
 
 DATA = DatasetSettings(train=90, validation=50, test=60)
-SMALL = {"seeds": (0,), "epochs": 2, "milestones": (1,), "targets": (0.5, 0.9), "fine_tuning": {"epochs": 1}}
+SMALL = {
+    "seeds": (0,),
+    "training": {"epochs": 2, "milestones": (0.5,)},
+    "targets": (0.5, 0.9),
+    "fine_tuning_epochs": 1,
+}
+FINE_TUNED = {"magnitude-one-shot": (0.95, 0.98), "magnitude-iterative": (0.9, 0.95, 0.98)}
 SINGLE = {"l1": [{"xi": 1e-3}], "sws": [{"xi": 1e-3}], "mcp": [{"xi": 1e-2, "psi": 30}], "fine_tuning": [0.1]}
 SINGLE |= {"halo": [{"xi": 1e-3, "psi": 1e-2}]}
 
@@ -28,19 +37,22 @@ def _profile(**changes):
     return Profile(name="test", dataset=data, execution=execution, paper=settings)
 
 
+def _listed(**changes):
+    return in_order(listed("halo", protocol.Experiment, _profile(**changes)))
+
+
 def _executed(run, done):
     """The outcome of a run, after all that it needs; `done` remembers."""
     if run.settings_hash not in done:
         needs = []
         for need in run.needs:
             outcome = _executed(need, done)
-            needs.append(
-                Needed(
-                    Record.model_construct(metrics=outcome.metrics, details=outcome.details), outcome.state
-                )
+            record = Record.model_construct(
+                status="ok", metrics=outcome.metrics, details=outcome.details, settings_hash=""
             )
+            needs.append(Needed(record, outcome.state))
         context = Context(run, Compute.choose("cpu", "float32"), tuple(needs))
-        done[run.settings_hash] = protocol.execute(run, context)
+        done[run.settings_hash] = run.job.execute(context)
     return done[run.settings_hash]
 
 
@@ -252,10 +264,7 @@ def test_directions_of_features():
 
 @pytest.mark.slow
 def test_every_variant_runs_and_is_measured():
-    profile = _profile(
-        trials=SINGLE, variants=list(protocol.PENALISED) + [protocol.ONE_SHOT, protocol.ITERATIVE]
-    )
-    runs, done = protocol.runs(profile), {}
+    runs, done = _listed(trials=SINGLE, variants=dict.fromkeys(protocol.PENALISED, "all") | FINE_TUNED), {}
     outcomes = {(run.variant, run.target): _executed(run, done) for run in runs}
     assert not any(run.variant.startswith("tuning") for run in runs)
     for (variant, target), outcome in outcomes.items():
@@ -267,9 +276,7 @@ def test_every_variant_runs_and_is_measured():
             assert target * total <= outcome.details["pruned"] + 1e-6 <= target * total + 4
             assert outcome.metrics["kept_magnitude"] > 0
             assert abs(outcome.details["float32_index"] - outcome.details["index"]) <= 1
-        rounds = {"magnitude-one-shot": [0.95, 0.98], "magnitude-iterative": [0.9, 0.95, 0.98]}.get(
-            variant, []
-        )
+        rounds = FINE_TUNED.get(variant, ())
         extra = 0 if not rounds else 1 if variant == "magnitude-one-shot" else rounds.index(target) + 1
         assert outcome.metrics["training_epochs"] == 2 + extra
     trained = outcomes["halo", 0.0]
@@ -279,71 +286,49 @@ def test_every_variant_runs_and_is_measured():
     assert "lambda_correlation" not in outcomes["sws", 0.0].metrics
 
 
-def test_all_variants_of_a_seed_start_from_the_same_weights_and_official_rates_differ():
-    settings = _profile(trials=SINGLE, variants=["none", "halo", "halo-official"], epochs=2, targets=(0.5,))
-    runs = protocol.runs(settings)
-    rates = {run.variant: protocol._rates(run, 1) for run in runs if run.target == 0}
+def test_official_rates_differ():
+    variants = dict.fromkeys(["none", "halo", "halo-official"], "all")
+    runs = _listed(trials=SINGLE, variants=variants, targets=(0.5,))
+    rates = {run.variant: run.job.rates(1) for run in runs if run.target == 0}
     assert rates["none"] == ([0.1, 0.1 * 0.1], None)
     assert rates["halo"][0] == rates["halo"][1] == rates["none"][0]
     assert rates["halo-official"][0] == rates["none"][0]
     assert rates["halo-official"][1] == pytest.approx([0.1, 0.001])
-    assert len({run.settings_hash for run in runs}) == len(runs)
 
 
-def test_the_trial_is_chosen_by_validation_alone():
-    runs = protocol.runs(_profile(variants=["halo"], tuning_seeds=(7, 8)))
+def test_each_penalty_is_tried_at_the_tuning_target_with_the_tuning_seeds():
+    runs = _listed(variants={"halo": "all"}, tuning_seeds=(7, 8), tuning_target=0.7)
     train = _find(runs, "halo", 0.0)
-    trials = train.settings["trials"]
-    assert len(train.needs) == 2 * len(trials) and all(
-        need.variant.startswith("tuning-halo-") for need in train.needs
-    )
-    assert {need.seed for need in train.needs} == {7, 8}
-
-    def scored(validation, test):
-        return [
-            Needed(Record.model_construct(metrics={"validation_accuracy": v, "test_accuracy": t}))
-            for v, t in zip(validation, test)
-        ]
-
-    needs = scored([0.1, 0.2, 0.9, 0.3, 0.5, 0.6, 0.2, 0.2], [0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
-    assert protocol._chosen(train, needs) == trials[1]
-    tied = scored([0.5] * 8, [0.1] * 4 + [0.9] * 4)
-    assert protocol._chosen(train, tied) == trials[0]
-
-
-def test_a_trial_that_diverges_is_scored_and_loses():
-    wild = {**SINGLE, "halo": [{"xi": 1e-3, "psi": 1e38}]}
-    doubled = {name: trials * 2 for name, trials in wild.items()}
-    runs = protocol.runs(_profile(trials=doubled, variants=["halo"]))
-    trial = _find(runs, "halo", 0.0).needs[0]
-    outcome = _executed(trial, {})
-    assert "diverged" in outcome.details and outcome.metrics["validation_accuracy"] < 0.3
-
-
-@pytest.mark.parametrize("variant", ["magnitude-one-shot", "magnitude-iterative"])
-def test_a_trial_of_fine_tuning_that_diverges_is_scored_and_loses(variant):
-    trials = {name: of * 2 for name, of in SINGLE.items()} | {"fine_tuning": [1e30, 0.01]}
-    changes = {
-        "tuning_target": 0.95,
-        "fine_tuning": {"epochs": 1, "one_shot": (0.95,), "rounds": (0.9, 0.95)},
-    }
-    runs, done = protocol.runs(_profile(trials=trials, variants=[variant], **changes)), {}
-    run = _find(runs, variant, 0.95)
-    assert _executed(run, done).details["chosen"] == 0.01
-    lost = [done[r.settings_hash] for r in runs if r.variant == f"tuning-{variant}-0" and r.target == 0.95]
-    assert all("diverged" in outcome.details and outcome.metrics["training_epochs"] for outcome in lost)
-    wild = {**SINGLE, "fine_tuning": [1e30]}
-    (run,) = [
-        r
-        for r in protocol.runs(_profile(trials=wild, variants=["magnitude-one-shot"], **changes))
-        if r.target
+    assert [(need.variant, need.seed, need.target) for need in train.needs] == [
+        (f"tuning-halo-{number}", seed, 0.7) for number in range(4) for seed in (7, 8)
     ]
+    assert [need.job.strength for need in train.needs[::2]] == list(protocol.TrialSettings().halo)
+
+
+@pytest.mark.parametrize("variant", FINE_TUNED)
+def test_the_rate_of_fine_tuning_is_chosen_and_one_that_diverges_loses(variant, tmp_path):
+    trials = {name: of * 2 for name, of in SINGLE.items()} | {"fine_tuning": [1e30, 0.01]}
+    targets = FINE_TUNED[variant][:-1]
+    runs = _listed(trials=trials, variants={variant: targets}, tuning_target=0.95)
+    store, execution = Store(tmp_path), ExecutionSettings(device="cpu", precision="float32")
+    records = {}
+    for run in runs:
+        record = perform(run, store, execution, keep_state=True).record
+        records[run.variant, run.target, run.seed] = record
+    assert records[variant, 0.95, 0].details["chosen"] == 0.01
+    assert records[f"tuning-{variant}-0", 0.95, 1000].root.failure == "diverged"
+    assert {record.status for name, record in records.items() if not name[0].endswith("-0")} == {"ok"}
+    wild = {**SINGLE, "fine_tuning": [1e30]}
+    runs, done = _listed(trials=wild, variants={variant: targets}, tuning_target=0.95), {}
     with pytest.raises(Diverged):
-        _executed(run, {})
+        _executed(_find(runs, variant, targets[0]), done)
 
 
 def test_fine_tuning_keeps_pruned_weights_at_zero_and_rounds_go_on_from_one_another():
-    runs, done = protocol.runs(_profile(trials=SINGLE, variants=["magnitude-iterative"])), {}
+    runs, done = (
+        _listed(trials=SINGLE, variants={"magnitude-iterative": FINE_TUNED["magnitude-iterative"]}),
+        {},
+    )
     first, second = (_executed(_find(runs, "magnitude-iterative", target), done) for target in (0.9, 0.95))
     for name, weight in first.state["model"].items():
         if name in first.details["density"]:
@@ -352,28 +337,20 @@ def test_fine_tuning_keeps_pruned_weights_at_zero_and_rounds_go_on_from_one_anot
 
 
 def test_mnist_style_steps_and_all_layers():
-    changes = {
-        "architecture": "mlp",
-        "layers": "conv+linear",
-        "schedule": "steps",
-        "step_iterations": 2,
-        "milestones": (),
-    }
-    runs = protocol.runs(_profile(trials=SINGLE, variants=["halo-official"], targets=(0.5,), **changes))
-    (train,) = {run.settings_hash: run for run in runs if run.target == 0}.values()
-    assert protocol._rates(train, 2) == (pytest.approx([0.1, 1e-3, 1e-3, 1e-5]), [0.1] * 4)
-    done = {}
-    outcome = _executed(_find(runs, "halo-official", 0.5), done)
+    changes = {"cells": [{"architecture": "mlp"}], "layers": "conv+linear", "step_iterations": 2}
+    runs = _listed(trials=SINGLE, variants={"halo-official": (0.5,)}, **changes)
+    train = _find(runs, "halo-official", 0.0)
+    assert train.job.rates(2) == (pytest.approx([0.1, 1e-3, 1e-3, 1e-5]), [0.1] * 4)
+    outcome = _executed(_find(runs, "halo-official", 0.5), {})
     assert list(outcome.details["density"]) == ["layers.1.weight", "layers.3.weight", "layers.5.weight"]
 
 
 def test_options_of_the_lambdas_reach_training():
-    changes = {"lambda_learning_rate": 0.02, "lambda_init": 0.5, "psi_every": 1, "lambda_target": 9.0}
-    changes |= {"lambda_target_mode": "L2", "schedule": "milestones"}
+    lambdas = {"learning_rate": 0.02, "init": 0.5, "psi_every": 1, "target": 9.0, "target_mode": "L2"}
     trials = SINGLE | {"halo": [{"xi": 1e-3, "psi": 1e-2, "lambda_weight_decay": 0.3}]}
-    (run,) = [r for r in protocol.runs(_profile(trials=trials, variants=["halo"], **changes)) if not r.target]
-    model = protocol.network("digits_cnn", 10, (1, 8, 8))
-    halo = protocol._penalty(run, model, run.settings["trials"][0], 1)
+    job = _find(_listed(trials=trials, variants={"halo": "all"}, lambdas=lambdas), "halo", 0.0).job
+    model = build("digits_cnn", classes=10, image_shape=(1, 8, 8))
+    halo = job.penalty_on(model, job.strength.options[0], 1)
     assert (halo.target, halo.mode, halo.training.weight_decay) == (9.0, "L2", 0.3)
     assert halo.training.rates == pytest.approx([0.02, 0.002])
     assert halo.training.psi_by_epoch == pytest.approx([1.0, 100.0])
@@ -385,17 +362,16 @@ def test_options_of_the_lambdas_reach_training():
     [
         ({"targets": (1.2,)}, "less than 1"),
         ({"targets": (0.0,)}, "above 0"),
-        ({"architecture": "resnet21"}, "unknown"),
-        ({"milestones": (2,)}, "before the end of the 2 epochs"),
+        ({"cells": [{"architecture": "resnet21"}]}, "unknown"),
         ({"seeds": (1000,)}, "no seed in common"),
         ({"trials": {"l1": [{"xi": 1e-3}]}}, "same number of trials"),
         ({"trials": {**SINGLE, "mcp": [{"xi": 1e-2}]}}, "above 0"),
         ({"trials": {**SINGLE, "halo": [{"xi": -1}]}}, "greater than 0"),
-        ({"fine_tuning": {"rounds": (0.95, 0.9)}}, "must rise"),
-        ({"tuning_target": 0.97}, "one of fine_tuning.rounds"),
-        ({"variants": ("scad",)}, "Input should be"),
-        ({"lambda_init": 0}, "greater than 0"),
-        ({"architecture": "mlp"}, "no convolutions"),
+        ({"variants": {"magnitude-iterative": (0.98, 0.9)}}, "must rise"),
+        ({"tuning_target": 0.97}, "one of variants.magnitude-iterative"),
+        ({"variants": {"scad": "all"}}, "Input should be"),
+        ({"lambdas": {"init": 0}}, "greater than 0"),
+        ({"training": {"schedule": "cosine"}}, "must be multistep"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
@@ -403,8 +379,13 @@ def test_impossible_settings_are_refused(changes, message):
         protocol.Settings.model_validate(SMALL | changes)
 
 
+def test_a_network_without_convolutions_is_refused():
+    with pytest.raises(SettingsError, match=r"halo\.cells\[0\] \(mlp\): .*no convolutions"):
+        _listed(cells=[{"architecture": "mlp"}])
+
+
 def test_a_network_that_cannot_be_cut_is_a_failed_run():
-    runs, done = protocol.runs(_profile(trials=SINGLE, variants=["none"])), {}
+    runs, done = _listed(trials=SINGLE, variants={"none": (0.5,)}), {}
     trained = _executed(_find(runs, "none", 0.0), done)
     for name in trained.state["model"]:
         if name.endswith("weight"):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from project import ROOT, copy, run
 
-from common.settings import SettingsError, merged, profile_chain, read_yaml, validated
+from common.settings import PaperSettings, SettingsError, merged, profile_chain, read_yaml, validated
 from common.stage.papers import load, papers
 from common.stage.resolve import main, resolved, write
 from replications.pruning_from_scratch import protocol as pruning_from_scratch
@@ -33,22 +33,29 @@ def test_tables_merge_key_by_key_and_all_else_replaces():
 def test_a_profile_says_only_what_differs(tmp_path):
     file = _params(
         tmp_path,
-        c={"extends": "b", "halo": {"fine_tuning": {"epochs": 9}, "seeds": [5]}},
-        b={"extends": "a", "execution": {"threads": 2}, "halo": {"epochs": 7}},
+        c={"extends": "b", "halo": {"training": {"batch_size": 9}, "seeds": [5]}},
+        b={"extends": "a", "execution": {"threads": 2}, "halo": {"training": {"epochs": 7}}},
         a={
             "dataset": {"source": "digits", "train": 300},
             "execution": {"precision": "bfloat16"},
-            "halo": {"epochs": 5, "milestones": [2], "fine_tuning": {"epochs": 3, "one_shot": [0.5]}},
+            "halo": {
+                "training": {"epochs": 5, "milestones": [0.4], "batch_size": 3},
+                "fine_tuning_epochs": 2,
+            },
         },
     )
     assert [name for name, _ in profile_chain(file, "c")] == ["a", "b", "c"]
     profile = load("halo", file)
     assert profile.name == "c" and profile.dataset.train == 300
     assert (profile.execution.threads, profile.execution.precision) == (2, "bfloat16")
-    assert (profile.paper.epochs, profile.paper.milestones, profile.paper.seeds) == (7, (2,), (5,))
-    assert (profile.paper.fine_tuning.epochs, profile.paper.fine_tuning.one_shot) == (9, (0.5,))
+    assert (profile.paper.fine_tuning_epochs, profile.paper.seeds) == (2, (5,))
+    training = profile.paper.training
+    assert (training.epochs, training.milestones, training.batch_size) == (7, (0.4,), 9)
+    assert training.learning_rate == 0.1  # nobody says another one than the paper's
     # nobody's profile has changed by being extended
-    assert load("halo", file, "a").paper.epochs == 5 and load("halo", file, "b").execution.threads == 2
+    assert (
+        load("halo", file, "a").paper.training.epochs == 5 and load("halo", file, "b").execution.threads == 2
+    )
 
 
 def test_null_replaces_what_is_inherited(tmp_path):
@@ -62,7 +69,7 @@ def test_null_replaces_what_is_inherited(tmp_path):
         },
         parent={
             "dataset": {"train": 300},
-            "halo": {"epochs": 5, "milestones": [2]},
+            "halo": {"training": {"epochs": 5}},
             "pretraining_impact": {"corpus": {"source": "digits"}},
         },
         same={"extends": "parent", "halo": {}},
@@ -70,9 +77,9 @@ def test_null_replaces_what_is_inherited(tmp_path):
     assert load("halo", file).dataset.train is None
     assert load("halo", file).paper == load("halo", _params(tmp_path, empty={})).paper
     file = _params(
-        tmp_path, same={"extends": "parent", "halo": {}}, parent={"halo": {"epochs": 5, "milestones": [2]}}
+        tmp_path, same={"extends": "parent", "halo": {}}, parent={"halo": {"training": {"epochs": 5}}}
     )
-    assert load("halo", file).paper.epochs == 5
+    assert load("halo", file).paper.training.epochs == 5
 
 
 def test_null_takes_a_key_out_of_a_table_of_ones_own_keys(tmp_path):
@@ -86,9 +93,10 @@ def test_null_takes_a_key_out_of_a_table_of_ones_own_keys(tmp_path):
     )
     assert load("pruning_from_scratch", file).paper.variants == {"pfs-e": (0.5,), "uniform-e": (0.7,)}
     # not where null is a value, and not for a setting that must have one
-    assert load("halo", _params(tmp_path, only={"halo": {"cells": [{"settings": {"a": None}}]}})).paper.cells[
-        0
-    ].settings == {"a": None}
+    assert load(
+        "halo",
+        _params(tmp_path, only={"halo": {"cells": [{"architecture": "mlp", "settings": {"a": None}}]}}),
+    ).paper.cells[0].settings == {"a": None}
     with pytest.raises(SettingsError, match=r"x\.seeds"):
         validated(pruning_from_scratch.Settings, {"seeds": None}, "x")
 
@@ -145,11 +153,13 @@ def test_a_number_is_no_name_of_a_profile(tmp_path):
 
 
 def test_a_wrong_setting_is_named_where_it_is_written(tmp_path):
-    file = _params(tmp_path, a={"extends": "b"}, b={"extends": "c", "halo": {"epochs": -1}}, c={"halo": {}})
-    with pytest.raises(SettingsError, match=r"params\.yaml: profiles\.b\.halo\.epochs = -1"):
+    file = _params(
+        tmp_path, a={"extends": "b"}, b={"extends": "c", "halo": {"training": {"epochs": -1}}}, c={"halo": {}}
+    )
+    with pytest.raises(SettingsError, match=r"params\.yaml: profiles\.b\.halo\.training\.epochs = -1"):
         load("halo", file)
-    file = _params(tmp_path, a={"extends": "b", "halo": {"epochs": -1}}, b={"halo": {"epochs": 30}})
-    with pytest.raises(SettingsError, match=r"params\.yaml: profiles\.a\.halo\.epochs = -1"):
+    file = _params(tmp_path, a={"extends": "b", "halo": {"training": {"epochs": -1}}}, b={"halo": {}})
+    with pytest.raises(SettingsError, match=r"params\.yaml: profiles\.a\.halo\.training\.epochs = -1"):
         load("halo", file)
 
 
@@ -159,7 +169,7 @@ def test_a_wrong_setting_is_named_where_it_is_written(tmp_path):
 def test_a_file_changes_with_what_its_stage_reads_and_with_nothing_else(tmp_path):
     base = {
         "dataset": {"source": "digits", "train": 200},
-        "halo": {"fine_tuning": {"epochs": 2}},
+        "halo": {"training": {"epochs": 2}},
         "pretraining_impact": {"corpus": {"source": "mnist", "validation": 50}},
     }
     before = resolved(_params(tmp_path, child={"extends": "base"}, base=base))
@@ -169,7 +179,7 @@ def test_a_file_changes_with_what_its_stage_reads_and_with_nothing_else(tmp_path
         after = resolved(_params(tmp_path, child={"extends": "base"}, base=merged(base, changes)))
         return {stage for stage in before if after[stage] != before[stage]}
 
-    assert changed(halo={"fine_tuning": {"epochs": 3}}) == {"halo"}
+    assert changed(halo={"training": {"epochs": 3}}) == {"halo"}
     assert changed(imp_slr={"seeds": [0]}) == {"imp_slr"}
     assert changed(execution={"precision": "bfloat16"}) == set(papers())
     assert changed(execution={"workers": 3}) == set()  # by which no record can change
@@ -181,10 +191,7 @@ def test_a_file_changes_with_what_its_stage_reads_and_with_nothing_else(tmp_path
 def test_a_changed_default_of_shared_settings_shows(tmp_path, monkeypatch):
     file = _params(tmp_path, only={"dataset": {"source": "digits"}})
     before = resolved(file)
-    field = load("halo", file).paper.__class__.__mro__[1].model_fields["seeds"]
-    monkeypatch.setattr(field, "default", (0, 1))
-    from common.settings import PaperSettings
-
+    monkeypatch.setattr(PaperSettings.model_fields["seeds"], "default", (0, 1))
     PaperSettings.model_rebuild(force=True)
     try:
         after = resolved(file)
@@ -197,10 +204,10 @@ def test_a_changed_default_of_shared_settings_shows(tmp_path, monkeypatch):
 def test_the_files_of_papers_that_are_gone_go_too(tmp_path):
     (tmp_path / "out/only").mkdir(parents=True)
     (tmp_path / "out/only/gone.json").write_text("{}")
-    write(_params(tmp_path, only={"halo": {"epochs": 3, "milestones": [1]}}), folder=tmp_path / "out")
+    write(_params(tmp_path, only={"halo": {"training": {"epochs": 3}}}), folder=tmp_path / "out")
     assert {file.stem for file in (tmp_path / "out/only").iterdir()} == {"data", *papers()}
     halo = json.loads((tmp_path / "out/only/halo.json").read_text())
-    assert halo["profile"] == "only" and halo["halo"] == {"epochs": 3, "milestones": [1]}
+    assert halo["profile"] == "only" and halo["halo"] == {"training": {"epochs": 3}}
 
 
 def test_every_stage_of_a_paper_depends_on_its_own_file():
@@ -222,7 +229,7 @@ profiles:
   base:
     dataset: {source: digits, train: 200, validation: 100}
     execution: {workers: 2, threads: 1}
-    halo: {epochs: 3, milestones: [2]}
+    halo: {training: {epochs: 3}}
 """
 
 
@@ -269,9 +276,11 @@ def test_an_edit_runs_the_stages_whose_settings_it_changes(project):
     trained = set(papers())
     assert _ran(project, "repro") == everything
     assert _ran(project, "repro") == set()
-    _edit(project, "halo: {epochs: 3", "halo: {epochs: 4")  # of the profile that is extended
+    _edit(
+        project, "halo: {training: {epochs: 3", "halo: {training: {epochs: 4"
+    )  # of the profile that is extended
     assert _ran(project, "repro") == {"settings", "halo"}
-    _edit(project, "extends: base", "extends: base\n    halo: {epochs: 4}  # the same")
+    _edit(project, "extends: base", "extends: base\n    halo: {training: {epochs: 4}}  # the same")
     assert _ran(project, "repro") == {"settings"}
     _edit(project, "workers: 2", "workers: 1")
     assert _ran(project, "repro") == {"settings"}
@@ -286,8 +295,8 @@ def test_an_experiment_selects_a_profile_and_changes_settings(project):
     _ran(project, "repro")
     assert {"settings", "halo", "report"} <= _ran(project, "exp", "run", "-S", "profile=base")
     assert (project / ".settings/base/halo.json").exists()
-    assert _ran(project, "exp", "run", "-S", "profiles.base.halo.epochs=5") == {"settings", "halo"}
-    assert json.loads((project / ".settings/base/halo.json").read_text())["halo"]["epochs"] == 5
+    assert _ran(project, "exp", "run", "-S", "profiles.base.halo.training.epochs=5") == {"settings", "halo"}
+    assert json.loads((project / ".settings/base/halo.json").read_text())["halo"]["training"]["epochs"] == 5
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from project import ROOT, add_example, copy
 
 from common.core import loading
 from common.settings import DatasetSettings
+from common.stage import papers as every
 from common.stage.papers import load, papers, protocol
 from common.stage.resolve import resolved
 from common.stage.scheduler import in_order
@@ -91,7 +92,7 @@ def runs():
         for paper in papers():
             profile = load(paper, ROOT / "params.yaml", "digits")
             seed = profile.paper.seeds[0]
-            listed = protocol(paper).runs(profile)
+            listed = every.runs(paper, profile)
             found[paper] = in_order([run for run in listed if run.seed == seed])
     return found
 

@@ -1,23 +1,27 @@
-"""A run: what determines it, what it executes with and what it leaves."""
+"""A run: the job that determines it, what it executes with and what it leaves."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypedDict, Unpack
+from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
 import torch
+from pydantic import Field, model_serializer
+from pydantic_core import to_jsonable_python
 from torch import nn
 
-from common.core import loading
+from common.core import loading, models
 from common.core.compute import Compute
 from common.core.data import Batches, Dataset
-from common.core.identity import digest
+from common.core.identity import digest, stream
+from common.core.models import ArchitectureName, Network
+from common.core.pruning.counting import cost
 from common.core.trainer import Checkpoints, Decays, Hooks, Trainer
 from common.records import Record
-from common.settings import DatasetSettings
+from common.settings import DatasetSettings, Part, Strict, parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,7 @@ class Run:
     settings: everything else that determines the run, as JSON values; its entry `data` (a dump of DatasetSettings, or
     a list of them) names what the run reads. needs: runs whose record and state this one starts from.
     code: files and folders of the project, relative to it, whose code the run executes beside the core and its paper.
+    job: what it is derived from; None for a paper that lists its runs and executes them itself.
     """
 
     paper: str
@@ -38,6 +43,7 @@ class Run:
     settings: Mapping[str, Any]
     needs: tuple[Run, ...] = ()
     code: tuple[str, ...] = ()
+    job: Job | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -55,9 +61,98 @@ class Run:
         return f"{self.paper}/{self.variant} {self.architecture} target {self.target:g} seed {self.seed}"
 
 
+class Cell(Strict):
+    """Where a job trains: a network by its name and options, and the images that it sees."""
+
+    architecture: ArchitectureName
+    options: dict[str, Any] = {}
+    """Of `common.core.models.build`: those of the network's class, and how it is initialised."""
+    data: DatasetSettings
+
+    def build(self, data: Dataset, **more: Any) -> Network:
+        """A fresh network for images of `data`; more: further options of `build`. Raises SettingsError, ValueError."""
+        options = {**self.options, **more}
+        return models.build(self.architecture, classes=data.classes, image_shape=data.image_shape, **options)
+
+
+class Job(Strict):
+    """What a paper has done once: its fields are all that determines it, and `execute` does it.
+
+    A paper derives its jobs and adds typed fields. A job that starts from others holds them in fields of their own, one by
+    one, in tuples or in value objects such as `common.core.tuning.Tuned`; `Context.of` has what they left.
+
+    variant, target, seed: as of the run and its record.
+    """
+
+    paper: ClassVar[str]
+    """The paper whose job it is: the folder of its module."""
+    variant: str
+    cell: Cell
+    target: Annotated[float, Field(ge=0)] = 0.0
+    seed: int
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.paper = cls.__module__.split(".")[-2:][0]
+
+    def execute(self, context: Context) -> Outcome:
+        """Train and measure. Raises RunFailed."""
+        raise NotImplementedError
+
+    @property
+    def dataset(self) -> str:
+        """What the record calls the data."""
+        return self.cell.data.name
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """What code it executes beside the core and its paper; see Run."""
+        return ()
+
+    def parts(self, kind: type[Part]) -> Iterator[tuple[str, Part]]:
+        """The objects of a kind in its fields, with the name of the field; other jobs are not looked into."""
+        for name in type(self).model_fields:
+            for part in parts(getattr(self, name), kind, Job):
+                yield name, part
+
+    @cached_property
+    def needs(self) -> tuple[Job, ...]:
+        """The jobs that it starts from, each once, in the order of the fields."""
+        return tuple({need.run.settings_hash: need for _, need in self.parts(Job)}.values())
+
+    @cached_property
+    def run(self) -> Run:
+        """The job as it is scheduled, kept and recorded. In its settings a needed job stands by its name."""
+        names = [name for name in type(self).model_fields if name not in Job.model_fields]
+        settings = {name: to_jsonable_python(getattr(self, name)) for name in names}
+        settings |= {
+            "job": type(self).__name__,
+            **self.cell.model_dump(mode="json", exclude={"architecture"}),
+        }
+        return Run(
+            self.paper,
+            self.variant,
+            self.dataset,
+            self.cell.architecture,
+            self.target,
+            self.seed,
+            settings,
+            tuple(need.run for need in self.needs),
+            self.code,
+            self,
+        )
+
+    @model_serializer
+    def _named(self) -> str:
+        return f"{self.variant} at {self.target:g}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.run}>"
+
+
 @dataclass
 class Outcome:
-    """What `execute` returns for a run.
+    """What a job comes to.
 
     metrics: measured values (at least test_accuracy in [0, 1] and test_loss). cost: the result of
     `common.core.pruning.counting.cost`. curves: one row per epoch. state: tensors and plain values for runs that need
@@ -94,14 +189,43 @@ class TrainerOptions(TypedDict, total=False):
 class Context:
     """What a run gets to execute with.
 
-    needs: the finished runs that `run.needs` lists, in that order. checkpoints: makes the place in which the run's next
-    trainer keeps its state.
+    needs: the finished runs that `run.needs` lists, in that order; a job asks for them by `of`. checkpoints: makes the
+    place in which the run's next trainer keeps its state.
     """
 
     run: Run
     compute: Compute
     needs: tuple[Needed, ...]
     checkpoints: Callable[[], Checkpoints] | None = None
+
+    @property
+    def job(self) -> Job:
+        """The job that is executed. Raises ValueError for a run that has none."""
+        if self.run.job is None:
+            raise ValueError(f"{self.run} has no job")
+        return self.run.job
+
+    def of(self, need: Job) -> Needed:
+        """What a job that this one needs has left. Raises KeyError for another one."""
+        wanted = need.run.settings_hash
+        for other, left in zip(self.job.needs, self.needs, strict=True):
+            if other.run.settings_hash == wanted:
+                return left
+        raise KeyError(f"{self.run} does not need {need.run}")
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The images of the job's cell, on this run's device."""
+        return self.dataset(self.job.cell.data)
+
+    def network(self, **options: Any) -> Network:
+        """A fresh network of the job's cell, on this run's device.
+
+        Its values depend on the run's seed alone, unless the options have a `seed`. options: of `build`.
+        """
+        seed = {"seed": stream(self.run.seed, "init")}
+        network: Network = self.compute.place(self.job.cell.build(self.data, **{**seed, **options}))
+        return network
 
     def dataset(self, settings: DatasetSettings | Mapping[str, Any]) -> Dataset:
         """The data set on this run's device; loaded once per process."""
@@ -115,14 +239,15 @@ class Context:
         data: Dataset,
         batch_size: int,
         hooks: Hooks | Sequence[Hooks] = (),
+        seed: int | None = None,
         **options: Unpack[TrainerOptions],
     ) -> Trainer:
         """A Trainer on the shuffled, augmented training split, measured on validation each epoch.
 
-        Order and augmentation depend on the run's seed alone, so runs of equal seed are paired. options: as for
-        Trainer.
+        Order and augmentation depend on `seed` alone, which is the run's when absent, so runs of equal seed are paired.
+        options: as for Trainer.
         """
-        seed = self.run.seed
+        seed = self.run.seed if seed is None else seed
         batches = Batches(data, "train", batch_size, seed=seed, shuffle=True, augment=True)
         return Trainer(
             model,
@@ -142,6 +267,23 @@ class Context:
             scores = trainer.evaluate(Batches(data, split))
             found |= {f"{split}_{name}": value for name, value in scores.items()}
         return found
+
+    def measured(
+        self,
+        trainer: Trainer,
+        data: Dataset | None = None,
+        *,
+        costs: Mapping[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> Outcome:
+        """Scores, cost and curves of the trainer's network as it is now.
+
+        data: in place of the cell's. costs: in place of the network's cost by itself. state, details: as of Outcome.
+        """
+        data = data or self.data
+        costs = cost(trainer.model, data.image_shape) if costs is None else costs
+        return Outcome(self.scores(trainer, data), dict(costs), trainer.history, state, dict(details or {}))
 
 
 @functools.lru_cache(maxsize=8)

@@ -92,6 +92,16 @@ def gradients_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
+def decay_groups(model: nn.Module, decays: Decays | None) -> list[dict[str, Any]]:
+    """The trainable parameters as groups for an optimiser: those that decay, then the others; none that is empty."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in named if decays is None or decays(n, p)]},
+        {"params": [p for n, p in named if decays is not None and not decays(n, p)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Trainer:
     """Trains one model on one source of batches.
 
@@ -135,12 +145,7 @@ class Trainer:
     def _sgd(
         self, momentum: float, nesterov: bool, weight_decay: float, decays: Decays | None
     ) -> torch.optim.SGD:
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in named if decays is None or decays(n, p)]},
-            {"params": [p for n, p in named if decays is not None and not decays(n, p)], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = decay_groups(self.model, decays)
         groups += [group for hook in self.hooks for group in hook.parameter_groups()]
         return torch.optim.SGD(
             groups, lr=0.0, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True

@@ -47,7 +47,11 @@ class Paper:
 
     @property
     def failed(self) -> list[Record]:
-        return [record for record in self.records if record.status == "failed"]
+        return [r for r in self.records if r.status == "failed" and not r.is_lost_trial]
+
+    @property
+    def lost_trials(self) -> list[Record]:
+        return [record for record in self.records if record.is_lost_trial]
 
     @property
     def stale(self) -> bool:

@@ -81,6 +81,7 @@ def _paper(
         "anchor": slug(paper.name),
         "title": paper.title,
         "runs": len(paper.records) - len(paper.failed),
+        "lost_trials": [_run_name(record) for record in paper.lost_trials],
         "failed": [
             {"name": _run_name(record), "reason": record.reason or "no reason given"}
             for record in paper.failed

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
-from pydantic import BaseModel
-
+from common.core import experiment
 from common.core.loading import prepared_file
+from common.core.run import Run
 from common.settings import (
     PARAMS_FILE,
     ROOT,
@@ -19,6 +17,7 @@ from common.settings import (
     Profile,
     SettingsError,
     hint,
+    parts,
     profile_chain,
     validated,
 )
@@ -30,8 +29,17 @@ def papers() -> list[str]:
 
 
 def protocol(paper: str) -> ModuleType:
-    """The module with the paper's `Settings`, `runs` and `execute`."""
+    """The module with the paper's `Settings` and `Experiment`, or in its place `runs` and `execute`."""
     return importlib.import_module(f"replications.{paper}.protocol")
+
+
+def runs(paper: str, profile: Profile) -> list[Run]:
+    """The runs that the paper's protocol lists; what they need may be left out. Raises SettingsError, DataError."""
+    module = protocol(paper)
+    if hasattr(module, "Experiment"):
+        return experiment.listed(paper, module.Experiment, profile)
+    listed: list[Run] = module.runs(profile)
+    return listed
 
 
 def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None = None) -> Profile:
@@ -63,20 +71,7 @@ def profile_datasets(
 ) -> list[DatasetSettings]:
     """Every data set that a profile's papers read, each once. Raises SettingsError."""
     found: dict[str, DatasetSettings] = {}
-
-    def walk(value: Any) -> None:
-        if isinstance(value, DatasetSettings):
-            found.setdefault(str(prepared_file(value)), value)
-        elif isinstance(value, BaseModel):
-            for name in type(value).model_fields:
-                walk(getattr(value, name))
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                walk(item)
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                walk(item)
-
     for paper in papers():
-        walk(load(paper, file, profile))
+        for data in parts(load(paper, file, profile), DatasetSettings):
+            found.setdefault(str(prepared_file(data)), data)
     return list(found.values())

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from common.core.run import Run
-from common.settings import Profile, read_yaml
-from common.stage.papers import protocol
+from common.settings import Profile, SettingsError, read_yaml
+from common.stage.papers import runs
 from common.stage.scheduler import in_order
 
 PIPELINE_FILE = Path("dvc.yaml")
@@ -33,4 +33,8 @@ def preparation(stage: str) -> str:
 
 def listed(paper: str, profile: Profile) -> list[Run]:
     """Every run of the paper in the profile, needed ones first. Raises SettingsError, DataError."""
-    return in_order(protocol(paper).runs(profile))
+    found = runs(paper, profile)
+    try:
+        return in_order(found)
+    except ValueError as error:
+        raise SettingsError(f"{paper}: {error}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from common.core.compute import Compute
 from common.core.identity import canonical
@@ -82,7 +83,9 @@ def precision(compute: Compute) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values only: NaN and infinities become null, tuples lists."""
+    """JSON values only: NaN and infinities become null, tuples lists, and value objects tables."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """Executes runs, several at once, each as soon as what it needs is finished.
 
-A protocol lists `Run`s. Each goes through its paper's `execute` in a worker and leaves one record. Work that several
-runs share is itself a run, which the others list in `needs`.
+A protocol lists runs. Each is executed by a worker and leaves one record. Work that several runs share is itself a run,
+which the others list in `needs`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 from tqdm import tqdm
 
+from common.core import tuning
 from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
 from common.core.failures import OutOfMemory, RunFailed
 from common.core.identity import canonical
@@ -80,13 +81,14 @@ def _needed(need: Run, store: Store) -> Needed:
 
 def _ended(context: Context) -> Outcome | Failed:
     """What a run comes to. Raises OutOfTime."""
-    run = context.run
-    for need, left in zip(run.needs, context.needs):
-        if left.record.status == "failed":
-            reason = f"it starts from {need}, which failed: {left.record.reason}"
-            return Failed("needs", reason, left.record.root)
+    run, job = context.run, context.run.job
+    for number, (need, left) in enumerate(zip(run.needs, context.needs, strict=True)):
+        if left.record.status == "ok" or (job and tuning.lost(job, job.needs[number], left.record)):
+            continue
+        reason = f"it starts from {need}, which failed: {left.record.reason}"
+        return Failed("needs", reason, left.record.root)
     try:
-        return protocol(run.paper).execute(run, context)
+        return job.execute(context) if job else protocol(run.paper).execute(run, context)
     except RunFailed as error:
         return Failed(error.failure, str(error))
     except (RuntimeError, MemoryError) as error:

@@ -9,12 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.core.data import Batches, Dataset
+from common.core.pruning.masks import Masks
 from common.core.trainer import BatchSource, Hooks, Trainer
+from replications.halo.method import HALO, Cut, fixed_threshold, stationary_lambda
 
 Features = Literal["corner", "mean"]
 
 NEAR_ZERO = (1e-5, 1e-4, 1e-3, 1e-2)
 """Thresholds of the near-zero counters."""
+ENERGY = 0.9
+"""The share of the energy that the counted directions hold."""
 
 
 @torch.no_grad()
@@ -56,9 +61,60 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[which]
 
 
+def lambdas(penalty: HALO, weight_decay: float) -> dict[str, float | None]:
+    """How lambdas follow the weights, and how far they are from where they would settle; weight_decay: theirs."""
+    metrics: dict[str, float | None] = {
+        "lambda_correlation": rank_correlation(penalty.tensors, penalty.lambdas)
+    }
+    if penalty.psi > 0 or weight_decay > 0:
+        sizes = torch.cat([weight.detach().abs().flatten() for weight in penalty.tensors])
+        found = torch.cat([part.abs().flatten() for part in penalty.lambdas])
+        settled, _ = stationary_lambda(sizes, penalty.xi, penalty.psi, weight_decay)
+        metrics["lambda_excess"] = (found.double() / settled.clamp(min=1e-12)).log10().median().item()
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------ masks
+
+
 def densities(kept: Mapping[str, Tensor]) -> dict[str, float]:
     """Share of kept weights per tensor."""
     return {name: mask.double().mean().item() for name, mask in kept.items()}
+
+
+def of_mask(found: Cut, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics and details of a mask. weights: what has become of those that it was found for."""
+    kept = torch.cat([weights[name].detach().abs()[mask] for name, mask in found.kept.items()])
+    total = sum(weight.numel() for weight in weights.values())
+    by_layer = densities(found.kept)
+    first, *_, last = by_layer.values()
+    density = kept.numel() / total
+    metrics = {
+        "prunable_sparsity": 1 - density,
+        "kept_magnitude": kept.mean().item() if kept.numel() else None,
+        "first_layer_density": first,
+        "last_layer_density": last,
+        "first_layer_ratio": first / density if density else None,
+    }
+    details = {
+        "density": by_layer,
+        "emptied": found.emptied,
+        "threshold": found.threshold,
+        "index": found.index,
+        "float32_index": found.float32_index,
+        "pruned": total - kept.numel(),
+    }
+    return metrics, details
+
+
+def at_threshold(
+    trainer: Trainer, data: Dataset, weights: Mapping[str, Tensor], tau: float
+) -> dict[str, float]:
+    """Sparsity and test accuracy when all weights below `tau` go, which they do here."""
+    masks = Masks(fixed_threshold(weights, tau))
+    masks.apply(trainer.model)
+    scores = trainer.evaluate(Batches(data, "test"))
+    return {"threshold_sparsity": masks.sparsity, "threshold_test_accuracy": scores["accuracy"]}
 
 
 # ------------------------------------------------------------------------------------------ energy
@@ -111,3 +167,17 @@ def convolution_features(
     return {
         kind: {name: torch.cat(parts) for name, parts in layers.items()} for kind, layers in found.items()
     }
+
+
+def output_directions(model: nn.Module, data: Dataset) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
+    """Directions that hold most of the energy of each convolution's output over the training images: totals, by layer."""
+    batches = Batches(data, "train", shuffle=True, augment=True)
+    found = convolution_features(model, batches, ("corner", "mean"))
+    by_layer: dict[str, dict[str, int]] = {
+        kind: {name: directions(energy(values), ENERGY) for name, values in layers.items()}
+        for kind, layers in found.items()
+    }
+    totals = {
+        f"directions_{kind}": float(sum(layers.values())) for kind, layers in by_layer.items() if layers
+    }
+    return totals, by_layer

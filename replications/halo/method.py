@@ -311,9 +311,9 @@ class SWS(_Shrinkage):
 # ------------------------------------------------------------------------------------------ schedules
 
 
-def milestone_drops(epochs: int, per_epoch: int, milestones: Sequence[int]) -> list[int]:
-    """Number of milestones (epochs from 0, dropping before the epoch) that each iteration has behind it."""
-    return [sum(epoch >= m for m in milestones) for epoch in range(epochs) for _ in range(per_epoch)]
+def milestone_drops(iterations: int, milestones: Sequence[int]) -> list[int]:
+    """Number of milestones (iterations from 0, dropping before the iteration) that each iteration has behind it."""
+    return [sum(iteration >= m for m in milestones) for iteration in range(iterations)]
 
 
 def step_drops(iterations: int, size: int) -> list[int]:

@@ -1,46 +1,36 @@
-"""Which runs test the claims of the HALO paper, and how one run is executed.
+"""The experiment of the HALO paper: penalties masked once after training, against magnitude pruning with fine-tuning.
 
 A penalty is trained once per seed; the masks of all targets start from that network. Fine-tuned magnitude
 pruning starts from the network that was trained without a penalty. Each variant's setting is the one of its
-trials with the best mean validation accuracy over the tuning seeds, at the tuning target.
+trials with the best mean validation accuracy, at the tuning target.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from common.core.data import Batches, Dataset
-from common.core.failures import Diverged, Unreachable
-from common.core.identity import stream
-from common.core.models import Network, architecture, build
-from common.core.models.chain import MLP
-from common.core.pruning.counting import cost
+from common.core import experiment
+from common.core.experiment import Cells, CellSettings, Cuts, VariantSettings
+from common.core.failures import Unreachable
+from common.core.models import Network
 from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
-from common.core.run import Context, Outcome, Run
-from common.core.trainer import Hooks, Trainer
-from common.settings import (
-    CellSettings,
-    Count,
-    DatasetSettings,
-    PaperSettings,
-    Profile,
-    Rate,
-    Seeds,
-    SettingsError,
-    Sparsity,
-    Strict,
-    Targets,
-)
+from common.core.recipe import NotNegative, Recipe
+from common.core.run import Context, Job, Outcome
+from common.core.trainer import Trainer
+from common.core.tuning import Tuned, TuningSettings, tuned
+from common.records import TRIAL
+from common.settings import Count, Rate, SettingsError, Sparsity, Strict
 from replications.halo import measures, method
 
-PAPER = "halo"
-
+Variant = Literal[
+    "none", "l1", "sws", "sws-official", "mcp", "halo", "halo-official",
+    "magnitude-one-shot", "magnitude-iterative",
+]  # fmt: skip
 Kind = Literal["none", "l1", "sws", "mcp", "halo"]
 # variant -> its penalty, and which reading of the learning rates it is trained with
 PENALISED: dict[str, tuple[Kind, method.Coupling]] = {
@@ -52,24 +42,10 @@ PENALISED: dict[str, tuple[Kind, method.Coupling]] = {
     "halo": ("halo", "intended"),
     "halo-official": ("halo", "official"),
 }
-ONE_SHOT, ITERATIVE = "magnitude-one-shot", "magnitude-iterative"
-# begins the names of runs from which a setting is chosen
-TRIAL = "tuning-"
-Variant = Literal[
-    "none", "l1", "sws", "sws-official", "mcp", "halo", "halo-official",
-    "magnitude-one-shot", "magnitude-iterative",
-]  # fmt: skip
+UNPENALISED, ONE_SHOT, ITERATIVE = "none", "magnitude-one-shot", "magnitude-iterative"
 TRAINS_LAMBDAS = ("sws", "halo")
-# how the paper's own networks differ from the architectures of the same name
-OPTIONS: dict[str, dict[str, Any]] = {
-    "digits_cnn": {"conv_init": "fan_in"},
-    "vgg16": {"conv_init": "fan_in", "conv_bias": True, "final_pool": "average"},
-}
-# of the energy, the share that the counted directions hold
-ENERGY = 0.9
 
-NotNegative = Annotated[float, Field(ge=0)]
-Several = Annotated[tuple[Sparsity, ...], Field(min_length=1)]
+# ------------------------------------------------------------------------------------------ settings
 
 
 class Strength(Strict):
@@ -113,468 +89,302 @@ class TrialSettings(Strict):
         return self
 
 
-class FineTuning(Strict):
-    """Magnitude pruning of the network that was trained without a penalty."""
+class LambdaSettings(Strict):
+    """How lambdas begin and are trained."""
 
-    epochs: Count = 6
-    """After the mask, or after each round."""
-    one_shot: Several = (0.95, 0.98)
-    """Targets of one mask and one fine-tuning."""
-    rounds: Several = (0.9, 0.95, 0.98)
-    """Targets reached one after the other, with fine-tuning after each."""
-
-    @field_validator("rounds")
-    @classmethod
-    def _rising(cls, rounds: tuple[float, ...]) -> tuple[float, ...]:
-        if list(rounds) != sorted(set(rounds)) or rounds[0] == 0:
-            raise ValueError("must rise from above 0")
-        return rounds
-
-
-class Settings(PaperSettings):
-    architecture: str = "digits_cnn"
-    layers: Layers = "conv"
-    """Whose weights and biases are penalised, and weights pruned: `conv` as in the CIFAR scripts, or all."""
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = (
-        "none", "l1", "sws", "mcp", "halo", "halo-official", "magnitude-one-shot", "magnitude-iterative",
-    )  # fmt: skip
-    targets: Targets = (0.8, 0.9, 0.95, 0.98, 0.99)
-    """Sparsities of the mask after training, without fine-tuning."""
-    trials: TrialSettings = TrialSettings()
-    tuning_seeds: Seeds = (1000,)
-    tuning_target: Sparsity = 0.98
-    fine_tuning: FineTuning = FineTuning()
-    epochs: Count = 24
-    batch_size: Count = 32
-    learning_rate: Rate = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NotNegative = 1e-4
-    schedule: Literal["milestones", "steps"] = "milestones"
-    """Drop before the epochs `milestones` (CIFAR scripts), or every `step_iterations` (MNIST script)."""
-    milestones: tuple[Count, ...] = (12, 18)
-    step_iterations: Count = 25000
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Factor of a drop."""
-    lambda_learning_rate: Rate | None = None
-    """First learning rate of the lambdas, lowered as theirs is; that of the weights when absent."""
-    lambda_init: Rate = 1.0
-    lambda_target: NotNegative = 0.0
+    learning_rate: Rate | None = None
+    """The first one, lowered as theirs is; that of the weights when absent."""
+    init: Rate = 1.0
+    target: NotNegative = 0.0
     """HALO: the sum of all |lambda| that psi pulls towards; 0 is the paper's sum without a target."""
-    lambda_target_mode: method.TargetMode = "L1"
+    target_mode: method.TargetMode = "L1"
     psi_every: Count | None = None
     """Multiply psi by 10 / gamma at every epoch divisible by this, epoch 0 included."""
+
+
+class Settings(VariantSettings, TuningSettings):
+    cells: Cells = (CellSettings(architecture="digits_cnn", options={"conv_init": "fan_in"}),)
+    targets: Cuts = (0.8, 0.9, 0.95, 0.98, 0.99)
+    """Sparsities of the mask after training, without fine-tuning."""
+    variants: dict[Variant, Cuts | Literal["all"]] = {
+        "none": "all", "l1": "all", "sws": "all", "mcp": "all", "halo": "all", "halo-official": "all",
+        "magnitude-one-shot": (0.95, 0.98), "magnitude-iterative": (0.9, 0.95, 0.98),
+    }  # fmt: skip
+    """Magnitude pruning is fine-tuned after its mask; the targets of the iterative one are its rounds."""
+    layers: Layers = "conv"
+    """Whose weights and biases are penalised, and weights pruned: `conv` as in the CIFAR scripts, or all."""
+    training: Recipe = Recipe(epochs=24, batch_size=32, learning_rate=0.1, weight_decay=1e-4)
+    step_iterations: Count | None = None
+    """Drop every so many iterations (MNIST script) in place of the milestones (CIFAR scripts)."""
+    lambdas: LambdaSettings = LambdaSettings()
+    fine_tuning_epochs: Count = 6
+    """Of magnitude pruning, after the mask or after each round."""
+    trials: TrialSettings = TrialSettings()
+    tuning_target: Sparsity = 0.98
     fixed_threshold: Rate = 1e-3
     """After training, the share of weights below this and the accuracy without them are measured too."""
-    cells: Annotated[tuple[CellSettings, ...], Field(min_length=1)] = (CellSettings(),)
-    """The experiment is made in each; one that changes nothing is the above on the profile's data set."""
-
-    @field_validator("architecture")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            architecture(name)
-        except SettingsError as error:
-            raise ValueError(str(error)) from None
-        return name
 
     @model_validator(mode="after")
     def _possible(self) -> Settings:
-        if set(self.seeds) & set(self.tuning_seeds):
-            raise ValueError("seeds and tuning_seeds must have no seed in common")
-        if 0 in (*self.targets, *self.fine_tuning.one_shot, self.tuning_target):
-            raise ValueError("targets must be above 0; the unpruned network is always measured")
-        if self.layers == "conv" and issubclass(architecture(self.architecture).network, MLP):
-            raise ValueError(f"{self.architecture} has no convolutions: layers must be conv+linear")
-        last = max(self.milestones, default=0)
-        if list(self.milestones) != sorted(set(self.milestones)) or last >= self.epochs:
-            raise ValueError(f"milestones must rise and lie before the end of the {self.epochs} epochs")
-        if ITERATIVE in self.variants and self.tuning_target not in self.fine_tuning.rounds:
-            raise ValueError(f"tuning_target = {self.tuning_target} must be one of fine_tuning.rounds")
+        rounds = self.wanted.get(ITERATIVE)
+        if rounds and list(rounds) != sorted(rounds):
+            raise ValueError(f"variants.{ITERATIVE}: its rounds must rise")
+        if rounds and self.tuning_target not in rounds:
+            raise ValueError(f"tuning_target = {self.tuning_target} must be one of variants.{ITERATIVE}")
+        if self.training.schedule != "multistep" or self.training.warmup_epochs:
+            raise ValueError("training.schedule must be multistep without a warm-up")
         return self
 
 
-def network(name: str, classes: int, image_shape: Sequence[int], **options: Any) -> Network:
-    """The paper's form of an architecture; options as for `common.core.models.build`."""
-    return build(name, classes=classes, image_shape=image_shape, **OPTIONS.get(name, {}), **options)
+# ------------------------------------------------------------------------------------------ jobs
 
 
-# ------------------------------------------------------------------------------------------ which runs
+class Penalised(Job):
+    """A training with a penalty."""
+
+    training: Recipe
+    layers: Layers
+    penalty: Kind
+    coupling: method.Coupling
+    lambdas: LambdaSettings
+    step_iterations: Count | None
+
+    def rates(self, per_epoch: int) -> tuple[list[float], list[float] | None]:
+        """Learning rates of the weights, and of lambdas if there are any."""
+        recipe, by_step = self.training, self.step_iterations is not None
+        if self.step_iterations is not None:
+            drops = method.step_drops(recipe.epochs * per_epoch, self.step_iterations)
+        else:
+            drops = method.milestone_drops(recipe.epochs * per_epoch, recipe.drops(per_epoch))
+        trains_lambdas = self.penalty in TRAINS_LAMBDAS
+        rate, gamma = recipe.learning_rate, recipe.gamma
+        return method.learning_rates(drops, rate, gamma, trains_lambdas, self.coupling, by_step)
+
+    def penalty_on(self, model: Network, strength: Strength | None, per_epoch: int) -> method.Penalty | None:
+        """The penalty of a network that is about to be trained."""
+        if strength is None:
+            return None
+        common = method.penalised(model, self.layers), strength.xi, strength.psi
+        if self.penalty == "l1":
+            return method.L1(*common, self.lambdas.init)
+        if self.penalty == "mcp":
+            return method.MCP(*common)
+        recipe, of_lambdas = self.training, self.rates(per_epoch)[1]
+        assert of_lambdas is not None  # both penalties that are left train them
+        factor = (self.lambdas.learning_rate or recipe.learning_rate) / recipe.learning_rate
+        training = method.LambdaTraining(
+            rates=[rate * factor for rate in of_lambdas],
+            momentum=recipe.momentum,
+            weight_decay=self.lambda_decay(strength),
+            init=self.lambdas.init,
+            psi_by_epoch=method.psi_schedule(
+                strength.psi, recipe.gamma, self.lambdas.psi_every, recipe.epochs
+            ),
+        )
+        if self.penalty == "sws":
+            return method.SWS(*common, training)
+        return method.HALO(*common, training, self.lambdas.target, self.lambdas.target_mode)
+
+    def lambda_decay(self, strength: Strength) -> float:
+        """Weight decay of the lambdas."""
+        own = strength.lambda_weight_decay
+        return self.training.weight_decay if own is None else own
+
+    def trained(
+        self, context: Context, strength: Strength | None
+    ) -> tuple[Trainer, method.Penalty | None, measures.NearZero]:
+        """The network at the end of its training, its penalty and the counts of near-zero weights."""
+        model, per_epoch = context.network(), self.training.per_epoch(context.data)
+        penalty, counters = self.penalty_on(model, strength, per_epoch), measures.NearZero()
+        hooks = [counters] if penalty is None else [penalty, counters]
+        trainer = self.training.trainer(context, model, hooks)
+        trainer.fit(self.rates(per_epoch)[0])
+        return trainer, penalty, counters
 
 
-def runs(profile: Profile) -> list[Run]:
-    """All runs of the profile; a run lists the trials that its setting is chosen from."""
-    listed = []
-    for number, cell in enumerate(profile.paper.cells):
-        settings = profile.paper.changed(cell.settings, f"{PAPER}.cells[{number}].settings")
-        of_cell = _Runs(settings, cell.data or profile.dataset)
-        for seed in settings.seeds:
-            for variant in settings.variants:
-                listed += of_cell.of(variant, seed)
-    return listed
+class Trial(Penalised):
+    """One setting of a penalty, masked at the tuning target."""
+
+    strength: Strength
+
+    def execute(self, context: Context) -> Outcome:
+        trainer, _, _ = self.trained(context, self.strength)
+        _cut(trainer.model, self.layers, self.target)
+        return context.measured(trainer, details={"trial": self.strength})
 
 
-class _Runs:
-    """The runs of one cell. What several runs start from is the same run each time."""
+class Train(Penalised):
+    """The best trial's penalty, and the network before any mask."""
 
-    def __init__(self, settings: Settings, data: DatasetSettings):
-        self.settings, self.data = settings, data
-        self.tuned = len(self.settings.trials.halo) > 1
+    strength: Tuned[Strength] | None
+    fixed_threshold: Rate
 
-    def of(self, variant: Variant, seed: int) -> list[Run]:
-        """The runs of a variant with a seed of the experiment."""
-        trials, needs = self._trials(variant), self._tuning(variant)
-        if variant == ONE_SHOT:
-            dense = self._training("none", "none", seed)
-            targets = self.settings.fine_tuning.one_shot
-            return [self._fine_tuning(variant, target, seed, dense, trials, needs) for target in targets]
-        if variant == ITERATIVE:
-            return self._rounds(variant, seed, self._training("none", "none", seed), trials, needs)
-        trained = self._training(variant, variant, seed, trials, needs)
-        targets = self.settings.targets
-        return [trained, *(self._run(variant, "mask", target, seed, {}, (trained,)) for target in targets)]
-
-    def _trials(self, variant: Variant) -> list[Any]:
-        if variant in (ONE_SHOT, ITERATIVE):
-            return list(self.settings.trials.fine_tuning)
-        kind = PENALISED[variant][0]
-        strengths = () if kind == "none" else getattr(self.settings.trials, kind)
-        return [strength.model_dump(mode="json") for strength in strengths]
-
-    def _tuning(self, variant: Variant) -> list[Run]:
-        """Every trial with every tuning seed, at the tuning target; none where there is no choice."""
-        if not self.tuned:
-            return []
-        target = self.settings.tuning_target
-        found = []
-        for number, trial in enumerate(self._trials(variant)):
-            for seed in self.settings.tuning_seeds:
-                name = f"{TRIAL}{variant}-{number}"
-                if variant in PENALISED:
-                    found.append(self._training(name, variant, seed, [trial], step="trial", target=target))
-                    continue
-                dense = self._training(f"{TRIAL}none", "none", seed)
-                if variant == ONE_SHOT:
-                    found.append(self._fine_tuning(name, target, seed, dense, [trial]))
-                else:
-                    rounds = self._rounds(name, seed, dense, [trial])
-                    found.append(next(run for run in rounds if run.target == target))
-        return found
-
-    def _training(
-        self,
-        name: str,
-        variant: Variant,
-        seed: int,
-        trials: Sequence[Any] = (),
-        needs: Sequence[Run] = (),
-        step: str = "training",
-        target: float = 0.0,
-    ) -> Run:
-        kind, coupling = PENALISED[variant]
-        names = {"epochs", "learning_rate", "gamma", "schedule", "fixed_threshold"}
-        names |= {"milestones"} if self.settings.schedule == "milestones" else {"step_iterations"}
-        if kind in TRAINS_LAMBDAS:
-            names |= {"lambda_learning_rate", "psi_every"}
-        if kind == "halo":
-            names |= {"lambda_target", "lambda_target_mode"}
-        if kind in ("l1", *TRAINS_LAMBDAS):
-            names |= {"lambda_init"}
-        held = self.settings.model_dump(mode="json", include=names)
-        held |= {"penalty": kind, "coupling": coupling, "trials": list(trials)}
-        return self._run(name, step, target, seed, held, needs)
-
-    def _fine_tuning(
-        self,
-        name: str,
-        target: float,
-        seed: int,
-        start: Run,
-        trials: Sequence[Any],
-        needs: Sequence[Run] = (),
-    ) -> Run:
-        held = {"epochs": self.settings.fine_tuning.epochs, "trials": list(trials), "from": start.target}
-        return self._run(name, "fine-tuning", target, seed, held, (start, *needs))
-
-    def _rounds(
-        self, name: str, seed: int, start: Run, trials: Sequence[Any], needs: Sequence[Run] = ()
-    ) -> list[Run]:
-        found: list[Run] = []
-        for target in self.settings.fine_tuning.rounds:
-            found.append(self._fine_tuning(name, target, seed, found[-1] if found else start, trials, needs))
-        return found
-
-    def _run(
-        self, name: str, step: str, target: float, seed: int, held: dict[str, Any], needs: Sequence[Run]
-    ) -> Run:
-        shared = {"layers", "batch_size", "momentum", "weight_decay"}
-        settings = {"step": step, "data": self.data.model_dump(mode="json")}
-        settings |= self.settings.model_dump(mode="json", include=shared) | held
-        place = (self.data.name, self.settings.architecture)
-        return Run(PAPER, name, *place, target, seed, settings, tuple(needs))
+    def execute(self, context: Context) -> Outcome:
+        strength = None if self.strength is None else self.strength.chosen(context)
+        trainer, penalty, counters = self.trained(context, strength)
+        model = trainer.model
+        weights = prunable(model, self.layers)
+        state = {"model": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+        outcome = context.measured(trainer, state=state)
+        logs = [counters.rows] if penalty is None else [counters.rows, penalty.log]
+        outcome.curves = [dict(ChainMap(*rows)) for rows in zip(trainer.history, *logs, strict=True)]
+        outcome.metrics |= {"training_epochs": trainer.epochs_done, **ChainMap(*(log[-1] for log in logs))}
+        if isinstance(penalty, method.HALO) and strength:
+            state["lambdas"] = penalty.lambdas_of(weights)
+            outcome.metrics |= measures.lambdas(penalty, self.lambda_decay(strength))
+        totals, directions = measures.output_directions(model, context.data)
+        outcome.metrics |= totals
+        outcome.details |= {"chosen": strength, "directions": directions}
+        # last, because it changes the network
+        outcome.metrics |= measures.at_threshold(trainer, context.data, weights, self.fixed_threshold)
+        return outcome
 
 
-# ------------------------------------------------------------------------------------------ one run
+class Mask(Job):
+    """A trained network, masked once; no fine-tuning, and no new batch-norm statistics."""
+
+    start: Train
+
+    def execute(self, context: Context) -> Outcome:
+        start = context.of(self.start)
+        trainer = _restored(self.start.training, context, start.state["model"])
+        found = _cut(trainer.model, self.start.layers, self.target)
+        outcome = _masked(context, trainer, found, self.start.layers)
+        outcome.metrics["training_epochs"] = start.record.metrics["training_epochs"]
+        if lambdas := start.state.get("lambdas"):
+            weights = prunable(trainer.model, self.start.layers)
+            survivors = [weights[name].detach()[mask] for name, mask in found.kept.items()]
+            theirs = [lambdas[name].to(mask.device)[mask] for name, mask in found.kept.items()]
+            outcome.metrics["lambda_correlation_kept"] = measures.rank_correlation(survivors, theirs)
+        return outcome
 
 
-def execute(run: Run, context: Context) -> Outcome:
-    """Train, mask or fine-tune, and measure. Raises RunFailed."""
-    steps = {"training": _train, "trial": _try, "mask": _mask, "fine-tuning": _fine_tune}
-    return steps[run.settings["step"]](run, context, context.dataset(run.settings["data"]))
+class FineTune(Job):
+    """A network masked down to the target and trained on, with the pruned weights held at zero."""
+
+    start: Train | FineTune
+    layers: Layers
+    training: Tuned[Recipe]
+
+    def execute(self, context: Context) -> Outcome:
+        start, recipe = context.of(self.start), self.training.chosen(context)
+        trainer = _restored(recipe, context, start.state["model"])
+        # of the weights that earlier rounds have left; rounded, because 0.4999... of an even number is one less
+        share = round(1 - (1 - self.target) / (1 - self.start.target), 12)
+        found = _cut(trainer.model, self.layers, share)
+        trainer.add_hook(KeepMasked(Masks(found.kept)))
+        trainer.fit(recipe.rates(len(trainer.batches)), "fine-tuning")
+        outcome = _masked(context, trainer, found, self.layers)
+        outcome.metrics["training_epochs"] = start.record.metrics["training_epochs"] + trainer.epochs_done
+        outcome.details["chosen"] = recipe.learning_rate
+        outcome.state, outcome.curves = {"model": trainer.model.state_dict()}, trainer.history
+        return outcome
 
 
-def _train(run: Run, context: Context, data: Dataset) -> Outcome:
-    """Train with the best trial's penalty, and measure the network before any mask."""
-    trial = _chosen(run, context.needs)
-    trainer, penalty, counters = _training(run, context, data, trial)
-    trainer.fit(_rates(run, len(trainer.batches))[0])
-    logs = [counters.rows] if penalty is None else [counters.rows, penalty.log]
-    curves = [dict(ChainMap(*rows)) for rows in zip(trainer.history, *logs, strict=True)]
-    metrics, details = _measured(context, trainer, data)
-    metrics |= {key: value for log in logs for key, value in log[-1].items()}
-    metrics |= _lambda_metrics(run, penalty, trial)
-    energies, details["directions"] = _energy(trainer.model, data)
-    state = {"model": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}}
-    if isinstance(penalty, method.HALO):
-        state["lambdas"] = penalty.lambdas_of(prunable(trainer.model, run.settings["layers"]))
-    costs = cost(trainer.model, data.image_shape)
-    # last, because it changes the network
-    metrics |= energies | _at_fixed_threshold(run, trainer, data)
-    return Outcome(metrics, costs, curves, state, details | {"chosen": trial})
+FineTune.model_rebuild()
 
 
-def _try(run: Run, context: Context, data: Dataset) -> Outcome:
-    """Train with one setting and mask; what diverges is scored as it is: it loses, and stops nothing."""
-    (trial,) = run.settings["trials"]
-    trainer, _, _ = _training(run, context, data, trial)
-    details: dict[str, Any] = {"trial": trial}
-    try:
-        trainer.fit(_rates(run, len(trainer.batches))[0])
-    except Diverged as reason:
-        details["diverged"] = str(reason)
-    else:
-        _cut(run, trainer.model, run.target)
-    costs = cost(trainer.model, data.image_shape)
-    return Outcome(context.scores(trainer, data), costs, trainer.history, None, details)
+def _restored(recipe: Recipe, context: Context, weights: dict[str, Any]) -> Trainer:
+    model = context.network()
+    model.load_state_dict(weights)
+    return recipe.trainer(context, model)
 
 
-def _mask(run: Run, context: Context, data: Dataset) -> Outcome:
-    """Mask a trained network once; no fine-tuning, and no new batch-norm statistics."""
-    (start,) = context.needs
-    trainer = _restored(run, context, data)
-    found = _cut(run, trainer.model, run.target)
-    metrics, details = _measured(context, trainer, data, found)
-    metrics["training_epochs"] = start.record.metrics["training_epochs"]
-    if "lambdas" in start.state:
-        weights = prunable(trainer.model, run.settings["layers"])
-        survivors = [weights[name].detach()[mask] for name, mask in found.kept.items()]
-        theirs = [start.state["lambdas"][name].to(mask.device)[mask] for name, mask in found.kept.items()]
-        metrics["lambda_correlation_kept"] = measures.rank_correlation(survivors, theirs)
-    return Outcome(metrics, cost(trainer.model, data.image_shape), [], None, details)
-
-
-def _fine_tune(run: Run, context: Context, data: Dataset) -> Outcome:
-    """Mask down to the target and train what is left, with the pruned weights held at zero."""
-    start, *trials = context.needs
-    rate = _chosen(run, trials)
-    trainer = _restored(run, context, data)
-    epochs = start.record.metrics["training_epochs"]
-    if "diverged" in start.record.details:
-        return _lost(context, trainer, data, epochs, start.record.details["diverged"])
-    # of the weights that earlier rounds have left; rounded, because 0.4999... of an even number is one less
-    share = round(1 - (1 - run.target) / (1 - run.settings["from"]), 12)
-    found = _cut(run, trainer.model, share)
-    trainer.add_hook(KeepMasked(Masks(found.kept)))
-    try:
-        trainer.fit([rate] * (run.settings["epochs"] * len(trainer.batches)), "fine-tuning")
-    except Diverged as reason:
-        if not run.variant.startswith(TRIAL):
-            raise
-        return _lost(context, trainer, data, epochs, str(reason))
-    metrics, details = _measured(context, trainer, data, found)
-    metrics["training_epochs"] = epochs + trainer.epochs_done
-    state = {"model": trainer.model.state_dict()}
-    costs = cost(trainer.model, data.image_shape)
-    return Outcome(metrics, costs, trainer.history, state, details | {"chosen": rate})
-
-
-def _lost(context: Context, trainer: Trainer, data: Dataset, epochs: float, reason: str) -> Outcome:
-    """A trial of fine-tuning that has diverged, in this round or an earlier one, scored as it is."""
-    metrics = context.scores(trainer, data) | {"training_epochs": epochs}
-    state = {"model": trainer.model.state_dict()}
-    costs = cost(trainer.model, data.image_shape)
-    return Outcome(metrics, costs, trainer.history, state, {"diverged": reason})
-
-
-def _chosen(run: Run, tuning: Sequence[Any]) -> Any:
-    """The trial with the best mean validation accuracy, of equal ones the first; none that has diverged, if any has not."""
-    trials = run.settings["trials"]
-    if len(trials) < 2:
-        return trials[0] if trials else None
-    each = len(tuning) // len(trials)
-    scores = [
-        -1.0 if "diverged" in need.record.details else need.record.metrics["validation_accuracy"]
-        for need in tuning
-    ]
-    means = [sum(scores[i * each : (i + 1) * each]) / each for i in range(len(trials))]
-    return trials[means.index(max(means))]
-
-
-# ------------------------------------------------------------------------------------------ training
-
-
-def _network(run: Run, context: Context, data: Dataset) -> nn.Module:
-    seed = stream(run.seed, "init")
-    return context.compute.place(network(run.architecture, data.classes, data.image_shape, seed=seed))
-
-
-def _trainer(
-    run: Run, context: Context, data: Dataset, model: nn.Module, hooks: Sequence[Hooks] = ()
-) -> Trainer:
-    held = run.settings
-    momentum, weight_decay = held["momentum"], held["weight_decay"]
-    return context.trainer(
-        model, data, held["batch_size"], hooks, momentum=momentum, weight_decay=weight_decay
-    )
-
-
-def _training(
-    run: Run, context: Context, data: Dataset, trial: Mapping[str, Any] | None
-) -> tuple[Trainer, method.Penalty | None, measures.NearZero]:
-    model = _network(run, context, data)
-    per_epoch = -(-len(data.labels["train"]) // run.settings["batch_size"])
-    penalty = _penalty(run, model, trial, per_epoch)
-    log = measures.NearZero()
-    hooks = [log] if penalty is None else [penalty, log]
-    return _trainer(run, context, data, model, hooks), penalty, log
-
-
-def _rates(run: Run, per_epoch: int) -> tuple[list[float], list[float] | None]:
-    held = run.settings
-    by_step = held["schedule"] == "steps"
-    if by_step:
-        drops = method.step_drops(held["epochs"] * per_epoch, held["step_iterations"])
-    else:
-        drops = method.milestone_drops(held["epochs"], per_epoch, held["milestones"])
-    trains_lambdas = held["penalty"] in TRAINS_LAMBDAS
-    rate, gamma = held["learning_rate"], held["gamma"]
-    return method.learning_rates(drops, rate, gamma, trains_lambdas, held["coupling"], by_step)
-
-
-def _penalty(
-    run: Run, model: nn.Module, trial: Mapping[str, Any] | None, per_epoch: int
-) -> method.Penalty | None:
-    held = run.settings
-    if trial is None:
-        return None
-    common = method.penalised(model, held["layers"]), trial["xi"], trial["psi"]
-    if held["penalty"] == "l1":
-        return method.L1(*common, held["lambda_init"])
-    if held["penalty"] == "mcp":
-        return method.MCP(*common)
-    of_lambdas = _rates(run, per_epoch)[1]
-    assert of_lambdas is not None  # both penalties that are left train them
-    factor = (held["lambda_learning_rate"] or held["learning_rate"]) / held["learning_rate"]
-    training = method.LambdaTraining(
-        rates=[rate * factor for rate in of_lambdas],
-        momentum=held["momentum"],
-        weight_decay=_lambda_weight_decay(run, trial),
-        init=held["lambda_init"],
-        psi_by_epoch=method.psi_schedule(trial["psi"], held["gamma"], held["psi_every"], held["epochs"]),
-    )
-    if held["penalty"] == "sws":
-        return method.SWS(*common, training)
-    return method.HALO(*common, training, held["lambda_target"], held["lambda_target_mode"])
-
-
-def _lambda_weight_decay(run: Run, trial: Mapping[str, Any]) -> float:
-    own = trial["lambda_weight_decay"]
-    return run.settings["weight_decay"] if own is None else own
-
-
-def _restored(run: Run, context: Context, data: Dataset) -> Trainer:
-    model = _network(run, context, data)
-    model.load_state_dict(context.needs[0].state["model"])
-    return _trainer(run, context, data, model)
-
-
-def _cut(run: Run, model: nn.Module, share: float) -> method.Cut:
+def _cut(model: Any, layers: Layers, share: float) -> method.Cut:
     """Find the mask of the paper's rule and apply it."""
     try:
-        found = method.cut(prunable(model, run.settings["layers"]), share)
+        found = method.cut(prunable(model, layers), share)
     except ValueError as error:
         raise Unreachable(str(error)) from None
     Masks(found.kept).apply(model)
     return found
 
 
-# ------------------------------------------------------------------------------------------ measuring
-
-
-def _measured(
-    context: Context, trainer: Trainer, data: Dataset, found: method.Cut | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _masked(context: Context, trainer: Trainer, found: method.Cut, layers: Layers) -> Outcome:
     """Scores, and what the mask has left in each layer."""
-    metrics: dict[str, Any] = context.scores(trainer, data)
-    if found is None:
-        return metrics | {"training_epochs": trainer.epochs_done}, {}
-    weights = prunable(trainer.model, context.run.settings["layers"])
-    kept = torch.cat([weights[name].detach().abs()[mask] for name, mask in found.kept.items()])
-    total = sum(w.numel() for w in weights.values())
-    by_layer = measures.densities(found.kept)
-    first, *_, last = by_layer.values()
-    density = kept.numel() / total
-    metrics |= {
-        "prunable_sparsity": 1 - density,
-        "kept_magnitude": kept.mean().item() if kept.numel() else None,
-        "first_layer_density": first,
-        "last_layer_density": last,
-        "first_layer_ratio": first / density if density else None,
-    }
-    details = {
-        "density": by_layer,
-        "emptied": found.emptied,
-        "threshold": found.threshold,
-        "index": found.index,
-        "float32_index": found.float32_index,
-        "pruned": total - kept.numel(),
-    }
-    return metrics, details
+    outcome = context.measured(trainer)
+    metrics, details = measures.of_mask(found, prunable(trainer.model, layers))
+    outcome.metrics |= metrics
+    outcome.details |= details
+    return outcome
 
 
-def _lambda_metrics(
-    run: Run, penalty: method.Penalty | None, trial: Mapping[str, Any] | None
-) -> dict[str, float | None]:
-    """HALO: how lambdas follow the weights, and how far they are from where they would settle."""
-    if not isinstance(penalty, method.HALO) or trial is None:
-        return {}
-    metrics: dict[str, float | None] = {
-        "lambda_correlation": measures.rank_correlation(penalty.tensors, penalty.lambdas)
-    }
-    decay = _lambda_weight_decay(run, trial)
-    if penalty.psi > 0 or decay > 0:
-        sizes = torch.cat([weight.detach().abs().flatten() for weight in penalty.tensors])
-        lambdas = torch.cat([part.abs().flatten() for part in penalty.lambdas])
-        settled, _ = method.stationary_lambda(sizes, penalty.xi, penalty.psi, decay)
-        metrics["lambda_excess"] = (lambdas.double() / settled.clamp(min=1e-12)).log10().median().item()
-    return metrics
+# ------------------------------------------------------------------------------------------ which jobs
 
 
-def _energy(model: nn.Module, data: Dataset) -> tuple[dict[str, float], dict[str, Any]]:
-    """Directions that hold most of the energy of each convolution's output over the training images."""
-    batches = Batches(data, "train", shuffle=True, augment=True)
-    found = measures.convolution_features(model, batches, ("corner", "mean"))
-    details: dict[str, Any] = {
-        kind: {name: measures.directions(measures.energy(values), ENERGY) for name, values in layers.items()}
-        for kind, layers in found.items()
-    }
-    totals = {f"directions_{kind}": float(sum(layers.values())) for kind, layers in details.items() if layers}
-    return totals, details
+class Experiment(experiment.Experiment[Settings]):
+    """The jobs of one cell. What several jobs start from is the same job each time."""
 
+    def jobs(self, seed: int) -> Iterator[Job]:
+        if self.settings.layers == "conv" and not any(
+            isinstance(m, nn.Conv2d) for m in self.network.modules()
+        ):
+            raise SettingsError("the network has no convolutions: layers must be conv+linear")
+        for name, targets in self.settings.wanted.items():
+            if name == ONE_SHOT:
+                tuning = self.fine_tuning(name, targets, seed)
+                dense = self.train(UNPENALISED, seed)
+                yield from (self.fine_tuned(name, target, dense, tuning) for target in targets)
+            elif name == ITERATIVE:
+                tuning = self.fine_tuning(name, targets, seed)
+                yield from self.rounds(name, targets, self.train(UNPENALISED, seed), tuning)
+            else:
+                trained = self.train(name, seed)
+                yield trained
+                for target in targets:
+                    yield Mask(variant=name, cell=self.cell, target=target, seed=seed, start=trained)
 
-def _at_fixed_threshold(run: Run, trainer: Trainer, data: Dataset) -> dict[str, float]:
-    """Sparsity and test accuracy when all weights below the fixed threshold go."""
-    weights = prunable(trainer.model, run.settings["layers"])
-    masks = Masks(method.fixed_threshold(weights, run.settings["fixed_threshold"]))
-    masks.apply(trainer.model)
-    scores = trainer.evaluate(Batches(data, "test"))
-    return {"threshold_sparsity": masks.sparsity, "threshold_test_accuracy": scores["accuracy"]}
+    def penalised(self, variant: str) -> dict[str, Any]:
+        """What a variant's training has in common with its trials."""
+        penalty, coupling = PENALISED[variant]
+        names = "training", "layers", "lambdas", "step_iterations"
+        return {"cell": self.cell, "penalty": penalty, "coupling": coupling} | {
+            name: getattr(self.settings, name) for name in names
+        }
+
+    def train(self, variant: str, seed: int) -> Train:
+        """The network that is trained with a variant's penalty."""
+        shared, penalty, strength = self.penalised(variant), PENALISED[variant][0], None
+        if penalty != "none":
+            strength = tuned(
+                self.settings,
+                seed,
+                variant,
+                getattr(self.settings.trials, penalty),
+                lambda name, strength, seed: Trial(
+                    variant=name, seed=seed, target=self.settings.tuning_target, strength=strength, **shared
+                ),
+            )
+        # a seed that is there for tuning alone has no run of the experiment
+        name = variant if seed in self.settings.seeds else f"{TRIAL}{variant}"
+        threshold = self.settings.fixed_threshold
+        return Train(variant=name, seed=seed, strength=strength, fixed_threshold=threshold, **shared)
+
+    def fine_tuning(self, variant: str, targets: Sequence[float], seed: int) -> Tuned[Recipe]:
+        """The recipe of fine-tuning, chosen at the tuning target."""
+        recipe = self.settings.training.changed(epochs=self.settings.fine_tuning_epochs, schedule="constant")
+        target = self.settings.tuning_target
+
+        def trial(name: str, option: Recipe, seed: int) -> Job:
+            dense, alone = self.train(UNPENALISED, seed), Tuned((option,))
+            if variant == ONE_SHOT:
+                return self.fine_tuned(name, target, dense, alone)
+            return next(job for job in self.rounds(name, targets, dense, alone) if job.target == target)
+
+        options = [recipe.changed(learning_rate=rate) for rate in self.settings.trials.fine_tuning]
+        return tuned(self.settings, seed, variant, options, trial)
+
+    def fine_tuned(
+        self, name: str, target: float, start: Train | FineTune, training: Tuned[Recipe]
+    ) -> FineTune:
+        """A network that is masked and trained on."""
+        identity = {"variant": name, "cell": self.cell, "target": target, "seed": start.seed}
+        return FineTune(**identity, start=start, layers=self.settings.layers, training=training)
+
+    def rounds(
+        self, name: str, targets: Sequence[float], start: Train | FineTune, training: Tuned[Recipe]
+    ) -> Iterator[FineTune]:
+        """The rounds of iterative pruning, each from the one before."""
+        for target in targets:
+            start = self.fine_tuned(name, target, start, training)
+            yield start

@@ -6,11 +6,13 @@ from torch import nn
 
 from common.core.data import FixedBatches
 from common.core.failures import Diverged
-from common.core.models import ARCHITECTURES
+from common.core.models import ARCHITECTURES, build
 from common.core.pruning.counting import layer_costs
 from common.core.pruning.masks import prunable
 from common.core.trainer import Hooks, Trainer
-from replications.halo import measures, method, protocol
+from common.settings import ROOT
+from common.stage.papers import load
+from replications.halo import measures, method
 
 CIFAR, MNIST = "conv", "conv+linear"
 # names of the modes in the authors' scripts
@@ -354,7 +356,7 @@ def tiny_network(case, document):
         inputs = origin["inputs"] | {key: value for key, value in inputs.items() if key != "same_inputs_as"}
     steps = [(_tensor(x), torch.tensor(y)) for x, y in zip(inputs["x"], inputs["y"])]
     mode, model = MODES.get(inputs["mode"], inputs["mode"]), TinyNetwork(inputs["init"])
-    drops = method.milestone_drops(len(steps), 1, inputs["schedule"])
+    drops = method.milestone_drops(len(steps), inputs["schedule"])
     trains_lambdas, init = mode in ("halo", "sws"), inputs.get("lambda_init", 1.0)
     rates, lambda_rates = method.learning_rates(
         drops, inputs["lr0"], inputs["gamma"], trains_lambdas, _coupling(case)
@@ -402,7 +404,7 @@ def _rates(case, drops, at, by_step=False):
 
 def lr_schedule(case, document):
     inputs = case["inputs"]
-    return _rates(case, method.milestone_drops(inputs["epochs"], 1, inputs["schedule"]), inputs["at_epochs"])
+    return _rates(case, method.milestone_drops(inputs["epochs"], inputs["schedule"]), inputs["at_epochs"])
 
 
 def lr_schedule_mnist(case, document):
@@ -479,11 +481,18 @@ def _known_as(name):
     return name
 
 
+def _paper_s_own(name, classes, shape):
+    """The network as profile `paper` has it, or as it is where that does not have it; shapes only."""
+    cells = load("halo", ROOT / "params.yaml", "paper").paper.cells
+    options = next((cell.options for cell in cells if cell.architecture == name), {})
+    return build(name, classes=classes, image_shape=shape, device="meta", **options)
+
+
 def architecture(case, document):
     inputs = case["inputs"]
     # the first number of the shape is that of the images
     name, shape = inputs["architecture"], inputs["input_shape"][-3:]
-    model = protocol.network(_known_as(name), inputs["classes"], shape, device="meta")
+    model = _paper_s_own(_known_as(name), inputs["classes"], shape)
     layers = MNIST if name.startswith("lenet") else CIFAR
     costs = layer_costs(model, shape)
     sizes = [weight.numel() for weight in prunable(model, layers).values()]

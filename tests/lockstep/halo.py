@@ -16,7 +16,7 @@ XI, PSI = 3e-4, 6e-3
 
 def _trained(make=None, coupling: method.Coupling = "official", init: float = 1.0, psi_every=None, psi=PSI):
     model = resnet()
-    drops = method.milestone_drops(EPOCHS, PER_EPOCH, MILESTONES)
+    drops = method.milestone_drops(EPOCHS * PER_EPOCH, [epoch * PER_EPOCH for epoch in MILESTONES])
     rates, of_lambdas = method.learning_rates(drops, RATE, 0.1, True, coupling)
     by_epoch = method.psi_schedule(psi, 0.1, psi_every, EPOCHS)
     training = method.LambdaTraining(of_lambdas, 0.9, DECAY, init, by_epoch)

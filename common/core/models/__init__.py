@@ -9,9 +9,10 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
 
 from common.core.models.chain import MLP, VGG, ConvNet
 from common.core.models.mobilenet import MobileNetV1, MobileNetV2
@@ -30,6 +31,7 @@ from common.settings import SettingsError, hint
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "ArchitectureName",
     "ChannelGroup",
     "Network",
     "Scatter",
@@ -116,6 +118,18 @@ def architecture(name: str) -> Architecture:
     if depth and int(depth[1]) > 2 and int(depth[1]) % 6 == 2:
         return _cifar_resnet(int(depth[1]))
     raise SettingsError(f"architecture = {name!r}: unknown; {hint(name, [*ARCHITECTURES, 'resnet<6n+2>'])}")
+
+
+def _known(name: str) -> str:
+    try:
+        architecture(name)
+    except SettingsError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+ArchitectureName = Annotated[str, AfterValidator(_known)]
+"""The name of an architecture, in settings."""
 
 
 def build(

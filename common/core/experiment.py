@@ -1,0 +1,134 @@
+"""A declared experiment: in which cells, and with which jobs for each seed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, model_validator
+
+import common.settings
+from common.core import loading
+from common.core.data import Dataset
+from common.core.models import ArchitectureName
+from common.core.recipe import Recipe
+from common.core.run import Cell, Job, Run
+from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Targets
+
+
+def _above_0(targets: tuple[float, ...]) -> tuple[float, ...]:
+    if min(targets) <= 0:
+        raise ValueError("must be above 0; the network that is not pruned is always run")
+    return targets
+
+
+Cuts = Annotated[Targets, AfterValidator(_above_0)]
+"""Targets of pruned networks."""
+
+
+class CellSettings(common.settings.CellSettings):
+    """A network and its images, and what is other there than elsewhere in the paper."""
+
+    architecture: ArchitectureName
+    options: dict[str, Any] = {}
+    """As of `common.core.run.Cell`."""
+
+
+Cells = Annotated[tuple[CellSettings, ...], Field(min_length=1)]
+
+
+class ExperimentSettings(PaperSettings):
+    """Base of the settings of a paper that declares its experiment; it gives the fields their defaults."""
+
+    cells: Cells
+    """The experiment is made in each."""
+    targets: Cuts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed(cls, values: Any) -> Any:
+        """Of a recipe, a profile says what is other than by default."""
+        if not isinstance(values, Mapping):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {
+            name: {**defaults[name].model_dump(), **value}
+            if isinstance(defaults.get(name), Recipe) and isinstance(value, Mapping)
+            else value
+            for name, value in values.items()
+        }
+
+
+class VariantSettings(ExperimentSettings):
+    """Base of the settings of a paper that has a table of variants; it says which names there are."""
+
+    variants: dict[Any, Cuts | Literal["all"]]
+    """What is run, and at which of the targets; `all` is as `targets` says."""
+
+    @property
+    def wanted(self) -> dict[str, tuple[float, ...]]:
+        """The targets of each variant."""
+        return {name: self.targets if own == "all" else own for name, own in self.variants.items()}
+
+
+Settings = TypeVar("Settings", bound=ExperimentSettings)
+
+
+class Experiment(Generic[Settings]):
+    """The experiment in one cell; a paper derives its own and lists the jobs.
+
+    settings: the paper's, with what the cell changes. cell: of the jobs. data: its images. network: without values.
+    Raises SettingsError for a network that cannot be.
+    """
+
+    def __init__(self, settings: Settings, cell: Cell, data: Dataset):
+        self.settings, self.cell, self.data = settings, cell, data
+        try:
+            self.network = cell.build(data, device="meta")
+        except (TypeError, ValueError) as error:
+            raise SettingsError(str(error)) from None
+
+    def jobs(self, seed: int) -> Iterable[Job]:
+        """The jobs of one seed; what they need may be left out. Raises SettingsError for what cannot be."""
+        raise NotImplementedError
+
+
+def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> list[Run]:
+    """The runs of a paper in all its cells and with all seeds.
+
+    Raises SettingsError that names the cell, and DataError where images are not there.
+    """
+    load = functools.cache(loading.load)
+    found = []
+    for number, entry in enumerate(profile.paper.cells):
+        where = f"{paper}.cells[{number}]"
+        settings = profile.paper.changed(entry.settings, f"{where}.settings")
+        data = entry.data or profile.dataset
+        cell = Cell(architecture=entry.architecture, options=entry.options, data=data)
+        try:
+            own = experiment(settings, cell, load(data))
+            jobs = [job for seed in settings.seeds for job in own.jobs(seed)]
+            _check_recipes(jobs, load)
+        except DataError:
+            raise
+        except SettingsError as error:
+            raise SettingsError(f"{where} ({entry.architecture}): {error}") from None
+        found += [job.run for job in jobs]
+    return found
+
+
+def _check_recipes(jobs: Iterable[Job], load: Callable[[DatasetSettings], Dataset]) -> None:
+    """Raise SettingsError for a recipe that does not fit the images, with the name that its job gives it."""
+    for name, recipe, data in {entry for job in jobs for entry in _recipes(job)}:
+        try:
+            recipe.rates(recipe.per_epoch(load(data)))
+        except SettingsError as error:
+            raise SettingsError(f"{name}.{error}") from None
+
+
+def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
+    for name, recipe in job.parts(Recipe):
+        yield name, recipe, job.cell.data
+    for need in job.needs:
+        yield from _recipes(need)
