@@ -78,8 +78,9 @@ def _look(
         seeds = planned(comparison, records, size)
         if seeds is None:
             continue
+        seen = records if size is None else records.until(seeds[-1])
         seeds = [seed for seed in seeds if seed != terms.without]
-        found = examine(comparison, records, seeds, terms.factor, terms.decides)
+        found = examine(comparison, seen, seeds, terms.factor, terms.decides)
         found.number = number
         comparison.looks.append(found)
         judged.take(index, found, share)

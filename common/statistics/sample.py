@@ -14,6 +14,8 @@ from common.statistics import inference
 from common.statistics.comparisons import Comparison, Point
 from common.statistics.records import Lost, Quantity, Records, WithoutChance, diverged, place, root
 
+_SMALLEST = 1e-100
+"""What is smaller is zero, of which there is no ratio."""
 _CONDITIONS = ("device", "precision", "torch")
 
 
@@ -135,7 +137,7 @@ def _measured(
         if quantity is None:
             return None
         value = records.measure(quantity, seed, vector, shared)
-        if claim.scale == "ratio" and value <= 0:
+        if claim.scale == "ratio" and value < _SMALLEST:
             raise Lost(
                 f"{quantity.metric} of {place(quantity)} is {value:g}: no ratio of what is not positive"
             )

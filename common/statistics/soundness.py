@@ -9,7 +9,18 @@ import numpy as np
 from common.records import Record
 from common.statistics.comparisons import Comparison
 from common.statistics.evidence import known
-from common.statistics.records import Quantity, Records, accuracy_of, found_in, place, settings_of, unit
+from common.statistics.records import (
+    SHARE,
+    Quantity,
+    Records,
+    accuracy_of,
+    found_in,
+    place,
+    settings_of,
+    stripped,
+    unit,
+    value_in,
+)
 
 BEFORE_MASK = "accuracy_before_mask"
 PER_SEED = ("split_seed", "seed", "seeds", "trials", "tuned", "chosen")
@@ -25,13 +36,24 @@ def problem(comparison: Comparison, records: Records, seeds: Collection[int]) ->
 
 
 def _units(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
-    for point in comparison.points:
-        units = {part.metric: unit(part.metric) for part in point.quantities()}
-        known_units = {found for found in units.values() if found}
-        if len(known_units) > 1:
-            names = ", ".join(f"{metric} is {found}" for metric, found in units.items() if found)
-            return f"metrics of different units are not compared: {names}"
+    units = {part.metric: unit(part.metric) for part in comparison.quantities}
+    if SHARE in units.values():
+        # beside it a metric whose name says nothing is a share too, unless its values say otherwise
+        for part in comparison.quantities:
+            if units[part.metric] is None and not _may_be_share(part, records, seeds):
+                units[part.metric] = "no share"
+    known_units = {found for found in units.values() if found}
+    if len(known_units) > 1:
+        names = ", ".join(f"{metric} is {found}" for metric, found in units.items() if found)
+        return f"metrics of different units are not compared: {names}"
     return None
+
+
+def _may_be_share(quantity: Quantity, records: Records, seeds: Collection[int]) -> bool:
+    values = (
+        found_in(run, quantity.metric) for seed, run in records.seeds(quantity).items() if seed in seeds
+    )
+    return all(value is None or abs(value) <= 1 for value in values)
 
 
 def _settings(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
@@ -44,7 +66,9 @@ def _settings(comparison: Comparison, records: Records, seeds: Collection[int]) 
             keys = sorted(
                 key
                 for key in {*runs[first].settings, *runs[other].settings}
-                if runs[first].settings.get(key) != runs[other].settings.get(key) and key not in PER_SEED
+                if key not in PER_SEED
+                and stripped(runs[first].settings.get(key), PER_SEED)
+                != stripped(runs[other].settings.get(key), PER_SEED)
             )
             return (
                 f"the runs of {place(quantity)} are not of one arm: seeds {first} and {other} differ in "
@@ -122,8 +146,11 @@ def _share(accuracies: list[tuple[Record, float]], records: Records, where: str)
 
 
 def _the_same(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
-    """Whether both sides are one experiment under two names: equal in all metrics, at every point in every seed."""
-    compared = False
+    """Whether both sides are one experiment under two names: equal in all metrics, at every point in every seed.
+
+    And in what is compared, which may be a cost or a detail.
+    """
+    found = False
     for point in comparison.points:
         if point.control is None or _place(point.treatment) == _place(point.control):
             return None
@@ -132,10 +159,11 @@ def _the_same(comparison: Comparison, records: Records, seeds: Collection[int]) 
             one, other = first.get(seed), second.get(seed)
             if one is None or other is None or "failed" in (one.status, other.status):
                 continue
-            if not one.metrics or one.metrics != other.metrics:
+            compared = [value_in(one, point.treatment.metric), value_in(other, point.control.metric)]
+            if not one.metrics or one.metrics != other.metrics or compared[0] != compared[1]:
                 return None
-            compared = True
-    return "treatment and control are equal in all metrics in every seed" if compared else None
+            found = True
+    return "treatment and control are equal in all metrics in every seed" if found else None
 
 
 def _place(quantity: Quantity) -> tuple[str | float | None, ...]:
