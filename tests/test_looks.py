@@ -48,6 +48,17 @@ def test_later_seeds_never_judge_again():
     assert json.dumps(both[0]) == json.dumps(both[1])
 
 
+def test_a_look_waits_for_the_runs_of_preconditions():
+    """Else a claim that is decided could be undone by seeds of the look that come in late."""
+    gated = claim(precondition={"variant": "broken", "not_worse_than": "dense", "by": 0.02})
+    records = pair(0.02, n=8) + runs("dense", [0.9] * 8)
+    found = judge(gated, records + runs("broken", [0.9] * 4), looks=(8, 16))
+    assert found["verdict"] == "not tested" and "not all recorded" in found["reason"]
+    assert judge(gated, records + runs("broken", [0.9] * 8), looks=(8, 16))["verdict"] == "replicated"
+    found = judge(gated, records, looks=(8, 16))
+    assert found["verdict"] == "not tested" and "no run of broken" in found["reason"]
+
+
 def test_a_look_knows_nothing_of_later_seeds():
     """Neither that a value was no cap, nor of how many images accuracies are."""
     noise = draws(2, 12, seed=3)

@@ -20,6 +20,7 @@ from common.statistics.deciding import (
 )
 from common.statistics.records import Records
 from common.statistics.sample import planned
+from common.statistics.soundness import gates
 from common.statistics.testing import T, examine
 
 
@@ -75,7 +76,7 @@ def _look(
     for index, comparison in enumerate(judged.comparisons):
         if comparison.problem:
             continue
-        seeds = planned(comparison, records, size)
+        seeds = planned(comparison, records, size, gates(comparison, records))
         if seeds is None:
             continue
         seen = records if size is None else records.until(seeds[-1])

@@ -58,16 +58,19 @@ class Sample:
         return inference.differences(*sides) if self.paired else sides[0]
 
 
-def planned(comparison: Comparison, records: Records, seeds: int | None) -> list[int] | None:
+def planned(
+    comparison: Comparison, records: Records, seeds: int | None, gates: Sequence[Quantity] = ()
+) -> list[int] | None:
     """The first `seeds` of the comparison's seeds in ascending order, all of them for None.
 
-    None if they are not all recorded, ok or failed, for everything that the comparison reads.
+    None if they are not all recorded, ok or failed, for everything that the comparison and its `gates` read.
     """
     runs = [records.seeds(quantity) for quantity in comparison.quantities]
     order = sorted(set().union(*runs))
     if seeds is None:
         return order
     first = order[:seeds]
+    runs += [records.seeds(gate) for gate in gates]
     whole = len(first) == seeds and all(seed in run for run in runs for seed in first)
     return first if whole else None
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from common.records import Record
+from common.statistics.claims import Precondition
 from common.statistics.comparisons import Comparison
 from common.statistics.evidence import known
 from common.statistics.records import (
@@ -170,18 +171,31 @@ def _place(quantity: Quantity) -> tuple[str | float | None, ...]:
     return quantity.variant, quantity.dataset, quantity.architecture, quantity.target
 
 
+def gates(comparison: Comparison, records: Records) -> list[Quantity]:
+    """What preconditions read, as far as there are runs of it."""
+    conditions = comparison.claim.precondition or ()
+    found = (
+        side for condition in conditions for sides in _sides(condition, comparison, records) for side in sides
+    )
+    return [side for side in found if records.seeds(side)]
+
+
+def _sides(condition: Precondition, comparison: Comparison, records: Records) -> list[list[Quantity]]:
+    """Both variants of a precondition, in each place where something is compared."""
+    places = dict.fromkeys(
+        (point.treatment.dataset, point.treatment.architecture, point.treatment.target)
+        for point in comparison.points
+    )
+    names = (condition.variant, condition.not_worse_than)
+    return [
+        [_nearest(Quantity(name, *where, "test_accuracy"), records) for name in names] for where in places
+    ]
+
+
 def _unmet(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
     for condition in comparison.claim.precondition or ():
-        cells = dict.fromkeys(
-            (point.treatment.dataset, point.treatment.architecture, point.treatment.target)
-            for point in comparison.points
-        )
         by = comparison.matters or 0.0 if condition.by is None else condition.by
-        for dataset, architecture, target in cells:
-            sides = [
-                _nearest(Quantity(name, dataset, architecture, target, "test_accuracy"), records)
-                for name in (condition.variant, condition.not_worse_than)
-            ]
+        for sides in _sides(condition, comparison, records):
             runs = [{s: run for s, run in records.seeds(side).items() if s in seeds} for side in sides]
             both = [
                 known(accuracy_of(runs[0][seed])) - known(accuracy_of(runs[1][seed]))
