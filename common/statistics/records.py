@@ -20,6 +20,8 @@ _READ = (
     *("chance", "device", "precision", "torch"),
 )
 """What is read of a run's record, besides what names it."""
+PER_SEED = ("split_seed", "seed", "seeds", "trials", "tuned", "chosen")
+"""Settings in which runs of one arm may differ between seeds: splits, and what is tuned for each."""
 SHARE = "a share of images"
 COLLAPSED = 0.1
 """A run is collapsed up to this share of the way from chance to the dense network."""
@@ -122,6 +124,7 @@ class Records:
         self._images: dict[tuple[str, str], int | None] = {}
         self._ends: dict[tuple[str, str, str], set[float]] = {}
         self._until: dict[int, Records] = {}
+        self._settings: dict[tuple[_Place, int], str] = {}
 
     def until(self, seed: int) -> Records:
         """The records of all seeds up to this one, all that a look knows."""
@@ -195,6 +198,14 @@ class Records:
         if chance is None:
             raise WithoutChance(f"{failed}; no record says what chance is on {record.dataset}")
         return chance
+
+    def settings(self, record: Record) -> str:
+        """The settings as canonical text, without those of a seed; empty where the record has none."""
+        key = (_run(record), record.seed)
+        if key not in self._settings:  # judging on other terms asks for it again and again
+            found = json.dumps(stripped(record.settings, PER_SEED), sort_keys=True) if record.settings else ""
+            self._settings[key] = found
+        return self._settings[key]
 
     # ------------------------------------------------------------------------------- chance and collapse
 
@@ -350,11 +361,6 @@ def root(record: Record) -> tuple[Any, ...]:
     """The run at the root of a failure."""
     first: Identity = record.cause or record
     return tuple(first.identity.values())
-
-
-def settings_of(record: Record, without: Collection[str]) -> str:
-    """The settings as canonical text, without these keys at any depth; empty where the record has none."""
-    return json.dumps(stripped(record.settings, without), sort_keys=True) if record.settings else ""
 
 
 def stripped(value: Any, without: Collection[str]) -> Any:

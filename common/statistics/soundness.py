@@ -11,21 +11,19 @@ from common.statistics.claims import Precondition
 from common.statistics.comparisons import Comparison
 from common.statistics.evidence import known
 from common.statistics.records import (
+    PER_SEED,
     SHARE,
     Quantity,
     Records,
     accuracy_of,
     found_in,
     place,
-    settings_of,
     stripped,
     unit,
     value_in,
 )
 
 BEFORE_MASK = "accuracy_before_mask"
-PER_SEED = ("split_seed", "seed", "seeds", "trials", "tuned", "chosen")
-"""Settings in which runs of one arm may differ between seeds: splits, and what is tuned for each."""
 
 
 def problem(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
@@ -60,7 +58,7 @@ def _may_be_share(quantity: Quantity, records: Records, seeds: Collection[int]) 
 def _settings(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
     for quantity in comparison.quantities:
         runs = {seed: run for seed, run in records.seeds(quantity).items() if seed in seeds and run.settings}
-        found = {seed: settings_of(run, PER_SEED) for seed, run in runs.items()}
+        found = {seed: records.settings(run) for seed, run in runs.items()}
         if len(set(found.values())) > 1:
             first = min(found)
             other = min(seed for seed in found if found[seed] != found[first])
