@@ -143,7 +143,7 @@ def _side(quantity: Quantity, comparison: Comparison, other: Quantity | None = N
 
 def _number(given: float | None) -> str:
     value = known(given)
-    if abs(value) >= 1000:
+    if 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
@@ -312,7 +312,7 @@ def _conclusion(comparison: Comparison, found: Evidence) -> str:
     if verdict == CONTRADICTED and comparison.claim.test in ("superiority", "trend") and comparison.matters:
         neutral = 1.0 if comparison.claim.scale == "ratio" else 0.0
         far = comparison.low if comparison.sign < 0 else comparison.high
-        if comparison.sign * (known(far) - neutral) > 0:
+        if comparison.sign * (known(far) - neutral) >= 0:
             return "; less than what matters"
     if verdict == CONTRADICTED and not tail and comparison.claim.test != "count":
         return "; the opposite of what is claimed"
