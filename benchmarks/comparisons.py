@@ -31,9 +31,7 @@ from common.core.trainer import Trainer
 from common.settings import ExecutionSettings
 from common.stage.scheduler import execute
 from common.stage.store import Store
-from replications.feature_relevance.gradual import Scoring
-from replications.feature_relevance.method import prunable_layers
-from replications.feature_relevance.protocol import scoring_batches
+from replications.feature_relevance.method import Relevance, prunable_layers, scoring_batches
 from replications.halo.method import HALO, LambdaTraining, penalised
 from replications.pruning_from_scratch.method import Gates
 from replications.pruning_from_scratch.protocol import TrainingSettings
@@ -225,7 +223,7 @@ def relevance(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[
     names = [group.name for groups in prunable_layers(core.model) for group in groups]
     sides = {
         "epoch": lambda: train(core),
-        "relevance scores": lambda: Scoring().scores(core.model, names, batches, 0),
+        "relevance scores": lambda: Relevance().scores(core.model, names, batches),
     }
     measured = bench.measure(sides, rounds, steps * bench.batch)
     label = f"{architecture}: relevance scores of {SCORING_SHARE:.0%} of the images"

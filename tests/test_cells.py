@@ -42,15 +42,22 @@ HALO = {
     },
     "fine_tuning_epochs": 1,
 }
-FEATURE_RELEVANCE = {"epochs": 2, "every": 1, "last": 1, "scoring_share": 0.5}
+FEATURE_RELEVANCE = {
+    "training": {"epochs": 2},
+    "every": 1,
+    "last": 1,
+    "targets": [0.4],
+    "variants": {"frs": "all"},
+    "scoring_share": 0.5,
+}
 # paper -> its settings, the name of its list of cells, a cell
 PAPERS = {
     "imp_slr": (IMP_SLR, "cells", {"experiments": ["schedules", "during"]}),
     "halo": (HALO, "cells", {"architecture": "digits_cnn"}),
     "feature_relevance": (
         FEATURE_RELEVANCE,
-        "architectures",
-        {"name": "resnet8", "options": {"stem": 4}, "runs": {"frs": [0.4]}},
+        "cells",
+        {"architecture": "resnet8", "options": {"stem": 4}},
     ),
 }
 

@@ -120,15 +120,28 @@ def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> l
 
 def _check_recipes(jobs: Iterable[Job], load: Callable[[DatasetSettings], Dataset]) -> None:
     """Raise SettingsError for a recipe that does not fit the images, with the name that its job gives it."""
-    for name, recipe, data in {entry for job in jobs for entry in _recipes(job)}:
+    for name, recipe, data in dict.fromkeys(entry for job in jobs for entry in _recipes(job)):
         try:
             recipe.rates(recipe.per_epoch(load(data)))
         except SettingsError as error:
             raise SettingsError(f"{name}.{error}") from None
 
 
+def _with_needs(jobs: Iterable[Job]) -> Iterable[Job]:
+    """The jobs and all that they need, each once, needed ones first: their recipes have the names of settings."""
+    found: dict[str, Job] = {}
+
+    def add(job: Job) -> None:
+        if job.run.settings_hash not in found:
+            for need in job.needs:
+                add(need)
+            found[job.run.settings_hash] = job
+
+    for job in jobs:
+        add(job)
+    return found.values()
+
+
 def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
     for name, recipe in job.parts(Recipe):
         yield name, recipe, job.cell.data
-    for need in job.needs:
-        yield from _recipes(need)
