@@ -43,7 +43,7 @@ HALO = {
     "fine_tuning_epochs": 1,
 }
 FEATURE_RELEVANCE = {
-    "training": {"epochs": 2},
+    "training": {"epochs": 2, "milestones": [0.5]},
     "every": 1,
     "last": 1,
     "targets": [0.4],

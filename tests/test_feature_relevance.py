@@ -402,7 +402,7 @@ def test_settings_that_cannot_be_are_named(paper, message):
             "every hidden linear layer: units_per_event must be 0, not 1",
         ),
         ("convnet", {"protected": ["features.0"]}, "every convolution"),
-        ("resnet8", {"training": {"epochs": 3}}, r"training.milestones\[1\] = 0.75"),
+        ("resnet8", {"training": {"epochs": 3}}, r"milestones\[1\] = 0.75: must fall on a whole iteration"),
     ],
 )
 def test_plans_that_cannot_be_are_named_before_training(architecture, settings, message):

@@ -97,7 +97,7 @@ METHODS = {
 
 
 class Settings(VariantSettings):
-    """Settings of the paper; the defaults are those of the 8x8 digits."""
+    """Settings of the paper; the defaults are those of the 8x8 digits, without their augmentation."""
 
     cells: Cells = (
         CellSettings(architecture="resnet14", options={"stem": 8}),
@@ -223,8 +223,8 @@ class Prune(Job):
         """
         prunable = method.prunable_layers(model, self.protected)
         layers, units = ([group.name for group in groups] for groups in prunable)
-        events = len(method.pruning_schedule(self.training.epochs, self.every, self.last))
         due = self.method.due(self.training.epochs, self.every, self.last)
+        events = max(due.values())
         for name in units:
             if table.widths[name] <= events * self.units_per_event:
                 raise SettingsError(
@@ -233,15 +233,14 @@ class Prune(Job):
                 )
         parts = {epoch: gone - before for (epoch, gone), before in zip(due.items(), [0, *due.values()])}
         if self.method.budget == "macs":
-            enough = self._equal_macs(table, layers, units, due, events)
+            enough = self._equal_macs(table, layers, units, due)
         else:
-            enough = self._equal_counts(table, layers, parts, events)
+            enough = self._equal_counts(table, layers, parts)
         return {epoch: Goal(enough[epoch], part * self.units_per_event) for epoch, part in parts.items()}
 
-    def _equal_counts(
-        self, table: CostTable, layers: list[str], parts: dict[int, int], events: int
-    ) -> dict[int, Enough]:
-        """As many channels for each of the events, of which `parts` says how many are made at once."""
+    def _equal_counts(self, table: CostTable, layers: list[str], parts: dict[int, int]) -> dict[int, Enough]:
+        """As many channels for each gradual event; `parts` says how many of them an event stands for."""
+        events = sum(parts.values())
         widths = [table.widths[name] for name in layers]
         each = round(self.target * sum(widths) / events)
         most = sum(max(0, width - self.min_channels_per_layer) for width in widths)
@@ -253,10 +252,10 @@ class Prune(Job):
         return {epoch: method.until_channels(part * each) for epoch, part in parts.items()}
 
     def _equal_macs(
-        self, table: CostTable, layers: list[str], units: list[str], due: dict[int, int], events: int
+        self, table: CostTable, layers: list[str], units: list[str], due: dict[int, int]
     ) -> dict[int, Enough]:
         """At each event down to the MACs of the network whose layers have all lost the share that is due."""
-        least, found = self.min_channels_per_layer, {}
+        least, events, found = self.min_channels_per_layer, max(due.values()), {}
         for epoch, gone in due.items():
             hidden = {name: table.widths[name] - gone * self.units_per_event for name in units}
             most = table.macs(table.even(layers, self.target * gone / events) | hidden)
@@ -327,26 +326,26 @@ class Experiment(experiment.Experiment[Settings]):
             cell = cell.model_copy(update={"data": validated(DatasetSettings, changed, "augmentation")})
         super().__init__(settings, cell, data)
         try:
-            self.model = cell.build(data, device="meta")
+            self.network = cell.build(data, device="meta")
         except ValueError as error:
             raise SettingsError(str(error)) from None
-        if not isinstance(self.model, method.KNOWN):
+        if not isinstance(self.network, method.KNOWN):
             raise SettingsError("relevance is only defined for plain and residual networks")
-        self.table = CostTable(self.model, data.image_shape)
+        self.table = CostTable(self.network, data.image_shape)
         self.protected, self.least = self._protected(), self._least()
 
     def _protected(self) -> tuple[str, ...]:
         """The layers that no run prunes, in the network's order."""
         wanted, units_per_event = self.settings.protected, self.settings.units_per_event
-        if units_per_event and not method.prunable_layers(self.model, ())[1]:
+        if units_per_event and not method.prunable_layers(self.network, ())[1]:
             raise SettingsError(f"units_per_event = {units_per_event}: it has no hidden linear layer")
         if wanted is None:
-            return tuple(method.protected_layers(self.model))
-        known = [group.name for group in channels.groups_of(self.model)]
+            return tuple(method.protected_layers(self.network))
+        known = [group.name for group in channels.groups_of(self.network)]
         for name in wanted:
             if name not in known:
                 raise SettingsError(f"protected = {name!r}: {hint(name, known)}")
-        layers, units = method.prunable_layers(self.model, wanted)
+        layers, units = method.prunable_layers(self.network, wanted)
         if not layers:
             raise SettingsError("protected names every convolution, so none is left to prune")
         if units_per_event and not units:
@@ -357,7 +356,7 @@ class Experiment(experiment.Experiment[Settings]):
 
     def _least(self) -> int:
         """Channels that every layer keeps."""
-        residual, wanted = isinstance(self.model, ResNet), self.settings.min_channels_per_layer
+        residual, wanted = isinstance(self.network, ResNet), self.settings.min_channels_per_layer
         if wanted is None:
             return 0 if residual else 1
         if wanted == 0 and not residual:
@@ -388,5 +387,5 @@ class Experiment(experiment.Experiment[Settings]):
                     removal=own.removal,
                     **shared,
                 )
-                job.goals(self.model, self.table)
+                job.goals(self.network, self.table)
                 yield job
