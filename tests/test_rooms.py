@@ -48,10 +48,11 @@ def _reached(file):
     [
         ("settings.py", ()),
         ("records.py", ("settings",)),
+        ("predictions.py", ("records", "settings")),
         ("core", ("records", "settings")),
         ("arena.py", ("core", "settings")),
-        ("stage", ("core", "records", "settings", "statistics")),
-        ("statistics", ("records", "settings")),
+        ("stage", ("core", "predictions", "records", "settings", "statistics")),
+        ("statistics", ("predictions", "records", "settings")),
         ("report", ("records", "settings", "statistics")),
     ],
 )
@@ -184,6 +185,7 @@ def _entered(paper, run):
         [
             "common/settings.py",
             "common/records.py",
+            "common/predictions.py",
             "params.yaml",
             "dvc.yaml",
             "pyproject.toml",

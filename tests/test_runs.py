@@ -33,7 +33,7 @@ from common.stage.store import (
 pytestmark = pytest.mark.slow
 
 STAGE = ("python", "-m", "replications", "run", "example")
-RESULTS = ("results/digits/example.jsonl", "results/digits/example.curves.jsonl")
+RESULTS = tuple(f"results/digits/example.{name}" for name in ("jsonl", "curves.jsonl", "predictions.npz"))
 
 
 @pytest.fixture
