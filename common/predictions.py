@@ -122,6 +122,19 @@ def unpacked(content: bytes, file: Path) -> dict[str, Predictions]:
     return {predictions.digest: predictions for predictions in found}
 
 
+def beside(records_file: Path, records: Iterable[Record]) -> dict[str, Predictions]:
+    """Digest -> predictions of the runs in a file of records; none where no predictions are beside it. Raises SettingsError."""
+    file = predictions_file(records_file)
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+    check(records, found := unpacked(content, file), file)
+    return found
+
+
 def check(records: Iterable[Record], found: Mapping[str, Predictions], file: Path) -> None:
     """Raises SettingsError that names the run where a record's predictions are missing or do not have its accuracy."""
     for record in records:

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from common.predictions import Predictions, beside
 from common.records import Identity, Record, files, read
 from common.settings import SettingsError
 
@@ -62,15 +63,18 @@ class WithoutChance(Lost):
 
 
 def read_all(paths: list[Path]) -> dict[str, Records]:
-    """The records of files, and of folders (`*.jsonl`, curves left aside), by paper.
+    """The records of files, and of folders (`*.jsonl`, curves left aside), by paper, with the predictions beside them.
 
     The same record given twice counts once. Raises SettingsError naming file and line for a damaged line and
-    for two different records of one run.
+    for two different records of one run, and the file for predictions that are not those of the records.
     """
     found: dict[tuple[Any, ...], tuple[str, Record]] = {}
+    predictions: dict[str, Predictions] = {}
     for path in paths:
         for file in _files(path):
-            for where, record in read(file, Record):
+            lines = list(read(file, Record))
+            predictions |= beside(file, [record for _, record in lines])
+            for where, record in lines:
                 key = (record.paper, *_run(record), record.seed)
                 other, same = found.setdefault(key, (where, record))
                 if name := next(
@@ -81,7 +85,7 @@ def read_all(paths: list[Path]) -> dict[str, Records]:
     for _, record in found.values():
         papers.setdefault(record.paper, []).append(record)
     chances = chances_of(record for _, record in found.values())
-    return {paper: Records(records, chances) for paper, records in papers.items()}
+    return {paper: Records(records, chances, predictions) for paper, records in papers.items()}
 
 
 def _files(path: Path) -> list[Path]:
@@ -112,14 +116,20 @@ def chances_of(records: Iterable[Record]) -> dict[str, float]:
 class Records:
     """The records of one paper, by run and seed.
 
-    chances: chance by data set, where a record does not say it; of these records, where absent.
+    chances: chance by data set, where a record does not say it; of these records, where absent. predictions: by digest.
     """
 
-    def __init__(self, records: list[Record], chances: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        records: list[Record],
+        chances: Mapping[str, float] | None = None,
+        predictions: Mapping[str, Predictions] | None = None,
+    ):
         self._runs: dict[_Place, dict[int, Record]] = {}
         for record in records:
             self._runs.setdefault(_run(record), {})[record.seed] = record
         self._chances = chances_of(records) if chances is None else chances
+        self._predictions = predictions or {}
         self._dense: dict[tuple[str, str], dict[int, float]] = {}
         self._images: dict[tuple[str, str], int | None] = {}
         self._ends: dict[tuple[str, str, str], set[float]] = {}
@@ -162,6 +172,10 @@ class Records:
         if record is None:
             raise Lost(f"no run of {place(quantity)}")
         return record
+
+    def predictions(self, record: Record) -> Predictions | None:
+        """What the run takes the test images for, None where that is not known."""
+        return self._predictions.get(record.predictions or "")
 
     def measure(
         self, quantity: Quantity, seed: int, vector: bool = False, shared: Collection[Any] = ()

@@ -46,6 +46,12 @@ class Answer:
         found += [] if self.below is None else [procedure.p(self.below, "less")]
         return min(1.0, 2 * min(found)) if self.either else max(found)
 
+    def holds(self, low: float, high: float) -> bool:
+        """Whether an interval, turned to the claimed direction, shows it."""
+        found = [] if self.above is None else [low > self.above]
+        found += [] if self.below is None else [high < self.below]
+        return any(found) if self.either else all(found)
+
     def per_end(self, level: float) -> float:
         """The level of each of its one-sided tests."""
         return level / 2 if self.either else level

@@ -188,7 +188,15 @@ def _interval(comparison: Comparison) -> str:
 
 def _evidence(comparison: Comparison, found: Evidence, *more: str) -> str:
     same = ["the same in every seed"] if len(found.values) > 1 and inference.is_constant(found.values) else []
-    return f"({', '.join([*same, _interval(comparison), *more, *_odd(found)])})"
+    return f"({', '.join([*same, _interval(comparison), *_over_images(comparison), *more, *_odd(found)])})"
+
+
+def _over_images(comparison: Comparison) -> list[str]:
+    """The second interval, which decides nothing."""
+    if (found := comparison.over_images) is None:
+        return []
+    text = f"over other test images too {_end(found.low, comparison)} to {_end(found.high, comparison)}"
+    return [text + ", which leaves it open" * (found.holds is False)]
 
 
 def _odd(found: Evidence) -> list[str]:
