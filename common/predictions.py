@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -98,7 +99,7 @@ def packed(runs: Iterable[Predictions]) -> bytes:
     sets: dict[bytes, dict[str, Predictions]] = {}
     for run in runs:
         sets.setdefault(run.labels.tobytes(), {}).setdefault(run.digest, run)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for number, found in enumerate(sets.values()):
         rows = list(found.values())
         arrays[f"labels_{number}"] = rows[0].labels

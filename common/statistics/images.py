@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
+from common.predictions import Predictions
 from common.statistics.comparisons import Comparison, OverImages
 from common.statistics.deciding import CONTRADICTED, REPLICATED
 from common.statistics.records import Quantity, Records
@@ -84,19 +85,18 @@ def correctness(
         return None
     if claim.test in ("trend", "sign", "count"):
         return None
-    runs = {
-        (part, seed): records.predictions(records.of(part, seed))
-        for part in point.quantities()
-        for seed in seeds
-    }
-    known = [predictions for predictions in runs.values() if predictions is not None]
-    if len(known) < len(runs) or min(len(seeds), len(known[0].labels)) < 2:
+    runs: dict[Quantity, list[Predictions]] = {}
+    for part in point.quantities():
+        found = [records.predictions(records.of(part, seed)) for seed in seeds]
+        runs[part] = [predictions for predictions in found if predictions is not None]
+    every = [predictions for own in runs.values() for predictions in own]
+    if len(every) < len(runs) * len(seeds) or min(len(seeds), len(every[0].labels)) < 2:
         return None
-    if any(not np.array_equal(one.labels, known[0].labels) for one in known):
+    if any(not np.array_equal(one.labels, every[0].labels) for one in every):
         return None
 
     def side(quantity: Quantity) -> np.ndarray:
-        right = np.array([runs[quantity, seed].correct for seed in seeds], float)
+        right = np.array([one.correct for one in runs[quantity]]).astype(float)
         return right - side(quantity.minus) if quantity.minus else right
 
     return side(point.treatment), side(point.control)
