@@ -120,7 +120,7 @@ def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> l
 
 def _check_recipes(jobs: Iterable[Job], load: Callable[[DatasetSettings], Dataset]) -> None:
     """Raise SettingsError for a recipe that does not fit the images, with the name that its job gives it."""
-    for name, recipe, data in {entry for job in jobs for entry in _recipes(job)}:
+    for name, recipe, data in dict.fromkeys(entry for job in _with_needs(jobs) for entry in _recipes(job)):
         try:
             recipe.rates(recipe.per_epoch(load(data)))
         except SettingsError as error:
@@ -143,13 +143,5 @@ def _with_needs(jobs: Iterable[Job]) -> Iterable[Job]:
 
 
 def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
-<<<<<<< HEAD
     for name, recipe in job.parts(Recipe):
         yield name, recipe, job.cell.data
-=======
-    for name in type(job).model_fields:
-        for recipe in parts(getattr(job, name), Recipe):
-            yield name, recipe, job.cell.data
-    for need in job.needs:
-        yield from _recipes(need)
->>>>>>> 53a61ad (Feature relevance: README follows; goals of events without a second count)

@@ -17,7 +17,8 @@ from common.core.data import Dataset
 from common.core.experiment import Cells, CellSettings, Cuts, VariantSettings
 from common.core.loading import load
 from common.core.run import Cell, Job
-from common.core.tuning import TRIAL, Tuned, TuningSettings, tuned
+from common.core.tuning import Tuned, TuningSettings, tuned
+from common.records import TRIAL
 from common.settings import Count, DatasetSettings, Rate, Seeds, SettingsError, hint
 from replications.pretraining_impact import method, transfer
 from replications.pretraining_impact.gradual import GradualSettings
