@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,9 +44,18 @@ LINEAR = 1.1
 STAGE_PAPER = "pruning_from_scratch"
 """Its variant `dense` is a plain training run, which goes through all that a stage does."""
 
-# measured on an H200 with torch's own kernels: large bf16 matrix products, and a copy (read + write) in device memory
-H200_FLOPS = 780e12
-H200_BYTES = 4.3e12
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a card does at best with torch's own kernels: FLOP/s in large bf16 matrix products, and B/s in a large copy,
+    reading and writing."""
+
+    flops: float
+    bytes: float
+
+
+H200 = Peaks(flops=780e12, bytes=4.3e12)
+"""As measured on one."""
 # passes over a convolution's output in training, with batch norm, ReLU and addition in one kernel; bf16 has two bytes
 FUSED_PASSES, BYTES = 14.5, 2
 
@@ -127,15 +136,15 @@ def core_epoch(bench: Bench, architecture: str, steps: int) -> Callable[[], None
     return lambda: train(trainer)
 
 
-def floor_seconds(model: Network, data: Dataset) -> float:
-    """The least time in which an H200 could train on one image: the larger of arithmetic and memory traffic.
+def floor_seconds(model: Network, data: Dataset, peaks: Peaks = H200) -> float:
+    """The least time in which a card could train on one image: the larger of arithmetic and memory traffic.
 
     Six FLOP for each MAC; every convolution's output is passed over `FUSED_PASSES` times.
     """
     layers = layer_costs(model, data.image_shape)
     outputs = sum(layer.shape[0] * layer.positions for layer in layers if layer.kind != "linear")
-    arithmetic = 6 * sum(layer.macs for layer in layers) / H200_FLOPS
-    return max(arithmetic, outputs * FUSED_PASSES * BYTES / H200_BYTES)
+    arithmetic = 6 * sum(layer.macs for layer in layers) / peaks.flops
+    return max(arithmetic, outputs * FUSED_PASSES * BYTES / peaks.bytes)
 
 
 def bare_step(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[str, Any]:
@@ -260,8 +269,11 @@ def shrunken(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[s
 # ------------------------------------------------------------------------------------------ stages
 
 
-def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int) -> Callable[..., None]:
-    """A function that executes a fresh stage of plain training runs, one a seed."""
+def plain_runs(
+    bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int
+) -> Callable[[int], list[Run]]:
+    """A function that lists plain training runs on these images, one for each of so many seeds; it writes the images
+    into the folder."""
     file = folder / "images.npz"
     arrays = {}
     for letter, tensors in (("x", data.images), ("y", data.labels)):
@@ -269,25 +281,31 @@ def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs:
         arrays[f"{letter}_train"] = np.concatenate([parts["train"], parts["validation"]])
         arrays[f"{letter}_test"] = parts["test"][: bench.batch]
     np.savez(file, **arrays)
+    training = TrainingSettings(epochs=epochs, batch_size=bench.batch, learning_rate=RATE)
     settings = {
         "data": {"source": "npz", "path": str(file), "validation": bench.batch},
         "options": {},
         "expansion": 1.25,
-        "training": TrainingSettings(epochs=epochs, batch_size=bench.batch, learning_rate=RATE).model_dump(
-            mode="json"
-        ),
+        "training": training.model_dump(mode="json"),
     }
+    return lambda seeds: [
+        Run(STAGE_PAPER, "dense", "npz", architecture, 0.0, seed, settings) for seed in range(seeds)
+    ]
+
+
+def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int) -> Callable[..., None]:
+    """A function that executes a fresh stage of plain training runs, one a seed."""
+    runs = plain_runs(bench, data, folder, architecture, epochs)
 
     def stage(seeds: int, **execution: int) -> None:
-        runs = [Run(STAGE_PAPER, "dense", "npz", architecture, 0.0, seed, settings) for seed in range(seeds)]
         with TemporaryDirectory() as results, contextlib.redirect_stderr(io.StringIO()):
             entries = execute(
-                runs,
+                runs(seeds),
                 Store(Path(results)),
                 ExecutionSettings(device=bench.device, precision=bench.precision, **execution),
                 "benchmark",
             )
-        failed = [entry["record"]["reason"] for entry in entries if entry["record"]["status"] != "ok"]
+        failed = [entry.record.reason for entry in entries if entry.record.status != "ok"]
         if failed:
             raise RuntimeError(f"a run of the benchmark failed: {failed[0]}")
 
