@@ -60,7 +60,7 @@ gpu:
 gpu-pack:
 	@rm -rf $(GPU_PACK) && mkdir $(GPU_PACK)
 	@sed -n '/^\(annotated-types\|pydantic\|pydantic-core\|typing-inspection\)==/,/[^\]$$/p' requirements.lock > $(GPU_PACK)/requirements.txt
-	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --only-binary=:all: --implementation cp \
+	$(PYTHON) -m pip install --quiet --no-deps --no-compile --require-hashes --only-binary=:all: --implementation cp \
 	  --python-version $(GPU_PYTHON) --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 	  --target $(GPU_PACK) -r $(GPU_PACK)/requirements.txt
 
@@ -71,7 +71,7 @@ $(READY): requirements.lock pyproject.toml
 	  { echo "error: Python 3.11, 3.12 or 3.13 is needed, found `$(PYTHON) --version 2>&1`; name one: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --no-build-isolation --use-pep517 --editable .
 	@touch $@
 
 checkout:

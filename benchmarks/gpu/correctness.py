@@ -54,8 +54,10 @@ def measure(step: Step) -> None:
             variables=step.kit.variables,
             watch=lambda: step.keep(judged(step.kit, work, logs)),
         )
-        stopped = {name: reason for name, reason in failed(ended, logs).items() if name != TESTS}
-        step.keep({**judged(step.kit, work, logs), "stopped": stopped})
+        found, stopped = judged(step.kit, work, logs), failed(ended, logs)
+        if found["tests"]["failed"]:
+            stopped.pop(TESTS, None)  # they are named already
+        step.keep({**found, "stopped": stopped})
 
 
 # ---------------------------------------------------------------------------------------------- what is executed
@@ -71,7 +73,7 @@ def derived(kit: Kit, slots: int) -> dict[str, Any]:
     # one setting a method, so that nothing is tuned
     trials = {name: values[:1] for name, values in own.get(PAPER, {}).get("trials", {}).items()}
     variants, seeds = (VARIANTS[:1], 2) if kit.quick else (VARIANTS, SEEDS)
-    small = {"variants": variants, "seeds": list(range(seeds)), "trials": trials}
+    small = {"variants": variants, "seeds": list(range(seeds)), "trials": trials, "targets": [0.9]}
     profiles = {name: {"execution": here, **two} for name in TWICE}
     profiles["cpu"] = {"execution": there, **two}
     for precision in PRECISIONS:
@@ -189,24 +191,23 @@ def gaps(here: Found, there: Found) -> dict[str, Any]:
 
 
 def over_seeds(here: Found, there: Found) -> list[dict[str, Any]]:
-    """Each variant's difference of accuracy from a CPU's, paired by seed.
+    """Each variant's difference of accuracy from a CPU's, before pruning, paired by seed.
 
     Two one-sided tests of level 5 % find both sides equal if the 90 % interval lies within the margin (Schuirmann 1987).
     """
-    differences: dict[tuple[str, float], dict[int, float]] = {}
+    differences: dict[str, dict[int, float]] = {}
     for key in here.keys() & there.keys():
         one, other = here[key][0], there[key][0]
-        if one.variant in VARIANTS and one.status == other.status == "ok":
+        if one.variant in VARIANTS and one.target == 0 and one.status == other.status == "ok":
             difference = one.metrics["test_accuracy"] - other.metrics["test_accuracy"]
-            differences.setdefault((one.variant, one.target), {})[one.seed] = difference
+            differences.setdefault(one.variant, {})[one.seed] = difference
     found = []
-    for (variant, target), by_seed in sorted(differences.items()):
+    for variant, by_seed in sorted(differences.items()):
         values = np.array(list(by_seed.values()))
         low, high = _interval(values)
         found.append(
             {
                 "variant": variant,
-                "target": target,
                 "seeds": len(values),
                 "difference": round(float(values.mean()), 5),
                 "interval": [round(low, 5), round(high, 5)],

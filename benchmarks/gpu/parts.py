@@ -1,9 +1,9 @@
 """`python -m benchmarks.gpu.parts`: an array file in parts that small transfers hold, and back.
 
-    python -m benchmarks.gpu.parts split cifar10.npz FOLDER --size 50     # FOLDER/cifar10.0.part, cifar10.1.part, ...
+    python -m benchmarks.gpu.parts split cifar10.npz FOLDER --size 55     # FOLDER/cifar10.0.part, cifar10.1.part, ...
     python -m benchmarks.gpu.parts join FOLDER cifar10.npz
 
-A part is a zip file of mosaics of up to 2,500 images in lossless WebP (half as large as the pixels), with their labels.
+A part is an .npz of columns of images, as lossless WebP (half as large as the pixels), with their labels.
 `python -m common.stage.prepare --from` checks the digest of what was joined.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,27 +21,28 @@ from PIL import Image
 
 from common.settings import DataError
 
-IMAGES = 2500
+HIGHEST = 16383
+"""Pixels that a WebP image may have."""
 SPLITS = ("train", "test")
 
 
 def split(file: Path, folder: Path, megabytes: float) -> list[Path]:
     """Write an .npz with x_train, y_train, x_test and y_test (uint8 RGB images) as parts of at most so many 10^6 bytes.
 
-    Raises DataError for other arrays, or where a mosaic alone is larger.
+    Raises DataError for other arrays, or where a column alone is larger.
     """
     limit, parts = int(megabytes * 1e6), list[dict[str, np.ndarray]]()
     room = 0
-    for name, mosaic, labels in _mosaics(file):
-        size = len(mosaic) + labels.nbytes + 1024  # and the headers of both in the zip file
+    for name, column, labels in _columns(file):
+        size = len(column) + labels.nbytes + 1024  # and the headers of both in the zip file
         if size > limit:
             raise DataError(
-                f"{file}: parts of {megabytes:g} MB are too small: {IMAGES} images take {size / 1e6:.1f}"
+                f"{file}: parts of {megabytes:g} MB are too small: {len(labels)} images take {size / 1e6:.1f}"
             )
         if size > room:
             parts.append({})
             room = limit - 1024
-        parts[-1] |= {f"{name}.webp": np.frombuffer(mosaic, np.uint8), f"{name}.labels": labels}
+        parts[-1] |= {f"{name}.webp": np.frombuffer(column, np.uint8), f"{name}.labels": labels}
         room -= size
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{file.stem}.{number}.part" for number in range(len(parts))]
@@ -52,39 +52,21 @@ def split(file: Path, folder: Path, megabytes: float) -> list[Path]:
     return files
 
 
-def _mosaics(file: Path) -> Iterator[tuple[str, bytes, np.ndarray]]:
-    """Name, WebP and labels of each mosaic."""
+def _columns(file: Path) -> Iterator[tuple[str, bytes, np.ndarray]]:
+    """Name, WebP and labels of each column."""
     with np.load(file) as arrays:
         for part in SPLITS:
             images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
                 raise DataError(f"{file}: x_{part} must be uint8 [N, height, width, 3]")
-            for start in range(0, len(images), IMAGES):
+            height, width = images.shape[1:3]
+            count = HIGHEST // height
+            for start in range(0, len(images), count):
+                column = Image.fromarray(images[start : start + count].reshape(-1, width, 3))
                 buffer = io.BytesIO()
-                mosaic = Image.fromarray(_arranged(images[start : start + IMAGES]))
-                # more effort takes ten times as long for a twentieth of the size
-                mosaic.save(buffer, "webp", lossless=True, quality=0, method=0, exact=True)
-                yield f"{part}.{start:08}", buffer.getvalue(), labels[start : start + IMAGES]
-
-
-def _arranged(images: np.ndarray) -> np.ndarray:
-    """Images [N, H, W, 3] as one, row by row, black where the last row has none."""
-    count, height, width, channels = images.shape
-    columns = math.isqrt(count - 1) + 1
-    rows = -(-count // columns)
-    grid = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
-    grid[:count] = images
-    grid = grid.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * height, columns * width, channels)
-
-
-def _taken_apart(mosaic: np.ndarray, count: int) -> np.ndarray:
-    """What `_arranged` was given."""
-    columns = math.isqrt(count - 1) + 1
-    rows = -(-count // columns)
-    height, width = mosaic.shape[0] // rows, mosaic.shape[1] // columns
-    grid = mosaic.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(-1, height, width, 3)[:count]
+                # more effort takes several times as long for a hundredth of the size
+                column.save(buffer, "webp", lossless=True, quality=0, method=2, exact=True)
+                yield f"{part}.{start:08}", buffer.getvalue(), labels[start : start + count]
 
 
 def join(files: Sequence[Path], file: Path) -> None:
@@ -95,8 +77,9 @@ def join(files: Sequence[Path], file: Path) -> None:
             with np.load(path) as arrays:
                 for name in (key.removesuffix(".webp") for key in arrays.files if key.endswith(".webp")):
                     labels = arrays[f"{name}.labels"]
-                    with Image.open(io.BytesIO(arrays[f"{name}.webp"].tobytes())) as mosaic:
-                        found[name] = _taken_apart(np.asarray(mosaic.convert("RGB")), len(labels)), labels
+                    with Image.open(io.BytesIO(arrays[f"{name}.webp"].tobytes())) as column:
+                        pixels = np.asarray(column.convert("RGB"))
+                    found[name] = pixels.reshape(len(labels), -1, *pixels.shape[1:]), labels
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path}: not a readable part: {error}") from None
     sides = defaultdict[str, list[np.ndarray]](list)
@@ -122,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cut.add_argument("file", type=Path, metavar="FILE.npz")
     cut.add_argument("folder", type=Path)
     cut.add_argument(
-        "--size", type=float, default=50, help="10^6 bytes of a part at most (default: %(default)s)"
+        "--size", type=float, default=55, help="10^6 bytes of a part at most (default: %(default)s)"
     )
     whole = known.add_parser("join", help="write FILE from its parts in FOLDER")
     whole.add_argument("folder", type=Path)

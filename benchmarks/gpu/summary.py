@@ -61,7 +61,7 @@ def _right(part: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "Against the same seeds on the CPU in float32 (90 % interval):", "")
     rows = [
         [
-            f"{row['variant']} {row['target']:g}, {precision}",
+            f"{row['variant']}, {precision}",
             str(row["seeds"]),
             f"{_points(row['difference'])} ({_points(row['interval'][0])} to {_points(row['interval'][1])})",
             f"{'' if row['equivalent'] else 'not '}shown to be within {_points(row['margin'])}",
