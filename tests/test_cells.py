@@ -19,14 +19,15 @@ pytestmark = pytest.mark.slow
 
 PHOTOS = {"source": "folder", "path": "data/photos", "size": 16, "streamed": True, "validation": 4}
 IMP_SLR = {
-    "epochs": 3,
-    "retrain_epochs": 1,
+    "experiments": ["schedules", "during"],
+    "training": {"epochs": 4, "milestones": [0.5]},
+    "retrain_epochs": 2,
     "targets": [0.5],
     "learning_rates": [0.05],
     "lengths": [3],
-    "short_lengths": [2],
+    "short_lengths": [1],
     "schedules": ["SLR"],
-    "during": ["gmp"],
+    "during": {"gmp": {}, "dpf": None},
     "bimp": {"shares": [0.5]},
 }
 HALO = {
@@ -52,7 +53,7 @@ FEATURE_RELEVANCE = {
 }
 # paper -> its settings, the name of its list of cells, a cell
 PAPERS = {
-    "imp_slr": (IMP_SLR, "cells", {"experiments": ["schedules", "during"]}),
+    "imp_slr": (IMP_SLR, "cells", {"architecture": "mlp"}),
     "halo": (HALO, "cells", {"architecture": "digits_cnn"}),
     "feature_relevance": (
         FEATURE_RELEVANCE,
