@@ -326,6 +326,7 @@ def test_runs_part_from_the_dense_one_at_their_first_event(tmp_path):
     for variant, epochs in (("frs", 1), ("frs-once", 3), ("frs-end", 4)):
         curves = entries["resnet8", variant]["curves"]
         assert len(curves) == 4 and curves[:epochs] == dense[:epochs]
+        assert [row["lr"] for row in curves] == [row["lr"] for row in dense]
         metrics = entries["resnet8", variant]["record"]["metrics"]
         # 56 channels, three events of round(0.4 * 56 / 3) = 7
         assert metrics["channels_removed"] == 21 / 56
