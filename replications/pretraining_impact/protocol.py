@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from common.core import experiment
+from common.core import experiment, loading
 from common.core.data import Dataset
 from common.core.experiment import Cells, CellSettings, Cuts, VariantSettings
-from common.core.loading import load
 from common.core.run import Cell, Job
 from common.core.tuning import Tuned, TuningSettings, tuned
 from common.records import TRIAL
@@ -148,7 +147,7 @@ class Experiment(experiment.Experiment[Settings]):
         if corpus is None:
             raise SettingsError("corpus: needed where there is no checkpoint")
         cell = Cell(architecture=self.cell.architecture, options=self.cell.options, data=corpus)
-        data = load(corpus)
+        data = loading.load(corpus)
         networks = (shape_of(*place).whole for place in ((self.cell, self.data), (cell, data)))
         for (name, wanted), (_, found) in zip(*(transfer.trunk(network).items() for network in networks)):
             if wanted.shape != found.shape:
