@@ -38,6 +38,7 @@ class Shape:
 
     def __init__(self, build: Callable[..., Network], image_shape: tuple[int, int, int]):
         self.build, self.image_shape = build, image_shape
+        self._costs: dict[tuple[int, ...], dict[str, Any]] = {}
 
     @cached_property
     def whole(self) -> Network:
@@ -68,4 +69,7 @@ class Shape:
 
     def cost(self, filters: Sequence[int]) -> dict[str, Any]:
         """Cost without zeros, beside the unpruned network; see common.core.pruning.counting."""
-        return counting.cost(self.network(filters), self.image_shape, self.whole_cost)
+        key = tuple(filters)
+        if key not in self._costs:
+            self._costs[key] = counting.cost(self.network(key), self.image_shape, self.whole_cost)
+        return self._costs[key]

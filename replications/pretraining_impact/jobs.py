@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from common.core.data import Batches, Dataset
-from common.core.identity import stream
+from common.core.identity import canonical, stream
 from common.core.models import Network
 from common.core.run import Cell, Context, Job, Needed, Outcome
 from common.core.trainer import Trainer
@@ -23,10 +23,16 @@ from replications.pretraining_impact.gradual import Gradual, GradualSettings, Ke
 from replications.pretraining_impact.labels import PerClass, labelled
 from replications.pretraining_impact.training import Training
 
+_SHAPES: dict[str, Shape] = {}
+"""Counting is slow beside a training of a few iterations: what a process has counted is kept."""
+
 
 def shape_of(cell: Cell, data: Dataset) -> Shape:
     """The shapes of a cell's network."""
-    return Shape(partial(cell.build, data), data.image_shape)
+    key = canonical([cell.architecture, cell.options, data.classes, data.image_shape])
+    if key not in _SHAPES:
+        _SHAPES[key] = Shape(partial(cell.build, data), data.image_shape)
+    return _SHAPES[key]
 
 
 class StopRule(Strict):
