@@ -11,11 +11,14 @@ from common.core.compute import Compute
 from common.core.data import Batches
 from common.core.identity import stream
 from common.core.run import Context, Outcome, Run
-from common.predictions import Predictions, check, packed, predictions_file, unpacked
-from common.settings import DatasetSettings, ExecutionSettings, SettingsError
+from common.predictions import SUFFIX, Predictions, check, packed, predictions_file, unpacked
+from common.settings import ROOT, DatasetSettings, ExecutionSettings, SettingsError
 from common.stage import scheduler
-from common.stage.records import predictions_of
-from common.stage.store import Store
+from common.stage.papers import load, papers
+from common.stage.pipeline import listed
+from common.stage.records import predictions_of, results_files
+from common.stage.scheduler import in_order
+from common.stage.store import Store, data_settings
 
 FILE = Path("results/demo.predictions.npz")
 LABELS = [0, 1, 2, 1, 0]
@@ -165,3 +168,34 @@ def test_a_run_that_takes_over_the_results_of_another_has_its_predictions(tmp_pa
     assert chosen.record.predictions == entries[1].record.predictions != None  # noqa: E711
     assert chosen.predictions == entries[1].predictions
     check([chosen.record], unpacked(packed([Predictions.from_text(chosen.predictions)]), FILE), FILE)
+
+
+MOST = 2
+"""Runs of a paper that the test trains."""
+
+
+def _few(paper, profile):
+    """Runs that read the embedded data alone, with all that they need; the cheapest come first."""
+    found = {}
+    runs = listed(paper, profile)
+    for run in sorted(runs, key=lambda run: len(in_order([run]))):
+        needed = {each.settings_hash: each for each in in_order([run])}
+        embedded = all(data.source == "digits" for each in needed.values() for data in data_settings(each))
+        if embedded and len(found | needed) <= MOST:
+            found |= needed
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paper", sorted({*papers()} - {"pretraining_impact"}))  # its corpus is not embedded
+def test_in_a_stage_each_run_has_those_of_the_accuracy_that_it_reports(paper, tmp_path):
+    profile = load(paper, ROOT / "params.yaml", "digits")
+    store = Store(tmp_path, profile.execution)
+    runs = _few(paper, profile)
+    entries = [scheduler.perform(run, store, profile.execution, True) for run in runs]
+    content = results_files("digits", paper, entries, {"machine": entries[0].machine})
+    found = unpacked(content[Path("digits", f"{paper}{SUFFIX}")], FILE)
+    assert set(found) == {entry.record.predictions for entry in entries}
+    for own in (entry.record for entry in entries):
+        assert found[own.predictions].accuracy == own.metrics["test_accuracy"]
+        assert len(found[own.predictions].labels) == 1000
