@@ -12,6 +12,8 @@ from statsmodels.stats.anova import anova_lm
 
 from common.core.identity import canonical
 from common.predictions import Predictions, packed, predictions_file
+from common.report.evidence import Paper
+from common.report.judged import views
 from common.statistics import verdicts
 from common.statistics.__main__ import main
 from common.statistics.claims import ClaimsFile
@@ -115,12 +117,15 @@ def _two_arms(image, seeds=8, seed=3):
     return treatment, control
 
 
-def _judged(a_claim, *arms):
+def _judged_claim(a_claim, *arms):
     records = [one for runs, _ in arms for one in runs]
     found = {one.digest: one for _, predicted in arms for one in predicted}
     file = ClaimsFile("demo", (a_claim,), "0" * 64, None)
-    paper = verdicts.judge([file], {"demo": Records(records, None, found)})["papers"]["demo"]
-    return paper["claims"][0]["comparisons"][0]
+    return verdicts.judge([file], {"demo": Records(records, None, found)})["papers"]["demo"]["claims"][0]
+
+
+def _judged(a_claim, *arms):
+    return _judged_claim(a_claim, *arms)["comparisons"][0]
 
 
 @pytest.mark.parametrize("direction", ["higher", "lower"])
@@ -161,7 +166,22 @@ def test_where_images_do_not_tell_the_arms_apart_it_bears_the_answer_out(a_claim
         treatment = random.random((8, IMAGES)) < 0.84
     found = _judged(a_claim, _arm("new", treatment), _arm("old", control))
     assert (found["verdict"], found["over_images"]["holds"]) == (verdict, holds)
+    ends = crossed_interval(treatment, control, found["level"])
+    assert (found["over_images"]["low"], found["over_images"]["high"]) == pytest.approx(ends)
     assert "leaves it open" not in found["reason"] and "over other test images too" in found["reason"]
+
+
+def test_the_page_shows_it():
+    wanted = claim(scale="points")
+    for image, seed, ending in ((1.5, 5, " pp: open"), (1.0, 10, " pp")):
+        treatment, control = _two_arms(image, seed=seed)
+        judged = _judged_claim(wanted, _arm("new", treatment), _arm("old", control))
+        (view,) = views(Paper("demo", "demo", (wanted,), judged={"C": judged}))
+        low, high = (100 * end for end in crossed_interval(treatment, control, 0.05))
+        text = f"{low:+.2f} to {high:+.2f}{ending}".replace("-", "−")
+        assert view.headline["over_images"] == text
+    del judged["comparisons"][0]["over_images"]  # verdicts of an earlier revision
+    assert views(Paper("demo", "demo", (wanted,), judged={"C": judged}))[0].headline["over_images"] == ""
 
 
 def test_what_pruning_costs_each_has_it_too():
