@@ -4,10 +4,15 @@
 # make report   draw figures and page again from the records, without training
 # make mlflow   browse every run in the MLflow UI
 # make benchmark   measure speed and memory against plain loops; ARGS="..." as in benchmarks/README.md
+# make gpu      measure a GPU (STEP=1, 2 or 3; BUDGET in seconds; DATA, GPU_OUT, ARGS), with whatever Python is there
+# make gpu-pack lay out what a machine with torch but without network lacks for that
 # make clean    remove the environment and everything that the pipeline made
 
 PYTHON ?= python3
 PORT ?= 5000
+GPU_OUT ?= gpu-out
+GPU_PACK := $(CURDIR)/gpu-pack
+GPU_PYTHON ?= 3.12
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -19,7 +24,7 @@ export DO_NOT_TRACK = true
 # one process per core is faster than threads for small networks, and threads must not spin while others work
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro test check lint types report mlflow benchmark setup clean checkout
+.PHONY: repro test check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
 
 repro: checkout setup
 	$(BIN)/dvc repro
@@ -47,6 +52,18 @@ mlflow: setup
 benchmark: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# no set-up: the packages are those of the machine and what `gpu-pack` has laid out
+gpu:
+	@$(PYTHON) -c 'import pydantic' 2>/dev/null || export PYTHONPATH="$(GPU_PACK)$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	$(PYTHON) -m benchmarks.gpu $(STEP) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--data $(DATA)) --out $(GPU_OUT) $(ARGS)
+
+gpu-pack:
+	@rm -rf $(GPU_PACK) && mkdir $(GPU_PACK)
+	@sed -n '/^\(annotated-types\|pydantic\|pydantic-core\|typing-inspection\)==/,/[^\]$$/p' requirements.lock > $(GPU_PACK)/requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps --no-compile --require-hashes --only-binary=:all: --implementation cp \
+	  --python-version $(GPU_PYTHON) --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  --target $(GPU_PACK) -r $(GPU_PACK)/requirements.txt
+
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
@@ -54,7 +71,7 @@ $(READY): requirements.lock pyproject.toml
 	  { echo "error: Python 3.11, 3.12 or 3.13 is needed, found `$(PYTHON) --version 2>&1`; name one: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --no-build-isolation --use-pep517 --editable .
 	@touch $@
 
 checkout:
@@ -62,4 +79,4 @@ checkout:
 	  { echo "error: this folder is not a git checkout, which DVC needs: clone the repository with git, or run 'git init && git add --all && git commit -m start' here" >&2; exit 1; }
 
 clean:
-	rm -rf .venv .runs .settings results mlflow.db mlartifacts
+	rm -rf .venv .runs .settings gpu-pack results mlflow.db mlartifacts

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,14 +26,12 @@ from common.core.models import Network
 from common.core.pruning import channels
 from common.core.pruning.counting import cost, layer_costs
 from common.core.pruning.masks import KeepMasked, Masks
-from common.core.run import Cell
+from common.core.run import Cell, Run
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings
 from common.stage.scheduler import execute
 from common.stage.store import Store
-from replications.feature_relevance.gradual import Scoring
-from replications.feature_relevance.method import prunable_layers
-from replications.feature_relevance.protocol import scoring_batches
+from replications.feature_relevance.method import Relevance, prunable_layers, scoring_batches
 from replications.halo.method import HALO, LambdaTraining, penalised
 from replications.pruning_from_scratch.method import Gates
 from replications.pruning_from_scratch.protocol import Dense, Training
@@ -44,9 +42,18 @@ SCORING_SHARE = 0.1
 LINEAR = 1.1
 """Growth counts as linear up to this exponent."""
 
-# measured on an H200 with torch's own kernels: large bf16 matrix products, and a copy (read + write) in device memory
-H200_FLOPS = 780e12
-H200_BYTES = 4.3e12
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a card does at best with torch's own kernels: FLOP/s in large bf16 matrix products, and B/s in a large copy,
+    reading and writing."""
+
+    flops: float
+    bytes: float
+
+
+H200 = Peaks(flops=780e12, bytes=4.3e12)
+"""As measured on one."""
 # passes over a convolution's output in training, with batch norm, ReLU and addition in one kernel; bf16 has two bytes
 FUSED_PASSES, BYTES = 14.5, 2
 
@@ -127,15 +134,15 @@ def core_epoch(bench: Bench, architecture: str, steps: int) -> Callable[[], None
     return lambda: train(trainer)
 
 
-def floor_seconds(model: Network, data: Dataset) -> float:
-    """The least time in which an H200 could train on one image: the larger of arithmetic and memory traffic.
+def floor_seconds(model: Network, data: Dataset, peaks: Peaks = H200) -> float:
+    """The least time in which a card could train on one image: the larger of arithmetic and memory traffic.
 
     Six FLOP for each MAC; every convolution's output is passed over `FUSED_PASSES` times.
     """
     layers = layer_costs(model, data.image_shape)
     outputs = sum(layer.shape[0] * layer.positions for layer in layers if layer.kind != "linear")
-    arithmetic = 6 * sum(layer.macs for layer in layers) / H200_FLOPS
-    return max(arithmetic, outputs * FUSED_PASSES * BYTES / H200_BYTES)
+    arithmetic = 6 * sum(layer.macs for layer in layers) / peaks.flops
+    return max(arithmetic, outputs * FUSED_PASSES * BYTES / peaks.bytes)
 
 
 def bare_step(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[str, Any]:
@@ -223,7 +230,7 @@ def relevance(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[
     names = [group.name for groups in prunable_layers(core.model) for group in groups]
     sides = {
         "epoch": lambda: train(core),
-        "relevance scores": lambda: Scoring().scores(core.model, names, batches, 0),
+        "relevance scores": lambda: Relevance().scores(core.model, names, batches),
     }
     measured = bench.measure(sides, rounds, steps * bench.batch)
     label = f"{architecture}: relevance scores of {SCORING_SHARE:.0%} of the images"
@@ -260,8 +267,11 @@ def shrunken(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[s
 # ------------------------------------------------------------------------------------------ stages
 
 
-def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int) -> Callable[..., None]:
-    """A function that executes a fresh stage of plain training runs, one a seed."""
+def plain_runs(
+    bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int
+) -> Callable[[int], list[Run]]:
+    """A function that lists plain training runs on these images, one for each of so many seeds; it writes the images
+    into the folder."""
     file = folder / "images.npz"
     arrays = {}
     for letter, tensors in (("x", data.images), ("y", data.labels)):
@@ -272,12 +282,19 @@ def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs:
     images = DatasetSettings(source="npz", path=str(file), validation=bench.batch)
     cell = Cell(architecture=architecture, data=images)
     training = Training(epochs=epochs, batch_size=bench.batch, learning_rate=RATE, weight_decay=1e-4)
+    return lambda seeds: [
+        Dense(variant="dense", cell=cell, seed=seed, training=training).run for seed in range(seeds)
+    ]
+
+
+def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int) -> Callable[..., None]:
+    """A function that executes a fresh stage of plain training runs, one a seed."""
+    runs = plain_runs(bench, data, folder, architecture, epochs)
 
     def stage(seeds: int, **execution: int) -> None:
-        jobs = [Dense(variant="dense", cell=cell, seed=seed, training=training) for seed in range(seeds)]
         with TemporaryDirectory() as results, contextlib.redirect_stderr(io.StringIO()):
             entries = execute(
-                [job.run for job in jobs],
+                runs(seeds),
                 Store(Path(results)),
                 ExecutionSettings(device=bench.device, precision=bench.precision, **execution),
                 "benchmark",

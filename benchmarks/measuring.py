@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 
 Clock = Literal["wall", "cpu"]
 Kind = Literal["throughput", "speed", "share", "overhead", "cost", "memory", "growth"]
@@ -21,6 +20,8 @@ _RESAMPLES = 2000
 
 def seconds() -> tuple[float, float]:
     """Wall time, and CPU time of this process with all its threads and the processes it has started."""
+    import psutil  # the part that measures a GPU does without
+
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     children = ended.ru_utime + ended.ru_stime
     for child in psutil.Process().children(recursive=True):

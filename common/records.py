@@ -70,7 +70,8 @@ class Record(Identity):
     `common.core.pruning.counting.cost`. details: other facts, as JSON values.
 
     chance: share of the most frequent class among the test images, None for a run without data. device, precision,
-    torch: what it was executed with.
+    torch: what it was executed with. predictions: digest of what it takes the test images for, by which
+    `common.predictions` finds them; None for a run that has failed or has tested nothing.
     """
 
     status: Literal["ok", "failed"]
@@ -87,6 +88,7 @@ class Record(Identity):
     device: Literal["cpu", "cuda"] | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     torch: str | None = None
+    predictions: str | None = None
 
     @property
     def root(self) -> Cause:
@@ -116,7 +118,8 @@ class Entry(_Line):
     """A record with what is kept beside it.
 
     has_state: whether the run has left something for others to start from. machine: on which it was executed, as of
-    `common.stage.records.machine`; an earlier revision has not written it.
+    `common.stage.records.machine`; an earlier revision has not written it. predictions: those of the record, as the text
+    of `common.predictions.Predictions`.
     """
 
     record: Record
@@ -124,6 +127,7 @@ class Entry(_Line):
     seconds: float
     has_state: bool = False
     machine: dict[str, Any] | None = None
+    predictions: str | None = None
 
 
 # ------------------------------------------------------------------------------------------ files

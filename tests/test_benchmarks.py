@@ -22,6 +22,7 @@ from benchmarks.measuring import Finding, Growth, Measured, measure
 from benchmarks.pil import loader
 from common.core.loading import load
 from common.core.models import build
+from common.records import Entry, Record
 from common.settings import DatasetSettings
 from common.stage import processes
 
@@ -183,7 +184,7 @@ def test_seeds_are_stages_of_equal_runs_executed_in_two_ways(tiny, monkeypatch):
         executed.append((execution.workers, execution.threads, [run.seed for run in runs]))
         settings = DatasetSettings.model_validate(runs[0].settings["data"])
         assert len(load(settings).labels["train"]) == 4 * 16 and not list(store.folder.glob("*"))
-        return [{"record": {"status": "ok"}} for _ in runs]
+        return [Entry(record=Record(**run.identity, status="ok"), seconds=0) for run in runs]
 
     monkeypatch.setattr(comparisons, "execute", execute)
     found = comparisons.seeds(tiny, "resnet8", steps=8, rounds=3)

@@ -19,14 +19,15 @@ pytestmark = pytest.mark.slow
 
 PHOTOS = {"source": "folder", "path": "data/photos", "size": 16, "streamed": True, "validation": 4}
 IMP_SLR = {
-    "epochs": 3,
-    "retrain_epochs": 1,
+    "experiments": ["schedules", "during"],
+    "training": {"epochs": 4, "milestones": [0.5]},
+    "retrain_epochs": 2,
     "targets": [0.5],
     "learning_rates": [0.05],
     "lengths": [3],
-    "short_lengths": [2],
+    "short_lengths": [1],
     "schedules": ["SLR"],
-    "during": ["gmp"],
+    "during": {"gmp": {}, "dpf": None},
     "bimp": {"shares": [0.5]},
 }
 HALO = {
@@ -42,15 +43,22 @@ HALO = {
     },
     "fine_tuning_epochs": 1,
 }
-FEATURE_RELEVANCE = {"epochs": 2, "every": 1, "last": 1, "scoring_share": 0.5}
+FEATURE_RELEVANCE = {
+    "training": {"epochs": 2, "milestones": [0.5]},
+    "every": 1,
+    "last": 1,
+    "targets": [0.4],
+    "variants": {"frs": "all"},
+    "scoring_share": 0.5,
+}
 # paper -> its settings, the name of its list of cells, a cell
 PAPERS = {
-    "imp_slr": (IMP_SLR, "cells", {"experiments": ["schedules", "during"]}),
+    "imp_slr": (IMP_SLR, "cells", {"architecture": "mlp"}),
     "halo": (HALO, "cells", {"architecture": "digits_cnn"}),
     "feature_relevance": (
         FEATURE_RELEVANCE,
-        "architectures",
-        {"name": "resnet8", "options": {"stem": 4}, "runs": {"frs": [0.4]}},
+        "cells",
+        {"architecture": "resnet8", "options": {"stem": 4}},
     ),
 }
 

@@ -74,6 +74,7 @@ def changed(**fields):
         ({"value": 0.5}, ["H1.value: not for test superiority"]),
         ({"steps": [{"variant": "a"}, {"variant": "b"}]}, ["H1.steps: not for test superiority"]),
         ({"margin": 0}, ["H1.margin", "greater than 0"]),
+        ({"bounds": [1, 0]}, ["H1.bounds = [1, 0]", "below the cap"]),
         ({"margin": {"digits": "wide"}}, ["H1.margin.digits = 'wide'", "number"]),
         ({"margin": float("nan")}, ["H1.margin", "finite"]),
         ({"matters": -0.1}, ["H1.matters", "greater than or equal to 0"]),
@@ -324,6 +325,12 @@ def test_the_same_record_twice_counts_once_and_another_of_the_same_run_is_an_err
     other = records_file(tmp_path / "c", [record("new", 3, 0.1)])
     assert command("--records", first, other, "--claims", demo, "--out", out) == 2
     assert f"{other}, line 1: another record of the run in {first}, line 7" in capsys.readouterr().err
+    # whatever of a record is read, so that the order of files never matters
+    same = json.loads(first.read_text().splitlines()[6])
+    for name, value in {"chance": 0.3, "device": "cuda", "settings": {"epochs": 3}}.items():
+        other = records_file(tmp_path / name, [same | {name: value}])
+        assert command("--records", first, other, "--claims", demo, "--out", out) == 2
+        assert f"in {first}, line 7, with another {name}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

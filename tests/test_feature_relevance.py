@@ -1,6 +1,7 @@
 """Behaviour of the feature-relevance replication beyond the golden vectors."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from common import settings as common_settings
 from common.arena import Arena, Contest
 from common.core.compute import Compute
 from common.core.data import FixedBatches
+from common.core.experiment import listed
 from common.core.failures import RunFailed
 from common.core.models import build
 from common.core.pruning import channels
@@ -17,13 +19,13 @@ from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
-from replications.feature_relevance import method, protocol
+from replications.feature_relevance import baselines, method, protocol
 from replications.feature_relevance.contender import contend
-from replications.feature_relevance.gradual import (
+from replications.feature_relevance.costs import CostTable, forward_macs
+from replications.feature_relevance.method import (
+    Goal,
     GradualPruning,
     Pruner,
-    Scoring,
-    forward_macs,
     until_at_most,
     until_channels,
 )
@@ -31,6 +33,12 @@ from replications.feature_relevance.relevance import relevances
 
 CLASSES, SHAPE = 3, (1, 8, 8)
 DIGITS = DatasetSettings(train=100, test=100)
+CRITERIA = {
+    "relevance": method.Relevance(),
+    "taylor": baselines.Taylor(),
+    "l1": baselines.L1(),
+    "random": baselines.Random(),
+}
 
 
 def _batches(count=3, size=16, seed=0):
@@ -47,10 +55,8 @@ def _network(name="resnet14", **options):
 
 
 def _trainer(model, physical, events=(1, 2, 3), taken=6, units=0, minimum=1, nesterov=False, **options):
-    pruner = Pruner(copy.deepcopy(model), Scoring(minimum=minimum), _batches(seed=9))
-    hook = GradualPruning(
-        pruner, dict.fromkeys(events, until_channels(taken)), dict.fromkeys(events, units), physical
-    )
+    pruner = Pruner(copy.deepcopy(model), _batches(seed=9), minimum=minimum)
+    hook = GradualPruning(pruner, dict.fromkeys(events, Goal(until_channels(taken), units)), physical)
     trainer = Trainer(
         copy.deepcopy(model), _batches(), hooks=hook, weight_decay=0.01, nesterov=nesterov, **options
     )
@@ -92,7 +98,7 @@ def test_twin_is_the_masked_network_with_the_norms_of_removed_channels():
     model = _network()
     (narrow, physical), (wide, masked) = (_trainer(model, p, events=(2,)) for p in (True, False))
     _fit(narrow), _fit(wide)
-    twin = physical._twin.refresh(narrow, physical.pruner.kept).state_dict()
+    twin = physical.removal.masked(narrow, physical.pruner.kept).state_dict()
     expected = wide.model.state_dict() | masked.weights(wide)
     before = model.state_dict()
     assert any(not torch.equal(before[name], expected[name]) for name in before if "running_mean" in name)
@@ -149,12 +155,12 @@ def test_interrupted_pruning_goes_on_as_if_nothing_had_happened(physical):
 # --------------------------------------------------------------------------------------- scores and selection
 
 
-@pytest.mark.parametrize("criterion", ["relevance", "taylor", "l1", "random"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_changes_nothing(criterion):
     model = _network()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    pruner = Pruner(model, Scoring(criterion=criterion), _batches())
-    pruner.scoring.scores(model, pruner.layers, pruner.batches, 0)
+    pruner = Pruner(model, _batches(), CRITERIA[criterion])
+    pruner.criterion.scores(model, pruner.layers, pruner.batches)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -164,9 +170,9 @@ def test_scores_do_not_depend_on_how_images_are_batched():
     model = _network()
     [(images, labels)] = _batches(count=1, size=30).epoch(0)
     layers = [group.name for group in method.prunable_layers(model)[0]]
-    whole = method.relevance_scores(model, layers, FixedBatches([(images, labels)])).scores
+    whole = method.Relevance().scores(model, layers, FixedBatches([(images, labels)])).scores
     parts = list(zip(images.split(7), labels.split(7)))
-    for name, scores in method.relevance_scores(model, layers, FixedBatches(parts)).scores.items():
+    for name, scores in method.Relevance().scores(model, layers, FixedBatches(parts)).scores.items():
         assert torch.allclose(scores, whole[name], rtol=1e-9, atol=1e-12)
 
 
@@ -183,7 +189,7 @@ def test_taylor_is_activation_times_gradient():
         model.get_submodule(name).register_forward_hook(keep)
     torch.nn.functional.cross_entropy(model(images), labels, reduction="sum").backward()
     expected = {n: (o * o.grad).sum((0, 2, 3)).abs().detach() for n, o in outputs.items()}
-    found = method.taylor_scores(model, names, FixedBatches([(images, labels)])).scores
+    found = baselines.Taylor().scores(model, names, FixedBatches([(images, labels)])).scores
     for name, values in expected.items():
         assert torch.allclose(found[name], values / values.norm(), rtol=1e-6)
 
@@ -215,7 +221,7 @@ def test_shares_are_the_same_in_every_layer():
     generator = torch.Generator().manual_seed(0)
     scores = [torch.rand(width, generator=generator) for width in (8, 16, 32)]
     removed = [[], [3, 5], []]
-    chosen = method.select(method.in_layer_shares(scores, removed), removed, until_channels(26))
+    chosen = method.select(baselines.same_share(scores, removed), removed, until_channels(26))
     taken = [sum(layer == i for layer, _ in chosen) + len(gone) for i, gone in enumerate(removed)]
     assert taken == [4, 8, 16]
     for layer, values in enumerate(scores):
@@ -232,10 +238,10 @@ def test_minimum_keeps_channels():
 @pytest.mark.parametrize("criterion", ["relevance", "random", "l1"])
 def test_equal_macs_are_met_to_within_one_channel(criterion):
     model = _network()
-    table = method.CostTable(model, SHAPE)
-    pruner = Pruner(model, Scoring(criterion=criterion), _batches())
+    table = CostTable(model, SHAPE)
+    pruner = Pruner(model, _batches(), CRITERIA[criterion])
     most = table.macs(table.even(pruner.layers, 0.5))
-    pruner.event(model, until_at_most(table.macs, most))
+    pruner.event(model, Goal(until_at_most(table.macs, most)))
     assert table.macs(pruner.left) <= most
     largest = max(table.macs() - table.macs({name: width - 1}) for name, width in pruner.widths.items())
     assert table.macs(pruner.left) > most - largest
@@ -243,18 +249,18 @@ def test_equal_macs_are_met_to_within_one_channel(criterion):
 
 def test_cost_table_counts_what_is_physically_left():
     model = _network("vgg_mini")
-    table = method.CostTable(model, SHAPE)
-    pruner = Pruner(copy.deepcopy(model), Scoring(criterion="l1", minimum=1), _batches())
-    pruner.event(model, until_channels(30), units=5)
+    table = CostTable(model, SHAPE)
+    pruner = Pruner(copy.deepcopy(model), _batches(), CRITERIA["l1"], minimum=1)
+    pruner.event(model, Goal(until_channels(30), units=5))
     channels.remove(model, pruner.kept)
-    narrow = method.CostTable(model, SHAPE)
+    narrow = CostTable(model, SHAPE)
     assert table.parameters(pruner.left) == pytest.approx(sum(p.numel() for p in model.parameters()))
     assert table.macs(pruner.left) == pytest.approx(narrow.macs())
     assert table.weights(pruner.left) == pytest.approx(narrow.weights())
 
 
 def test_forward_macs_follow_the_events():
-    table = method.CostTable(_network(), SHAPE)
+    table = CostTable(_network(), SHAPE)
     left = {name: 1 for name in table.widths}
     macs = forward_macs([{"epoch": 2, "left": left}], table, 4)
     assert macs == [table.macs()] * 2 + [table.macs(left)] * 2
@@ -281,34 +287,46 @@ def test_networks_without_a_rule_are_named():
 
 
 def _profile(**paper):
-    small = {
-        "name": "resnet8",
-        "options": {"stem": 4},
-        "runs": {"frs": [0.4], "frs-once": [0.4], "frs-end": [0.4]},
+    base = {
+        "seeds": [0],
+        "training": {"epochs": 4},
+        "augmentation": {"crop_padding": 1},
+        "every": 1,
+        "last": 3,
+        "cells": [{"architecture": "resnet8", "options": {"stem": 4}}],
+        "targets": [0.4],
+        "variants": {"frs": "all", "frs-once": "all", "frs-end": "all"},
     }
-    base = {"seeds": [0], "epochs": 4, "every": 1, "last": 3, "architectures": [small]}
     settings = common_settings.validated(protocol.Settings, base | paper, "paper")
     return Profile(name="test", dataset=DIGITS, execution=ExecutionSettings(device="cpu"), paper=settings)
 
 
-def _records(profile, folder):
-    store = Store(folder)
-    listed = in_order(protocol.runs(profile))
-    needed = {need.settings_hash for run in listed for need in run.needs}
-    entries = [
-        perform(run, store, profile.execution, run.settings_hash in needed).model_dump() for run in listed
-    ]
+def _plain(**settings):
+    """A cell with a plain network."""
+    return {"architecture": "vgg_mini", "options": {"dropout": 0.0}, "settings": settings}
+
+
+def _listed(**paper):
+    return listed("feature_relevance", protocol.Experiment, _profile(**paper))
+
+
+def _records(folder, **paper):
+    store, execution = Store(folder), ExecutionSettings(device="cpu")
+    runs = in_order(_listed(**paper))
+    needed = {need.settings_hash for run in runs for need in run.needs}
+    entries = [perform(run, store, execution, run.settings_hash in needed).model_dump() for run in runs]
     return {(e["record"]["architecture"], e["record"]["variant"]): e for e in entries}
 
 
 @pytest.mark.slow
 def test_runs_part_from_the_dense_one_at_their_first_event(tmp_path):
-    entries = _records(_profile(), tmp_path)
+    entries = _records(tmp_path)
     assert all(entry["record"]["status"] == "ok" for entry in entries.values())
     dense = entries["resnet8", "dense"]["curves"]
     for variant, epochs in (("frs", 1), ("frs-once", 3), ("frs-end", 4)):
         curves = entries["resnet8", variant]["curves"]
         assert len(curves) == 4 and curves[:epochs] == dense[:epochs]
+        assert [row["lr"] for row in curves] == [row["lr"] for row in dense]
         metrics = entries["resnet8", variant]["record"]["metrics"]
         # 56 channels, three events of round(0.4 * 56 / 3) = 7
         assert metrics["channels_removed"] == 21 / 56
@@ -321,24 +339,18 @@ def test_runs_part_from_the_dense_one_at_their_first_event(tmp_path):
 @pytest.mark.slow
 def test_removed_and_masked_runs_leave_the_same_record(tmp_path):
     # two channels stay in each layer: with a dead branch, scores of what is left of it may differ
-    small = {"name": "resnet8", "options": {"stem": 4}, "runs": {"frs": [0.4]}, "min_channels_per_layer": 2}
     found = []
     for removal in ("physical", "masked"):
-        profile = _profile(architectures=[small], removal=removal)
-        found.append(_records(profile, tmp_path)["resnet8", "frs"]["record"])
+        entries = _records(tmp_path, variants={"frs": [0.4]}, min_channels_per_layer=2, removal=removal)
+        found.append(entries["resnet8", "frs"]["record"])
     assert found[0]["cost"] == found[1]["cost"]
     assert found[0]["metrics"]["test_accuracy"] == found[1]["metrics"]["test_accuracy"]
     assert found[0]["metrics"]["test_loss"] == pytest.approx(found[1]["metrics"]["test_loss"], rel=1e-4)
 
 
 def test_plain_networks_lose_hidden_units_at_equal_macs(tmp_path):
-    plain = {
-        "name": "vgg_mini",
-        "options": {"dropout": 0.0},
-        "units_per_event": 2,
-        "runs": {"frs-macs": [0.5], "l1-macs": [0.5]},
-    }
-    entries = _records(_profile(architectures=[plain]), tmp_path)
+    variants = {"frs-macs": [0.5], "l1-macs": [0.5]}
+    entries = _records(tmp_path, cells=[_plain(units_per_event=2)], variants=variants)
     reductions = []
     for variant in ("frs-macs", "l1-macs"):
         record = entries["vgg_mini", variant]["record"]
@@ -350,12 +362,12 @@ def test_plain_networks_lose_hidden_units_at_equal_macs(tmp_path):
 @pytest.mark.parametrize(
     ("paper", "message"),
     [
-        ({"architectures": [{"name": "resnet9", "runs": {}}]}, "resnet9"),
-        ({"architectures": [{"name": "resnet14", "runs": {"fsr": [0.4]}}]}, "did you mean 'frs'"),
-        ({"architectures": [{"name": "resnet14", "runs": {"frs": [1.2]}}]}, "less than 1"),
-        ({"architectures": [{"name": "resnet14", "runs": {"frs": [0.0]}}]}, "above 0"),
+        ({"cells": [{"architecture": "resnet9"}]}, "resnet9"),
+        ({"variants": {"fsr": [0.4]}}, "did you mean 'frs'"),
+        ({"variants": {"frs": [1.2]}}, "less than 1"),
+        ({"variants": {"frs": [0.0]}}, "above 0"),
         ({"last": 5}, "last 5"),
-        ({"variants": {"dense": {}}}, "not pruned"),
+        ({"methods": {"dense": {}}}, "not pruned"),
     ],
 )
 def test_settings_that_cannot_be_are_named(paper, message):
@@ -364,53 +376,82 @@ def test_settings_that_cannot_be_are_named(paper, message):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
+    ("architecture", "settings", "message"),
     [
-        ({"name": "resnet8", "runs": {"frs": [0.001]}}, "takes 0 channels"),
-        ({"name": "resnet8", "runs": {"frs": [0.99]}, "min_channels_per_layer": 8}, "can go in all"),
-        ({"name": "resnet8", "runs": {}, "units_per_event": 1}, "no hidden linear layer"),
-        ({"name": "vgg_mini", "runs": {"frs": [0.4]}, "units_per_event": 11}, "none of 32 units"),
-        ({"name": "vgg_mini", "runs": {}, "min_channels_per_layer": 0}, "must be 1 or more"),
-        ({"name": "vgg_mini", "runs": {"frs-macs": [0.9]}, "min_channels_per_layer": 8}, "narrowest network"),
-        ({"name": "vgg16", "runs": {}}, "too small"),
-        ({"name": "resnet14", "runs": {}, "options": {"stern": 8}}, "did you mean 'stem'"),
-        ({"name": "mobilenet_v1", "runs": {}}, "plain and residual"),
-        ({"name": "mlp", "runs": {}}, "plain and residual"),
+        ("resnet8", {"variants": {"frs": [0.001]}}, "takes 0 channels"),
+        ("resnet8", {"variants": {"frs": [0.99]}, "min_channels_per_layer": 8}, "can go in all"),
+        ("resnet8", {"units_per_event": 1}, "no hidden linear layer"),
+        ("vgg_mini", {"variants": {"frs": [0.4]}, "units_per_event": 11}, "none of 32 units"),
+        ("vgg_mini", {"min_channels_per_layer": 0}, "must be 1 or more"),
+        ("vgg_mini", {"variants": {"frs-macs": [0.9]}, "min_channels_per_layer": 8}, "narrowest network"),
+        ("vgg16", {}, "too small"),
+        ("mobilenet_v1", {}, "plain and residual"),
+        ("mlp", {}, "plain and residual"),
         (
-            {"name": "vgg_mini", "runs": {}, "protected": ["features.0", "features.1"]},
-            r"vgg_mini.protected = 'features.1': allowed: features.0, features.3, .*classifier.0",
+            "vgg_mini",
+            {"protected": ["features.0", "features.1"]},
+            r"\(vgg_mini\): protected = 'features.1': allowed: features.0, features.3, .*classifier.0",
         ),
         (
-            {"name": "resnet8", "runs": {}, "protected": ["layer1.0.conv3"]},
-            r"resnet8.protected = 'layer1.0.conv3': allowed: layer1.0.conv1.*did you mean 'layer1.0.conv\d'",
+            "resnet8",
+            {"protected": ["layer1.0.conv3"]},
+            r"\(resnet8\): protected = 'layer1.0.conv3': allowed: layer1.0.conv1.*did you mean 'layer1.0.conv\d'",
         ),
         (
-            {"name": "vgg_mini", "runs": {}, "protected": ["classifier.0"], "units_per_event": 1},
+            "vgg_mini",
+            {"protected": ["classifier.0"], "units_per_event": 1},
             "every hidden linear layer: units_per_event must be 0, not 1",
         ),
-        (
-            {"name": "convnet", "options": {"cfg": [4]}, "runs": {}, "protected": ["features.0"]},
-            "every convolution",
-        ),
+        ("convnet", {"protected": ["features.0"]}, "every convolution"),
+        ("resnet8", {"training": {"epochs": 3}}, r"milestones\[1\] = 0.75: must fall on a whole iteration"),
     ],
 )
-def test_plans_that_cannot_be_are_named_before_training(architecture, message):
-    with pytest.raises(SettingsError, match=message):
-        protocol.runs(_profile(architectures=[architecture]))
+def test_plans_that_cannot_be_are_named_before_training(architecture, settings, message):
+    options = {"convnet": {"cfg": [4]}}.get(architecture, {})
+    cell = {
+        "architecture": architecture,
+        "options": options,
+        "settings": {"variants": {"frs": [0.4]}, **settings},
+    }
+    with pytest.raises(SettingsError, match=r"feature_relevance.cells\[0\]") as error:
+        _listed(cells=[cell], variants={})
+    assert re.search(message, str(error.value))
+
+
+def test_an_unknown_option_of_a_network_is_named():
+    with pytest.raises(SettingsError, match="did you mean 'stem'"):
+        _listed(cells=[{"architecture": "resnet14", "options": {"stern": 8}}])
+
+
+def test_training_images_are_augmented_as_the_paper_says_or_else_as_the_data_set():
+    data = {"source": "digits", "train": 100, "augmentation": {"flip": True}}
+    cell = {"architecture": "resnet8", "data": data}
+    for augmentation, wanted in (({"crop_padding": 1}, (1, False)), (None, (0, True))):
+        for run in _listed(cells=[cell], augmentation=augmentation):
+            found = run.settings["data"]["augmentation"]
+            assert (found["crop_padding"], found["flip"]) == wanted
+
+
+def test_a_method_of_ones_own_may_be_a_variant(tmp_path):
+    own = {"criterion": "random", "allocation": "per_layer"}
+    entries = _records(tmp_path, methods={"own": own}, variants={"own": "all"})
+    left = entries["resnet8", "own"]["record"]["details"]["events"][-1]["left"]
+    # 21 of 56 channels, in layers of 16, 8 and 4, to within one channel
+    assert list(left.values()) == pytest.approx([10, 10, 5, 5, 2.5, 2.5], abs=1)
 
 
 def test_protected_layers_are_part_of_a_run_and_lose_nothing(tmp_path):
-    plain = {"name": "vgg_mini", "options": {"dropout": 0.0}, "runs": {"frs": [0.3]}}
-    other = {**plain, "protected": ["features.7", "features.0"]}
-    same = {**plain, "protected": ["features.3", "features.0"]}
-    dense, first = protocol.runs(_profile(architectures=[plain]))
+    cells = [
+        _plain(),
+        _plain(protected=["features.3", "features.0"]),
+        _plain(protected=["features.7", "features.0"]),
+    ]
+    dense, first = _listed(cells=cells[:1], variants={"frs": [0.3]})
     assert first.settings["protected"] == ["features.0", "features.3"]
     assert "protected" not in dense.settings
-    found = [
-        protocol.runs(_profile(architectures=[given]))[1].settings_hash for given in (plain, same, other)
-    ]
+    found = [_listed(cells=[cell], variants={"frs": [0.3]})[1].settings_hash for cell in cells]
     assert found[0] == found[1] != found[2]
-    record = _records(_profile(architectures=[other]), tmp_path)["vgg_mini", "frs"]["record"]
+    record = _records(tmp_path, cells=cells[2:], variants={"frs": [0.3]})["vgg_mini", "frs"]["record"]
     left = record["details"]["events"][-1]["left"]
     assert "features.3" in left and not {"features.0", "features.7"} & set(left)
 
@@ -433,11 +474,11 @@ def _context(run):
 
 def test_scoring_images_are_balanced_and_fixed():
     data = _context(None).dataset(DIGITS)
-    first, second = (protocol.scoring_batches(data, 0.3) for _ in range(2))
+    first, second = (method.scoring_batches(data, 0.3) for _ in range(2))
     assert torch.bincount(first.labels).tolist() == [3] * 10
     assert torch.equal(first.images, second.images)
     with pytest.raises(RunFailed, match="scoring_share"):
-        protocol.scoring_batches(data, 0.01)
+        method.scoring_batches(data, 0.01)
 
 
 @pytest.mark.parametrize("architecture", ["vgg_t8", "resnet8"])

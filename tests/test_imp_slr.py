@@ -11,10 +11,11 @@ from common.core.failures import RunFailed
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.trainer import Hooks, Trainer
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.stage import papers
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
 from common.statistics.claims import read
-from replications.imp_slr import baselines, method, protocol
+from replications.imp_slr import baselines, measures, method, protocol
 
 HISTORY = method.History([0.1] * 20 + [0.01] * 20)
 
@@ -91,8 +92,8 @@ def test_cycles_meet_the_goal_and_share_the_epochs():
 def test_a_saturating_curve_is_read_off_its_own_points():
     epochs = [1, 3, 6, 9, 30]
     gains = [0.2 * (1 - 2.718281828 ** (-e / 2.0)) for e in epochs]
-    assert method.saturation_epochs(epochs, gains) == pytest.approx(2.0 * 2.302585, rel=1e-3)
-    assert method.saturation_epochs(epochs, [-0.1] * 5) is None
+    assert measures.saturation_epochs(epochs, gains) == pytest.approx(2.0 * 2.302585, rel=1e-3)
+    assert measures.saturation_epochs(epochs, [-0.1] * 5) is None
 
 
 # ------------------------------------------------------------------------------------------ prune and retrain
@@ -395,10 +396,10 @@ def profile(**changed):
 TINY = {
     "seeds": [0],
     "targets": [0.5],
-    "epochs": 4,
+    "training": {"epochs": 4},
     "retrain_epochs": 2,
     "learning_rates": [0.05],
-    "cells": [{"architecture": "mlp", "widths": [12, 12]}],
+    "cells": [{"architecture": "mlp", "options": {"widths": [12, 12]}}],
     "schedules": ["SLR", "LRW", "ALLR"],
     "lengths": [1, 4],
     "short_schedules": ["LLR"],
@@ -409,14 +410,25 @@ TINY = {
 }
 
 
+def listed(settings):
+    return papers.runs("imp_slr", settings)
+
+
 def outcomes(settings, folder):
-    planned = in_order(protocol.runs(settings))
+    planned = in_order(listed(settings))
     store = Store(folder)
     needed = {need.settings_hash for run in planned for need in run.needs}
     entries = [
         perform(run, store, settings.execution, run.settings_hash in needed).model_dump() for run in planned
     ]
     return {entry["record"]["variant"]: entry for entry in entries}
+
+
+DURING = TINY | {
+    "experiments": ["during"],
+    "during": {"gmp": {}, "dpf": None},
+    "cells": [{"architecture": "mlp", "options": {"widths": [12]}}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +454,7 @@ def test_methods_compared_train_for_equally_many_epochs(tiny):
 
 
 def test_arms_of_a_seed_start_from_the_same_weights(tiny):
-    runs = {run.variant: run for run in in_order(protocol.runs(profile(**TINY)))}
+    runs = {run.variant: run for run in in_order(listed(profile(**TINY)))}
     assert (
         runs["slr"].needs[0].settings_hash
         == runs["lrw"].needs[0].settings_hash
@@ -467,45 +479,60 @@ def test_the_longest_retraining_reports_what_the_shorter_ones_reach(tiny):
 
 
 def test_learning_rates_are_chosen_by_validation_accuracy_alone(tmp_path):
-    tuned = TINY | {"learning_rates": [1e-4, 0.1], "tuning_seeds": [50, 51], "during": ["gmp"]}
-    cells = [{"architecture": "mlp", "widths": [12], "experiments": ["during"]}]
-    found = outcomes(profile(**(tuned | {"cells": cells})), tmp_path)
+    settings = DURING | {"learning_rates": [1e-4, 0.1], "tuning_seeds": [50, 51]}
+    found = outcomes(profile(**settings), tmp_path)
     for name in ("dense", "gmp"):
         details = found[name]["record"]["details"]
         assert details["learning_rate"] == 0.1
         assert details["tuning"]["0.1"] > details["tuning"]["0.0001"]
-    assert {found["slr"]["record"]["seed"], found["tuning-imp-0.1"]["record"]["seed"]} == {0, 51}
+    assert {found["slr"]["record"]["seed"], found["tuning-imp-1"]["record"]["seed"]} == {0, 51}
 
 
 def test_a_rate_at_which_training_diverges_loses_the_search(tmp_path):
-    settings = TINY | {"learning_rates": [0.05, 1e30], "tuning_seeds": [50], "during": ["gmp"]}
-    cells = [{"architecture": "mlp", "widths": [12], "experiments": ["during"]}]
-    found = outcomes(profile(**(settings | {"cells": cells})), tmp_path)
-    assert found["gmp"]["record"]["details"]["learning_rate"] == 0.05
+    settings = DURING | {"learning_rates": [0.05, 1e30], "tuning_seeds": [50]}
+    found = outcomes(profile(**settings), tmp_path)
+    for name in ("dense", "gmp"):
+        assert found[name]["record"]["details"]["learning_rate"] == 0.05
+        assert found[name]["record"]["details"]["tuning"]["1e+30"] is None
     assert found["slr"]["record"]["details"]["learning_rate"] == 0.05
+    lost = {name for name, entry in found.items() if entry["record"]["status"] == "failed"}
+    assert lost == {"tuning-imp-1-dense", "tuning-imp-1", "tuning-gmp-1"}
+
+
+def test_where_every_rate_diverges_all_that_needs_one_fails(tmp_path):
+    settings = DURING | {"learning_rates": [1e29, 1e30], "tuning_seeds": [50]}
+    found = outcomes(profile(**settings), tmp_path)
+    assert found["gmp"]["record"]["reason"].startswith("all trials of gmp are lost: ")
+    assert found["dense"]["record"]["failure"] == "diverged" and found["slr"]["record"]["failure"] == "needs"
+
+
+def test_a_learning_rate_is_tuned_with_each_seed_where_the_profile_says_so():
+    settings = profile(**(DURING | {"seeds": [0, 1], "learning_rates": [0.01, 0.1], "tuning": "per_seed"}))
+    planned = in_order(listed(settings))
+    assert {run.seed for run in planned if run.variant.startswith("tuning-")} == {0, 1}
+    for run in planned:
+        assert {need.seed for need in run.needs} <= {run.seed}
 
 
 @pytest.mark.slow
 def test_all_optional_arms_run(tmp_path):
     settings = TINY | {
-        "cells": [
-            {
-                "architecture": "digits_cnn_strided",
-                "widths": [4, 6, 8],
-                "experiments": ["schedules", "during", "cycles", "bimp"],
-            }
-        ],
+        "cells": [{"architecture": "digits_cnn_strided", "options": {"widths": [4, 6, 8]}}],
+        "experiments": ["schedules", "during", "cycles", "bimp"],
         "schedules": ["FT", "CLR", "LCN", "LC", "LCT", "LLR_min"],
         "tunables": [
             {"kind": "stepped", "initial": 0.05},
             {"kind": "constant", "initial": 0.01, "warmup_share": 0},
         ],
-        "during": ["gmp", "gsm", "lc", "dnw", "str", "cs", "dst"],
-        "gmp": {"recovering": True, "interval": 2, "allocation": "uniform"},
-        "lc": {"growing": True, "rank_over": "prunable"},
-        "str": {"weight_decays": [1e-3], "initial": -2.0},
-        "cs": {"initials": [0.0], "penalty": 1e-4},
-        "dst": {"penalties": [0.01], "double_decay": True},
+        "during": {
+            "gmp": {"recovering": True, "interval": 2, "allocation": "uniform"},
+            "gsm": {},
+            "lc": {"growing": True, "rank_over": "prunable"},
+            "dnw": {},
+            "str": {"weight_decays": [1e-3], "initial": -2.0},
+            "cs": {"initials": [0.0], "penalty": 1e-4},
+            "dst": {"penalties": [0.01], "double_decay": True},
+        },
         "cycles": ["20%"],
         "retraining": {
             "adaptive": "2022",
@@ -530,14 +557,13 @@ def test_all_optional_arms_run(tmp_path):
 
 
 def test_a_method_that_pruned_nothing_leaves_nothing_to_compare_with(tmp_path):
-    cells = [{"architecture": "mlp", "widths": [12], "experiments": ["during"]}]
-    settings = TINY | {"cells": cells, "during": ["str"], "str": {"weight_decays": [0.0], "initial": -1000.0}}
+    settings = DURING | {"during": {"gmp": None, "str": {"weight_decays": [0.0], "initial": -1000.0}}}
     record = outcomes(profile(**settings), tmp_path)["slr-as-str-0"]["record"]
     assert record["status"] == "failed" and "nothing to compare with" in record["reason"]
 
 
 def test_the_default_profile_runs_all_that_the_claims_compare():
-    planned = {(run.variant, run.architecture) for run in in_order(protocol.runs(profile()))}
+    planned = {(run.variant, run.architecture) for run in in_order(listed(profile()))}
     variants = {variant for variant, _ in planned}
     claims = read(ROOT / "replications/imp_slr/claims.yaml").claims
     for claim in claims:
@@ -552,29 +578,37 @@ def test_the_default_profile_runs_all_that_the_claims_compare():
     [
         ({"cells": [{"architecture": "resnet57"}]}, "resnet57.*unknown"),
         ({"targets": [1.2]}, r"targets\[0\] = 1.2: should be less than 1"),
-        ({"targets": [0.0]}, "targets must be above 0"),
+        ({"targets": [0.0]}, r"targets = \[0.0\]: must be above 0"),
         ({"tuning_seeds": [0]}, "no seed in common"),
-        ({"lengths": [9]}, "lengths must leave out retrain_epochs = 9"),
-        ({"epochs": 300, "lengths": [30, 31]}, "lengths must differ by at least a percent"),
+        ({"lengths": [10]}, "lengths must leave out retrain_epochs = 10"),
+        ({"training": {"epochs": 300}, "lengths": [30, 31]}, "lengths must differ by at least a percent"),
         ({"retrain_epochs": 31, "lengths": [30]}, "LRW can retrain for no more than the 30 epochs"),
-        ({"gmp": {"interval": 20}}, "gmp.interval must fit twice"),
+        ({"during": {"gmp": {"interval": 21}}}, "during.gmp.interval must fit twice"),
         ({"bimp": {"shares": [0.99]}}, "bimp.shares must leave some"),
         ({"bimp": {"shares": [0.5, 0.501]}}, "bimp.shares must differ"),
         ({"bimp": {"reading": "2022", "interval": 30}}, "bimp.interval must fit"),
-        ({"schedule": {"warmup_epochs": 30}}, "warmup_epochs must be fewer"),
+        ({"training": {"warmup_epochs": 30}}, "warmup_epochs must be fewer"),
+        (
+            {"training": {"milestones": [0.3, 0.77]}},
+            r"cells\[0\] \(mlp\): training.milestones\[1\] = 0.77: must fall on a whole iteration",
+        ),
+        ({"training": {"optimizer": "adam"}}, "training must be by sgd"),
         ({"schedules": ["SLR", "XLR"]}, r"schedules\[1\]"),
-        ({"cells": [{"architecture": "mlp", "widths": [0]}]}, r"cells\[0\].widths\[0\]"),
+        ({"cells": [{"architecture": "mlp", "options": {"widths": [0]}}]}, r"cells\[0\] \(mlp\): .*width"),
         ({"cycles": [1]}, r"cycles\[0\]"),
-        ({"momentum": 0.0}, "nesterov needs a momentum"),
+        ({"training": {"momentum": 0.0}}, "nesterov needs a momentum"),
         ({"cells": [{"architecture": "vgg16"}]}, r"cells\[0\] \(vgg16\): images of 8x8 are too small"),
         ({"cells": [{"architecture": "mlp", "options": {"depth": 3}}]}, "option 'depth'"),
         (
-            {"cells": [{"architecture": "digits_cnn", "widths": [600, 1, 1]}]},
+            {"cells": [{"architecture": "digits_cnn", "options": {"widths": [600, 1, 1]}}]},
             r"cells\[0\].*Uniform\+ cannot prune",
         ),
-        ({"gmp": {"intervall": 3}}, "gmp.intervall: unknown key; .*did you mean 'interval'"),
+        (
+            {"during": {"gmp": {"intervall": 3}}},
+            "during.gmp.intervall: unknown key; .*did you mean 'interval'",
+        ),
     ],
 )
 def test_impossible_settings_are_one_clear_error_before_training(changed, message):
     with pytest.raises(SettingsError, match=message):
-        protocol.runs(profile(**changed))
+        listed(profile(**changed))

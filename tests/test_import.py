@@ -11,6 +11,7 @@ import pytest
 from project import BARE, only_example, params, replications, run
 
 import replications as package
+from common.predictions import Predictions, packed, unpacked
 from common.stage import importing
 from common.stage.store import StageError
 
@@ -20,6 +21,7 @@ FILES = (
     "digits/example.jsonl",
     "digits/example.curves.jsonl",
     "environment/digits/example.json",
+    "digits/example.predictions.npz",
 )
 
 
@@ -59,7 +61,7 @@ def inside(project, monkeypatch):
         (project / "results" / name).parent.mkdir(parents=True, exist_ok=True)
         (project / "results" / name).write_text("as it was")
     yield project
-    assert [(project / "results" / name).read_text() for name in FILES] == ["as it was"] * 3
+    assert [(project / "results" / name).read_text() for name in FILES] == ["as it was"] * 4
 
 
 def _refused(folder, **more):
@@ -82,10 +84,14 @@ def _change(folder, change, sign=True, file=FILES[0], line=0):
 def _write(folder, lines, sign=True, file=FILES[0]):
     (folder / file).write_text("".join(line + "\n" for line in lines))
     if sign:
-        environment = json.loads((folder / FILES[2]).read_text())
-        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        environment["sha256"][Path(file).name] = digest
-        (folder / FILES[2]).write_text(json.dumps(environment))
+        _sign(folder, file)
+
+
+def _sign(folder, file):
+    environment = json.loads((folder / FILES[2]).read_text())
+    digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    environment["sha256"][Path(file).name] = digest
+    (folder / FILES[2]).write_text(json.dumps(environment))
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -144,7 +150,7 @@ def test_a_hash_that_is_not_that_of_the_settings_is_named(inside, folder):
     assert "example/dense mlp target 0 seed 0: settings_hash is not that of its" in _refused(folder)
 
 
-@pytest.mark.parametrize("file", FILES[:2])
+@pytest.mark.parametrize("file", [*FILES[:2], FILES[3]])
 def test_one_changed_byte_is_noticed(inside, folder, file):
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
@@ -163,6 +169,30 @@ def test_curves_of_other_runs_are_refused(inside, folder):
     lines = (folder / FILES[1]).read_text().splitlines()
     _write(folder, lines[1:], file=FILES[1])
     assert "example.curves.jsonl: not the curves of the runs in example.jsonl" in _refused(folder)
+
+
+def test_predictions_of_other_runs_are_refused(inside, folder):
+    found = unpacked((folder / FILES[3]).read_bytes(), folder / FILES[3])
+    digests = [json.loads(line)["predictions"] for line in (folder / FILES[0]).read_text().splitlines()]
+    _pack(folder, [found[digest] for digest in digests[:2] + digests[3:]])
+    assert (
+        "example.predictions.npz: the predictions of dense, digits, linear, target 0, seed 1 are missing"
+        in _refused(folder)
+    )
+    _pack(folder, [Predictions.of(one.labels, one.labels) for one in found.values()])
+    assert "target 0, seed 0 are missing or changed" in _refused(folder)
+    _pack(folder, found.values())
+    _change(folder, lambda r: r["metrics"].update(test_accuracy=0.5))
+    assert "seed 0 predicts with an accuracy of 0." in (message := _refused(folder))
+    assert message.endswith(", but its record says 0.5")
+    (folder / FILES[3]).write_bytes(b"no archive")
+    _sign(folder, FILES[3])
+    assert "example.predictions.npz: no readable predictions, or damaged" in _refused(folder)
+
+
+def _pack(folder, predictions):
+    (folder / FILES[3]).write_bytes(packed(predictions))
+    _sign(folder, FILES[3])
 
 
 def test_another_version_of_the_code_is_refused(inside, folder):
@@ -233,7 +263,7 @@ pathlib.Path.write_bytes, os.replace = write, move
 def test_a_kill_before_all_is_written_changes_nothing(project, folder):
     (project / "sitecustomize.py").write_text(BARE + KILL.format(calls=3, name="write"))
     assert replications(project, "import", str(folder)).returncode == -signal.SIGKILL
-    assert _bytes(project / "results") == [None] * 3
+    assert _bytes(project / "results") == [None] * 4
     (project / "sitecustomize.py").write_text(BARE)
     assert replications(project, "import", str(folder)).returncode == 0
     assert _bytes(project / "results") == _bytes(folder)
@@ -244,7 +274,7 @@ def test_what_a_kill_leaves_half_moved_the_next_import_finishes_first(project, f
     # the first move is of all files at once, the next ones of one file each
     (project / "sitecustomize.py").write_text(BARE + KILL.format(calls=3, name="move"))
     assert replications(project, "import", str(folder)).returncode == -signal.SIGKILL
-    assert _bytes(project / "results").count(None) == 2
+    assert _bytes(project / "results").count(None) == 3
     (project / "sitecustomize.py").write_text(BARE)
     assert replications(project, "import", str(project / "nowhere")).returncode == 2
     assert _bytes(project / "results") == _bytes(folder)

@@ -97,6 +97,14 @@ def test_what_is_not_of_this_project_is_refused_by_name(project, folder):
     assert f"{PART}: made by other code (digest 0" in _refused(project, folder, "--partial")
     _write(folder / PART, {key: value for key, value in about.items() if key != "numerics"}, entries)
     assert f"{PART}, line 1.numerics: " in _refused(project, folder, "--partial")
+    for text, message in (
+        (entries[1].predictions, "target 0, seed 1 are missing or changed"),
+        (None, "target 0, seed 1 are missing or changed"),
+        ("no text", f"{PART}: predictions that are not readable: "),
+    ):
+        other = entries[0].model_copy(update={"predictions": text})
+        _write(folder / PART, about, [other, *entries[1:]])
+        assert message in _refused(project, folder, "--partial")
     (folder / PART).write_bytes(b"")
     assert f"{PART}: it was stopped before it held anything" in _refused(project, folder, "--partial")
     assert not (project / "results").exists()

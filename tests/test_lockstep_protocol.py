@@ -11,6 +11,7 @@ from common.core.run import Context, Needed
 from common.core.trainer import Trainer
 from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile
+from common.stage import papers
 from replications.imp_slr import protocol
 
 pytestmark = pytest.mark.slow
@@ -18,25 +19,21 @@ pytestmark = pytest.mark.slow
 SETTINGS = {
     "seeds": [0],
     "targets": [0.9],
-    "epochs": 6,
+    "training": {"epochs": 6, "batch_size": lockstep.BATCH},
     "retrain_epochs": 3,
+    "experiments": ["schedules", "during", "cycles"],
     "lengths": [2],
     "short_lengths": [1],
-    "batch_size": lockstep.BATCH,
     "learning_rates": [0.1],
     "schedules": ["FT", "LRW", "SLR", "CLR", "LLR", "ALLR"],
-    "during": ["gmp", "dpf", "gsm", "lc", "dnw", "str", "cs"],
+    "during": {
+        **{name: {} for name in ("gmp", "dpf", "gsm", "lc", "dnw")},
+        "str": {"weight_decays": [2e-2]},
+        "cs": {"initials": [0.0], "penalty": 1e-3},
+    },
     "cycles": [3],
     "retraining": {"cycle_epochs": "each"},
-    "str": {"weight_decays": [2e-2]},
-    "cs": {"initials": [0.0], "penalty": 1e-3},
-    "cells": [
-        {
-            "architecture": "resnet8",
-            "options": {"stem": 2, "shortcut": "A"},
-            "experiments": ["schedules", "during", "cycles"],
-        }
-    ],
+    "cells": [{"architecture": "resnet8", "options": {"stem": 2, "shortcut": "A"}}],
 }
 # without DST: its step has a slope of 0.4 in the default precision, which is double here and single where it was frozen
 CASES = {"dense": "dense", "slr-3cycles": "SLR-3", "str-0.02": "STR", "cs-0": "CS"}
@@ -75,13 +72,13 @@ def _execute(run, trained):
         def dataset(self, settings):
             return _stored()
 
-        def trainer(self, model, data, batch_size, hooks=(), **options):
+        def trainer(self, model, data, batch_size, hooks=(), seed=None, **options):
             if not needs:
                 lockstep.started("resnet", model)
             made.append(Double(model, lockstep.StoredBatches(), hooks=hooks, **options))
             return made[0]
 
-    outcome = protocol.execute(run, Stored(run, Compute(torch.device("cpu")), needs))
+    outcome = run.job.execute(Stored(run, Compute(torch.device("cpu")), needs))
     trained[run.variant] = {name: value.clone() for name, value in made[0].model.state_dict().items()}
     record = Record.model_construct(settings=run.settings, metrics=outcome.metrics, details=outcome.details)
     return Needed(record, {"model": trained[run.variant]})
@@ -91,11 +88,12 @@ def _execute(run, trained):
 def trained():
     """Weights at the end of each run, by variant."""
     settings = protocol.Settings.model_validate(SETTINGS)
-    profile = Profile(name="test", dataset=DatasetSettings(), execution=ExecutionSettings(), paper=settings)
+    data = DatasetSettings(train=lockstep.BATCH * lockstep.PER_EPOCH)
+    profile = Profile(name="test", dataset=data, execution=ExecutionSettings(), paper=settings)
     found = {}
     torch.set_default_dtype(torch.float64)
     try:
-        for run in protocol.runs(profile):
+        for run in papers.runs("imp_slr", profile):
             if run.variant in CASES and run.variant not in found:
                 _execute(run, found)
     finally:

@@ -48,6 +48,39 @@ def test_later_seeds_never_judge_again():
     assert json.dumps(both[0]) == json.dumps(both[1])
 
 
+def test_a_look_waits_for_the_runs_of_preconditions():
+    """Else a claim that is decided could be undone by seeds of the look that come in late."""
+    gated = claim(precondition={"variant": "broken", "not_worse_than": "dense", "by": 0.02})
+    records = pair(0.02, n=8) + runs("dense", [0.9] * 8)
+    found = judge(gated, records + runs("broken", [0.9] * 4), looks=(8, 16))
+    assert found["verdict"] == "not tested" and "not all recorded" in found["reason"]
+    assert judge(gated, records + runs("broken", [0.9] * 8), looks=(8, 16))["verdict"] == "replicated"
+    found = judge(gated, records, looks=(8, 16))
+    assert found["verdict"] == "not tested" and "no run of broken" in found["reason"]
+
+
+def test_a_look_knows_nothing_of_later_seeds():
+    """Neither that a value was no cap, nor of how many images accuracies are."""
+    noise = draws(2, 12, seed=3)
+    capped = [record("new", s, metrics={"q": 5.0 if s < 2 else 4.9 + noise[0, s] / 100}) for s in range(8)]
+    capped += [record("old", s, metrics={"q": 4.7 + noise[1, s] / 20}) for s in range(8)]
+    more = [
+        record(v, s, metrics={"q": 6 + k * s / 7}) for s in range(8, 12) for k, v in enumerate(("new", "old"))
+    ]
+    stepped = [
+        record(v, s, 0.8 + s % 3 / 100, metrics={"other": v == "new"})
+        for s in range(8)
+        for v in ("new", "old")
+    ]
+    finer = [record(v, s, 0.8 + s / 10_000) for s in range(8, 12) for v in ("new", "old")]
+    for a_claim, first, later in (
+        (claim(metric="q"), capped, more),
+        (claim("noninferiority", matters=0.003), stepped, finer),
+    ):
+        alone, replayed = (judge(a_claim, r, looks=(8, 16)) for r in (first, first + later))
+        assert json.dumps(alone) == json.dumps(replayed)
+
+
 def test_a_look_is_judged_only_when_its_runs_are_recorded_ok_or_failed():
     records = pair(0.0, n=16, sd=0.02, seed=2)
     at = {n: judge_one(claim(), [r for r in records if r.seed < n], looks=(8, 16)) for n in (7, 8, 12, 16)}

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -19,28 +20,45 @@ from common.core.data import Batches
 from common.core.pruning import channels
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.stage import papers
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
-from replications.pretraining_impact import filters, glyphs, measures, method, protocol, steps, transfer
+from replications.pretraining_impact import (
+    filters,
+    glyphs,
+    gradual,
+    labels,
+    measures,
+    method,
+    protocol,
+    training,
+    transfer,
+)
 
 DATA = DatasetSettings(train=120, validation=60, test=200)
 CPU = ExecutionSettings(device="cpu", precision="float32", workers=1)
-FAST = {"batch_size": 60, "learning_rates": [0.05]}
-ONE = {"labels": 60, "epochs": 1, "level_epochs": 1}
+ENDS = ("-one-shot", "-gradual", "-one-cycle", "small-scratch")
+"""Variants that lose all filters in one training, so at one target."""
+FAST = {"batch_size": 60, "learning_rate": 0.05, "epochs": 1}
 
 
 def settings(variants=("fine-tuned", "scratch"), **changes):
-    """Settings for runs of well under a second. The corpus is other digits."""
+    """Settings for runs of well under a second. The corpus is other digits.
+
+    variants: the table, or names, which then have all targets or the one at which they lose all filters.
+    """
+    if not isinstance(variants, dict):
+        variants = {name: [0.8] if name.endswith(ENDS) else "all" for name in variants}
     given = {
         "seeds": [0],
-        "architectures": ["vgg_t8"],
-        "control_architectures": ["vgg_t8"],
+        "cells": [{"architecture": "vgg_t8"}],
         "corpus": {"source": "digits", "train": 120, "validation": 60, "test": 300, "split_seed": 1},
-        "pretraining": FAST | {"epochs": 1},
+        "pretraining": FAST,
         "fine_tuning": FAST,
         "scratch": FAST,
         "level": FAST,
-        "budgets": [ONE | {"variants": variants}],
+        "labels": 60,
+        "variants": variants,
         "targets": [0.5, 0.8],
     }
     return validated(protocol.Settings, given | changes, "here")
@@ -50,12 +68,15 @@ def profile(*arguments, **changes):
     return Profile(name="test", dataset=DATA, execution=CPU, paper=settings(*arguments, **changes))
 
 
+def listed(*arguments, **changes):
+    return in_order(papers.runs("pretraining_impact", profile(*arguments, **changes)))
+
+
 def records(folder, *arguments, **changes):
     """The records of all runs, by (variant, target)."""
-    listed = in_order(protocol.runs(profile(*arguments, **changes)))
     store = Store(folder)
     found = {}
-    for run in listed:
+    for run in listed(*arguments, **changes):
         found[run.variant, run.target] = perform(run, store, CPU, True).record.content()
     assert {record["status"] for record in found.values()} == {"ok"}, found
     return found
@@ -235,17 +256,15 @@ def test_a_corpus_without_room_for_all_classes_is_refused(tmp_path, capsys):
 def test_counts_are_of_the_original_width():
     model, original = network(), [16, 16, 32, 32, 64, 64]
     for fraction in (0.1, 0.5, 0.5, 0.57):
-        channels.remove(model, filters.choose(model, fraction, original, filters.FilterSelection()))
-        assert filters.filter_widths(model) == filters.pruned_widths(original, fraction)
+        channels.remove(model, method.choose(model, fraction, original, method.FilterSelection()))
+        assert filters.filter_widths(model) == method.pruned_widths(original, fraction)
 
 
 def test_a_global_ranking_leaves_one_filter_in_each_layer():
     model, original = network(), [16, 16, 32, 32, 64, 64]
     with torch.no_grad():
         model.get_submodule("features.0").weight.mul_(1e-3)
-    keep = filters.choose(
-        model, 0.9, original, filters.FilterSelection(criterion="l1_mean", context="global")
-    )
+    keep = method.choose(model, 0.9, original, method.FilterSelection(criterion="l1_mean", context="global"))
     widths = [len(index) for index in keep.values()]
     assert widths[0] == 1 and min(widths) >= 1
     assert sum(widths) == sum(original) - method.removal_count(sum(original), 0.9)
@@ -255,9 +274,9 @@ def test_random_filters_depend_on_their_generator_alone():
     model, original = network(), [16, 16, 32, 32, 64, 64]
 
     def chosen(seed):
-        how = filters.FilterSelection(criterion="random")
+        how = method.FilterSelection(criterion="random")
         generator = torch.Generator().manual_seed(seed)
-        return [i.tolist() for i in filters.choose(model, 0.5, original, how, generator=generator).values()]
+        return [i.tolist() for i in method.choose(model, 0.5, original, how, generator=generator).values()]
 
     assert chosen(1) == chosen(1) != chosen(2)
 
@@ -278,14 +297,16 @@ def test_all_names_of_criteria_and_counts_have_a_rule():
 
 
 def test_a_target_beyond_every_structure_is_named():
-    shape = steps.Shape("vgg_t8", (), 10, (1, 8, 8))
+    shape = filters.Shape(
+        partial(models.build, "vgg_t8", classes=10, image_shape=(1, 8, 8)), image_shape=(1, 8, 8)
+    )
     with pytest.raises(SettingsError, match=r"target 0.9999.*more than 0.99"):
-        filters.fractions_for_reductions(shape.parameters, [16, 16, 32, 32, 64, 64], [0.5, 0.9999])
+        method.fractions_for_reductions(shape.parameters, [16, 16, 32, 32, 64, 64], [0.5, 0.9999])
 
 
 def test_a_legacy_rule_that_empties_a_layer_is_refused():
     with pytest.raises(SettingsError, match="gt_sorted_2019.*all 10 filters"):
-        filters.pruned_widths([64, 10], 0.95, "gt_sorted_2019")
+        method.pruned_widths([64, 10], 0.95, "gt_sorted_2019")
 
 
 def gradual_fit(removal="at_events", checkpoints=None, **options):
@@ -293,9 +314,9 @@ def gradual_fit(removal="at_events", checkpoints=None, **options):
     data = loading.load(DATA)
     batches = Batches(data, "train", 40, seed=0, shuffle=True, dtype=torch.float64)
     model = network().double()
-    masks = [filters.KeepFiltersMasked("after_step")] if removal == "at_end" else []
-    events = filters.schedule_events("agp", 12, 0.6, (0.2, 0.8), 2)
-    hook = filters.Gradual(model, events, filters.FilterSelection(**options), masks=(masks or [None])[0])
+    masks = [gradual.KeepFiltersMasked("after_step")] if removal == "at_end" else []
+    events = gradual.schedule_events("agp", 12, 0.6, (0.2, 0.8), 2)
+    hook = gradual.Gradual(model, events, method.FilterSelection(**options), masks=(masks or [None])[0])
     trainer = Trainer(
         model, batches, nesterov=True, weight_decay=5e-4, hooks=[hook, *masks], checkpoints=checkpoints
     )
@@ -310,7 +331,7 @@ def test_masking_while_training_equals_removing():
     assert (
         filters.filter_widths(masked)
         == filters.filter_widths(removed)
-        == filters.pruned_widths([16, 16, 32, 32, 64, 64], 0.6)
+        == method.pruned_widths([16, 16, 32, 32, 64, 64], 0.6)
     )
     assert log.log[0] == (0, [16, 16, 32, 32, 64, 64]) and len(log.log) > 3
     torch.testing.assert_close(masked.eval()(x), removed.eval()(x), rtol=1e-8, atol=1e-8)
@@ -342,10 +363,10 @@ def test_gradual_pruning_resumes_where_it_was(removal):
 
 
 def test_the_last_event_is_at_the_end_of_the_window_and_exact():
-    events = filters.schedule_events("one_cycle", 100, 0.57, (0.0, 1.0), 30)
+    events = gradual.schedule_events("one_cycle", 100, 0.57, (0.0, 1.0), 30)
     assert list(events) == [30, 60, 90, 100] and events[100] == 0.57
     assert list(events.values()) == sorted(events.values())
-    assert method.event_steps(0, 100, 30, final=False) == [30, 60, 90]
+    assert gradual.event_steps(0, 100, 30, final=False) == [30, 60, 90]
 
 
 # ---------------------------------------------------------------------------------------- transfer
@@ -416,28 +437,28 @@ def test_shuffling_keeps_values_and_loses_places():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["vgg_t9"]}, r"here.architectures.*'vgg_t9'.*did you mean 'vgg_t8'"),
-        ({"targets": [0.8, 0.5]}, "must ascend"),
+        ({"cells": [{"architecture": "vgg_t9"}]}, r"here.cells\[0\].architecture.*did you mean 'vgg_t8'"),
+        ({"cells": []}, r"here.cells.*at least 1"),
+        ({"targets": [0.8, 0.5], "variants": {"scratch": "all"}}, "must ascend"),
         ({"targets": [0.5, 1.2]}, "less than 1"),
-        ({"control_target": 0.7}, r"control_target 0.7 must be one of the targets \[0.5, 0.8\]"),
+        ({"targets": [0.0, 0.5]}, "above 0"),
         (
-            {"budgets": [ONE | {"variants": ["finetuned"]}]},
-            "unknown variant 'finetuned'.*did you mean 'fine-tuned'",
+            {"variants": {"small-scratch": [0.7]}},
+            r"small-scratch = \[0.7\]: must be of the targets \[0.5, 0.8\]",
         ),
         (
-            {"budgets": [ONE | {"variants": ["scratch"], "per_class": 3}]},
-            "labels and per_class exclude each other",
+            {"variants": {"scratch": [0.8]}},
+            r"scratch = \[0.8\]: must be the first of the targets \[0.5, 0.8\]",
         ),
-        (
-            {"budgets": [ONE | {"variants": ["scratch"]}] * 2},
-            "two budgets have the same amount of labels: 60, 60",
-        ),
-        ({"options": {"mobilenet_t8": {}}}, "'mobilenet_t8' is not among the architectures"),
+        ({"variants": {"scratch-random": [0.8]}}, "scratch-random = .*must be the first of the targets"),
+        ({"variants": {"finetuned": "all"}}, "unknown variant 'finetuned'.*did you mean 'fine-tuned'"),
+        ({"per_class": 3}, "labels and per_class exclude each other"),
         ({"selection": {"criterion": "l1"}}, "here.selection.criterion"),
         ({"gradual": {"begin": 0.5, "finish": 0.4}}, "begin 0.5 must lie before finish 0.4"),
-        ({"level": FAST | {"learning_rates": [0.1, 0.2]}}, "take one learning rate"),
-        ({"corpus": None}, "corpus: needed for vgg_t8, which have no checkpoint"),
-        ({"scratch": FAST | {"warmup_epochs": 1}}, "a warm-up of 1 epochs does not fit into 1"),
+        ({"scratch": FAST | {"warmup_epochs": 1}}, "warmup_epochs must be fewer than the 1 epochs"),
+        ({"scratch": FAST | {"schedule": "multistep"}}, "here.scratch.schedule"),
+        ({"level": FAST | {"one_cycle": True}}, "one_cycle needs optimizer adam"),
+        ({"tuning_seeds": [0, 7]}, "no seed in common"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(changes, message):
@@ -449,20 +470,25 @@ def test_wrong_settings_are_one_clear_line(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budgets": [ONE | {"labels": 500, "variants": ["scratch"]}]}, "500 images are asked for"),
+        ({"labels": 500}, "500 images are asked for"),
+        ({"labels": None, "per_class": 90}, "per_class = 90: class 0 has 12"),
+        ({"targets": [0.8, 0.9999]}, r"pretraining_impact.cells\[0\] \(vgg_t8\): target 0.9999"),
         (
-            {"budgets": [ONE | {"labels": None, "per_class": 90, "variants": ["scratch"]}]},
-            "per_class = 90: class 0 has 12",
+            {"cells": [{"architecture": "vgg_t8", "options": {"depth": 3}}]},
+            "option 'depth' of .*'vgg_t8': unknown",
         ),
-        ({"targets": [0.8, 0.9999]}, "target 0.9999"),
-        ({"options": {"vgg_t8": {"depth": 3}}}, "option 'depth' of .*'vgg_t8': unknown"),
-        ({"options": {"vgg_t8": {"head": "max"}}}, "architecture vgg_t8: head = 'max'"),
-        ({"checkpoints": {"vgg_t8": {"source": "nowhere.pt"}}}, "nowhere.pt: cannot be read"),
+        ({"cells": [{"architecture": "vgg_t8", "options": {"head": "max"}}]}, r"\(vgg_t8\): head = 'max'"),
+        ({"checkpoint": {"source": "nowhere.pt"}}, "nowhere.pt: cannot be read"),
+        ({"corpus": None}, "corpus: needed where there is no checkpoint"),
+        (
+            {"cells": [{"architecture": "vgg_t8"}, {"architecture": "vgg_t8", "settings": {"labels": 0}}]},
+            r"cells\[1\].settings.labels = 0",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_training(changes, message):
     with pytest.raises(SettingsError, match=message):
-        protocol.runs(profile(**changes))
+        listed(**changes)
 
 
 def test_a_corpus_of_other_images_is_refused(tmp_path):
@@ -476,8 +502,8 @@ def test_a_corpus_of_other_images_is_refused(tmp_path):
     with pytest.raises(
         SettingsError, match=r"colour.npz with images \[3, 8, 8\] does not fit: features.0.weight"
     ):
-        protocol.runs(profile(corpus=corpus))
-    assert protocol.runs(profile(["scratch"], corpus=corpus))
+        listed(corpus=corpus)
+    assert listed(["scratch"], corpus=corpus)
 
 
 def test_the_listed_runs_share_work():
@@ -489,23 +515,49 @@ def test_the_listed_runs_share_work():
         "small-scratch",
         "fine-tuned-random",
     )
-    listed = in_order(protocol.runs(profile(variants)))
-    names = [(run.variant, run.target) for run in listed]
-    assert len(set(names)) == len(names) == len({run.settings_hash for run in listed})
+    runs = listed(variants)
+    names = [(run.variant, run.target) for run in runs]
+    assert len(set(names)) == len(names) == len({run.settings_hash for run in runs})
     assert names.count(("pre-trained", 0.0)) == 1
     assert ("fine-tuned-random", 0.0) not in names and ("fine-tuned-random", 0.8) in names
-    by_name = dict(zip(names, listed))
-    assert [need.target for need in by_name["fine-tuned", 0.8].needs] == [0.5, 0.8]
-    assert by_name["fine-tuned-random", 0.5].needs[0] is not None
-    assert (
-        by_name["fine-tuned-random", 0.5].needs[0].settings_hash == by_name["fine-tuned", 0.0].settings_hash
-    )
-    long = by_name["scratch-long", 0.0].settings["training"]
-    assert long["epochs"] == 3 * by_name["scratch", 0.0].settings["training"]["epochs"]
+    jobs = {name: run.job for name, run in zip(names, runs)}
+    assert jobs["fine-tuned", 0.8].start == jobs["fine-tuned", 0.5]
+    assert jobs["fine-tuned", 0.8].scratch == jobs["scratch", 0.8]
+    assert jobs["fine-tuned-random", 0.5].start == jobs["fine-tuned", 0.0]
+    assert jobs["small-scratch", 0.8].pruned == jobs["fine-tuned", 0.8]
+    longer = [jobs[name, 0.0].training.options[0].epochs for name in ("scratch-long", "scratch")]
+    assert longer == [3, 1]
+
+
+ALL_AT_ONCE = ("scratch-one-shot", "scratch-gradual", "small-scratch")
+
+
+def test_controls_train_as_long_as_the_loop():
+    runs = listed(ALL_AT_ONCE, targets=[0.5, 0.8, 0.9])
+    epochs = {
+        (run.variant, run.target): run.job.training.epochs for run in runs if run.variant in ALL_AT_ONCE
+    }
+    assert epochs == {("scratch-one-shot", 0.8): 2, ("scratch-gradual", 0.8): 3, ("small-scratch", 0.8): 3}
+
+
+def test_a_cell_may_have_settings_of_its_own():
+    other = {
+        "labels": 70,
+        "level": {"epochs": 2},
+        "variants": {"fine-tuned": None, "scratch-one-shot": [0.8]},
+    }
+    cells = [{"architecture": "vgg_t8"}, {"architecture": "vgg_t8", "settings": other}]
+    runs = listed(cells=cells)
+    assert {run.variant for run in runs if run.dataset == "digits-70"} == {"scratch", "scratch-one-shot"}
+    levels = {
+        (run.dataset, run.job.training.epochs) for run in runs if run.variant == "scratch" and run.target
+    }
+    assert levels == {("digits-60", 1), ("digits-70", 2)}
 
 
 def test_other_data_may_take_the_place_of_the_profiles():
-    (run, *_) = protocol.runs(profile(["scratch"], data={"source": "digits", "train": 70, "split_seed": 9}))
+    data = {"source": "digits", "train": 70, "split_seed": 9}
+    run = listed(["scratch"], cells=[{"architecture": "vgg_t8", "data": data}])[0]
     assert run.settings["data"]["train"] == 70 and run.dataset == "digits-60"
 
 
@@ -513,7 +565,7 @@ def test_the_defaults_have_eight_seeds_and_every_claimed_variant():
     defaults = protocol.Settings()
     assert len(defaults.seeds) == 8
     assert {"fine-tuned", "scratch", "scratch-long", "fine-tuned-shuffled", "small-scratch"} <= set(
-        defaults.budgets[0].variants
+        defaults.variants
     )
 
 
@@ -521,24 +573,23 @@ def test_the_defaults_have_eight_seeds_and_every_claimed_variant():
 
 
 def test_arms_differ_in_their_trunk_alone(tmp_path):
-    listed = in_order(protocol.runs(profile(("fine-tuned", "scratch", "fine-tuned-shuffled"))))
     store = Store(tmp_path)
     starts = {}
 
     class Stop(Exception):
         pass
 
-    def caught(job, model, phase, *rest, **options):
-        starts[job.run.variant] = copy.deepcopy(model.state_dict())
+    def caught(recipe, context, model, *rest, **options):
+        starts[context.run.variant] = copy.deepcopy(model.state_dict())
         raise Stop
 
-    for run in listed:
+    for run in listed(("fine-tuned", "scratch", "fine-tuned-shuffled")):
         if run.variant == "pre-trained":
             perform(run, store, CPU, True)
             trunk = store.state(run)["trunk"]
         elif run.target == 0:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-                patch.setattr(steps._Job, "train", caught)
+                patch.setattr(training.Training, "fitted", caught)
                 perform(run, store, CPU, True)
     for name, value in trunk.items():
         assert torch.equal(starts["fine-tuned"][name], value)
@@ -609,43 +660,59 @@ def test_gradual_pruning_may_mask_until_the_end(tmp_path):
 
 
 def test_the_learning_rate_is_chosen_on_validation(tmp_path):
-    rates = {"scratch": FAST | {"learning_rates": [1e-6, 0.05]}}
-    found = records(tmp_path, ["scratch", "scratch-gradual"], gradual={"span": 1}, **rates)
-    tried = {rate: found[f"scratch-rate-{rate:g}", 0.0] for rate in (1e-6, 0.05)}
+    rates = {"learning_rates": [1e-6, 0.05], "gradual": {"span": 1}}
+    found = records(tmp_path, ["scratch", "scratch-gradual"], **rates)
+    tried = {rate: found[f"tuning-scratch-{number}", 0.0] for number, rate in enumerate((1e-6, 0.05))}
+    assert {record["seed"] for record in tried.values()} == {1000}
     best = max(tried, key=lambda rate: tried[rate]["metrics"]["validation_accuracy"])
-    assert found["scratch", 0.0]["metrics"] == tried[best]["metrics"]
     assert found["scratch", 0.0]["details"]["learning_rate"] == best
+    # with each seed for itself, the chosen trial is the training and is not repeated
+    each = records(tmp_path / "each", ["scratch", "scratch-gradual"], tuning="per_seed", **rates)
+    trials = [each[f"tuning-scratch-{number}", 0.0] for number in range(2)]
+    same = max(trials, key=lambda record: record["metrics"]["validation_accuracy"])
+    assert same["seed"] == 0 and each["scratch", 0.0]["metrics"] == same["metrics"]
+    assert each["scratch", 0.0]["details"] == same["details"]
+
+
+def test_a_learning_rate_that_diverges_loses(tmp_path):
+    store = Store(tmp_path)
+    rates = {"learning_rates": [0.05, 1e30], "scratch": FAST | {"epochs": 3}}
+    entries = [perform(run, store, CPU, True) for run in listed(["scratch"], **rates)]
+    failed = [entry.record for entry in entries if entry.record.status == "failed"]
+    assert [record.variant for record in failed] == ["tuning-scratch-1"] and failed[0].failure == "diverged"
 
 
 def test_a_checkpoint_takes_the_place_of_the_pretraining(tmp_path):
     donor = models.build("vgg_t8", classes=26, image_shape=(1, 8, 8), seed=5)
     torch.save(donor.state_dict(), tmp_path / "net.pt")
     checkpoint = {"source": str(tmp_path / "net.pt"), "classes": 26}
-    found = records(tmp_path / "runs", ["fine-tuned"], checkpoints={"vgg_t8": checkpoint}, corpus=None)
+    found = records(tmp_path / "runs", ["fine-tuned"], checkpoint=checkpoint, corpus=None)
     assert ("pre-trained", 0.0) not in found and ("fine-tuned", 0.8) in found
     with pytest.raises(SettingsError, match="has 26 classes, expected 1000"):
-        protocol.runs(profile(["fine-tuned"], checkpoints={"vgg_t8": checkpoint | {"classes": 1000}}))
+        listed(["fine-tuned"], checkpoint=checkpoint | {"classes": 1000})
 
 
 def test_the_adam_recipe_follows_the_one_cycle_policy(tmp_path):
-    adam = FAST | {"optimizer": "adam", "learning_rates": [1e-3], "weight_decay": 0.01}
+    adam = FAST | {"optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.01, "one_cycle": True}
     found = records(tmp_path, ["scratch"], scratch=adam, level=adam)
     assert math.isfinite(found["scratch", 0.8]["metrics"]["test_loss"])
+    rates = training.Training(**adam).rates(4)
+    assert rates == pytest.approx([training.one_cycle_policy(t / 4, 1e-3)[0] for t in range(4)])
     model = nn.Linear(2, 2)
-    trainer = Trainer(model, [0] * 4, optimizer=steps._adam(model, 0.01))
-    hook = filters.OneCycleMomentum(4)
+    trainer = Trainer(model, [0] * 4, optimizer=torch.optim.AdamW(model.parameters(), betas=(0.95, 0.99)))
+    hook = training.OneCycleMomentum(4)
     seen = []
     for trainer.iteration in range(4):
         hook.gradients_ready(trainer)
         seen.append(trainer.optimizer.param_groups[0]["betas"][0])
-    assert seen == pytest.approx([method.one_cycle_policy(t / 4, 1.0)[1] for t in range(4)])
+    assert seen == pytest.approx([training.one_cycle_policy(t / 4, 1.0)[1] for t in range(4)])
 
 
 def test_labels_per_class_are_balanced_and_seeded():
     data = loading.load(DATA)
-    few = steps.labelled(data, None, 3, seed=1)
+    few = labels.labelled(data, None, 3, seed=1)
     assert few.labels["train"].bincount().tolist() == [3] * 10
-    again, other = (steps.labelled(data, None, 3, seed=seed).images["train"] for seed in (1, 2))
+    again, other = (labels.labelled(data, None, 3, seed=seed).images["train"] for seed in (1, 2))
     assert torch.equal(few.images["train"], again) and not torch.equal(few.images["train"], other)
-    half = steps.labelled(data, None, 0.5, seed=1).labels["train"].bincount()
+    half = labels.labelled(data, None, 0.5, seed=1).labels["train"].bincount()
     assert half.tolist() == [n // 2 for n in data.labels["train"].bincount().tolist()]

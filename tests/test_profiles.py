@@ -65,7 +65,7 @@ def test_null_replaces_what_is_inherited(tmp_path):
             "extends": "parent",
             "dataset": {"train": None},
             "halo": None,
-            "pretraining_impact": {"corpus": None, "checkpoints": {"mlp": {"source": "weights.pt"}}},
+            "pretraining_impact": {"corpus": None, "checkpoint": {"source": "weights.pt"}},
         },
         parent={
             "dataset": {"train": 300},

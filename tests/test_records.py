@@ -154,7 +154,7 @@ def test_a_record_is_written_as_it_is_read(tmp_path):
     }
     content |= {"cost": {}, "details": {"z": [None, {"w": None}]}, "status": "failed", "reason": "r"}
     content |= {"failure": "needs", "cause": cause, "chance": 0.5, "device": "cuda", "precision": "bfloat16"}
-    content |= {"torch": "2.0"}
+    content |= {"torch": "2.0", "predictions": "0" * 64}
     assert set(content) == set(Record.model_fields)
     file = tmp_path / "a.jsonl"
     file.write_text(canonical(content) + "\n\n")

@@ -10,7 +10,7 @@ from project import ROOT, add_example, copy
 from common.core import loading
 from common.settings import DatasetSettings
 from common.stage import papers as every
-from common.stage.papers import load, papers, protocol
+from common.stage.papers import load, papers
 from common.stage.resolve import resolved
 from common.stage.scheduler import in_order
 from common.stage.store import Store, code_files
@@ -48,10 +48,11 @@ def _reached(file):
     [
         ("settings.py", ()),
         ("records.py", ("settings",)),
+        ("predictions.py", ("records", "settings")),
         ("core", ("records", "settings")),
         ("arena.py", ("core", "settings")),
-        ("stage", ("core", "records", "settings", "statistics")),
-        ("statistics", ("records", "settings")),
+        ("stage", ("core", "predictions", "records", "settings", "statistics")),
+        ("statistics", ("predictions", "records", "settings")),
         ("report", ("records", "settings", "statistics")),
     ],
 )
@@ -88,7 +89,7 @@ def runs():
     """Each paper's runs of the first seed in profile `digits`, and what they need; other images stand in for glyphs."""
     found, digits = {}, loading.load(DatasetSettings(train=600))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol("pretraining_impact"), "load", lambda settings: digits)
+        patch.setattr(loading, "load", lambda settings: digits)
         for paper in papers():
             profile = load(paper, ROOT / "params.yaml", "digits")
             seed = profile.paper.seeds[0]
@@ -184,6 +185,7 @@ def _entered(paper, run):
         [
             "common/settings.py",
             "common/records.py",
+            "common/predictions.py",
             "params.yaml",
             "dvc.yaml",
             "pyproject.toml",

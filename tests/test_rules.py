@@ -328,3 +328,43 @@ def test_collapsed_is_within_a_tenth_of_the_way_from_chance_to_dense(accuracy, c
     records = dense(8) + pair(0.02, n=8, **CHANCE)
     records[-1] = record("old", 7, accuracy, **CHANCE)
     assert bool(judge_one(claim(), records)["collapsed"]) == collapsed
+
+
+def test_without_chance_no_number_of_seeds_decides():
+    """A comparison with diverged runs stays open, however few or many pairs are left; so does a sign claim."""
+    few = runs("new", [0.95, 0.96, 0.97]) + [failed("new", s) for s in range(3, 8)]
+    found = judge(claim(), few + runs("old", 0.8 + np.arange(8) ** 2 / 1000))
+    assert (found["verdict"], found["kind"], found["needs"]) == ("open", "structural", None)
+    cells = [
+        r
+        for name in "abcdef"
+        for r in (*runs("new", [0.9, 0.9], architecture=name), *runs("old", [0.8, 0.8], architecture=name))
+    ]
+    assert judge(claim("sign"), cells)["verdict"] == "replicated"
+    cells[0] = failed("new", 0, architecture="a")
+    found = judge(claim("sign"), cells)
+    assert (found["verdict"], found["kind"]) == ("open", "structural") and "what chance is" in found["reason"]
+
+
+def test_a_tie_without_spread_is_not_called_the_opposite():
+    records = [
+        record(v, s, metrics={"q": 1.0, "other": v == "new"}) for v in ("new", "old") for s in range(8)
+    ]
+    found = judge(claim(metric="q", matters=0.1), records)
+    assert found["verdict"] == "contradicted" and found["reason"].endswith("; less than what matters")
+
+
+def test_old_reasons_say_that_a_run_diverged():
+    for reason in ("nonfinite loss", "the loss is non-finite", "loss is NaN", "it diverged"):
+        records = [failed("new", s, None, **CHANCE).model_copy(update={"reason": reason}) for s in range(8)]
+        assert judge_one(claim(), records + runs("old", 0.8 + np.arange(8) / 100))["n"] == 8
+
+
+def test_a_level_is_what_holm_leaves_in_that_direction_whatever_was_decided_first():
+    names = {"new": "bad", "old": "other"}
+    others = [r.model_copy(update={"variant": names[r.variant]}) for r in pair(-0.02, seed=1)]
+    claims = [claim(), claim(id="D", treatment="bad", control="other")]
+    found = judge_paper(claims, pair(0.02) + others)
+    assert [f["verdict"] for f in found] == ["replicated", "contradicted"]
+    assert [f["level_against"] for f in found] == [0.05, 0.025]
+    assert [f["level"] for f in found] == [0.025, 0.05]

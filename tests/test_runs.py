@@ -17,6 +17,7 @@ from common.core.data import Batches
 from common.core.loading import load
 from common.core.run import Run
 from common.core.trainer import Trainer
+from common.predictions import unpacked
 from common.settings import DatasetSettings, ExecutionSettings
 from common.stage import partial
 from common.stage.scheduler import execute, in_order
@@ -33,7 +34,7 @@ from common.stage.store import (
 pytestmark = pytest.mark.slow
 
 STAGE = ("python", "-m", "replications", "run", "example")
-RESULTS = ("results/digits/example.jsonl", "results/digits/example.curves.jsonl")
+RESULTS = tuple(f"results/digits/example.{name}" for name in ("jsonl", "curves.jsonl", "predictions.npz"))
 
 
 @pytest.fixture
@@ -69,6 +70,10 @@ def test_a_stage_leaves_one_complete_record_per_run(project):
         assert record["status"] == "ok" and 0 <= record["metrics"]["test_accuracy"] <= 1
         assert {"paper", "dataset", "architecture", "settings", "settings_hash", "data"} <= set(record)
         assert record["cost"]["dense_parameters"] == record["cost"]["parameters"] == 650
+    found = unpacked((project / RESULTS[2]).read_bytes(), project / RESULTS[2])
+    assert [found[r["predictions"]].accuracy for r in records] == [
+        r["metrics"]["test_accuracy"] for r in records
+    ]
     pruned = [r for r in records if r["variant"] == "pruned"]
     assert all(65 <= r["cost"]["nonzero_parameters"] <= 76 for r in pruned)
     beside = json.loads((project / "results/environment/digits/example.json").read_text())

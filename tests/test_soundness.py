@@ -1,5 +1,6 @@
 """The rules of replications/CLAIMS.md on made-up records: few pairs, odd shapes, refusals and preconditions."""
 
+import json
 import math
 
 import numpy as np
@@ -198,3 +199,68 @@ def test_a_dense_network_has_converged_if_twice_as_long_gains_less_than_matters(
     stated = {"variant": "dense", "not worse than": "dense-long"}
     for matters, verdict in ((0.006, "replicated"), (0.004, "not tested")):
         assert judge(claim(matters=matters, precondition=stated), records)["verdict"] == verdict
+
+
+# ---------------------------------------------------------- what an outside checker's records brought to light
+
+
+def test_an_accuracy_before_the_mask_is_an_accuracy_too():
+    def arm(variant, values):
+        return [record(variant, s, 0.9, metrics={"accuracy_before_mask": v}) for s, v in enumerate(values)]
+
+    old = arm("old", [0.7 + s / 100 for s in range(8)])
+    a_claim = claim(metric="accuracy_before_mask")
+    found = judge(a_claim, arm("new", [1.7 + s / 100 for s in range(8)]) + old)
+    assert found["verdict"] == "not tested" and "1.7, not in [0, 1]" in found["reason"]
+    # so diverged runs count
+    records = arm("new", [0.9, 0.91, 0.92]) + [failed("new", s, **CHANCE) for s in range(3, 8)] + old
+    found = judge_one(a_claim, records)
+    assert found["n"] == 8 and found["verdict"] == "contradicted"
+    # a difference of accuracies is none
+    drops = [
+        record(v, s, 0.9, metrics={"accuracy_drop": d})
+        for s in range(8)
+        for v, d in ((("old"), 0.1), ("new", -0.01 * s))
+    ]
+    assert judge_one(claim(metric="accuracy_drop"), drops)["n"] == 8
+
+
+@pytest.mark.parametrize("metric", ["accuracy_percent", "top1"])
+def test_percent_is_not_compared_with_shares(metric):
+    records = [record("new", s, 0.9, metrics={metric: 94 + s * s / 10}) for s in range(8)]
+    records += runs("old", 0.8 + np.arange(8) / 100)
+    sides = {
+        "treatment": {"variant": "new", "metric": metric},
+        "control": {"variant": "old", "metric": "test_accuracy"},
+    }
+    found = judge(claim(**sides), records)
+    assert (
+        found["verdict"] == "not tested"
+        and "different units" in found["reason"]
+        and metric in found["reason"]
+    )
+
+
+def test_settings_that_are_equal_numbers_are_of_one_arm():
+    records = [
+        r.model_copy(update={"settings": {"epochs": 3 if r.seed % 2 else 3.0}}) for r in pair(0.02, n=8)
+    ]
+    assert judge(claim(), records)["verdict"] == "replicated"
+
+
+def test_sides_that_differ_in_what_is_compared_are_two_experiments():
+    sizes = [("new", 50 + s) for s in range(8)] + [("old", 100) for s in range(8)]
+    records = [record(v, k % 8, 0.9, cost={"macs": macs}) for k, (v, macs) in enumerate(sizes)]
+    found = judge(claim(metric="cost.macs", direction="lower"), records)
+    assert found["verdict"] == "replicated", found["reason"]
+    assert judge(claim(), records)["verdict"] == "not tested"
+
+
+@pytest.mark.parametrize("scale", ["none", "ratio"])
+@pytest.mark.parametrize("size", [1e308, 1e-300, 1e-315, 5e-324, 10**400])
+def test_numbers_too_large_or_too_small_stop_nothing(size, scale):
+    records = [record("new", s, metrics={"q": size}) for s in range(8)]
+    records += [record("old", s, metrics={"q": -size if scale == "none" else 1 / 3}) for s in range(8)]
+    found = judge(claim(metric="q", scale=scale), records, checks=True)
+    json.dumps(found, allow_nan=False)
+    assert len(found["reason"]) < 500

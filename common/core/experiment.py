@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
@@ -14,7 +12,7 @@ import common.settings
 from common.core import loading
 from common.core.data import Dataset
 from common.core.identity import canonical
-from common.core.models import ArchitectureName, Network
+from common.core.models import ArchitectureName
 from common.core.recipe import Recipe
 from common.core.run import Cell, Job, Run
 from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Targets
@@ -82,24 +80,14 @@ JobKind = TypeVar("JobKind", bound=Job)
 class Experiment(Generic[Settings]):
     """The experiment in one cell; a paper derives its own and lists the jobs.
 
-    settings: the paper's, with what the cell changes. cell: of the jobs. load: how images are read.
+    settings: the paper's, with what the cell changes. cell: of the jobs. data: its images. network: without values.
+    Raises SettingsError for a network that cannot be.
     """
 
-    def __init__(
-        self, settings: Settings, cell: Cell, load: Callable[[DatasetSettings], Dataset] = loading.load
-    ):
-        self.settings, self.cell, self.load = settings, cell, load
-
-    @cached_property
-    def data(self) -> Dataset:
-        """The cell's images. Raises DataError."""
-        return self.load(self.cell.data)
-
-    @cached_property
-    def network(self) -> Network:
-        """The cell's network without values. Raises SettingsError for one that cannot be, DataError."""
+    def __init__(self, settings: Settings, cell: Cell, data: Dataset):
+        self.settings, self.cell, self.data = settings, cell, data
         try:
-            return self.cell.build(self.data, device="meta")
+            self.network = cell.build(data, device="meta")
         except (TypeError, ValueError) as error:
             raise SettingsError(str(error)) from None
 
@@ -115,27 +103,11 @@ class Experiment(Generic[Settings]):
         """The jobs of one seed; what they need may be left out. Raises SettingsError for what cannot be."""
         raise NotImplementedError
 
-    def check(self, jobs: Iterable[Job]) -> None:
-        """Raises SettingsError for a network that cannot be, and for a recipe that does not fit the images, by name."""
-        _ = self.network
-        for name, recipe, data in {entry for job in jobs for entry in _recipes(job)}:
-            try:
-                recipe.rates(recipe.per_epoch(self.load(data)))
-            except SettingsError as error:
-                raise SettingsError(f"{name}.{error}") from None
-
-
-def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
-    for name, recipe in job.parts(Recipe):
-        yield name, recipe, job.cell.data
-    for need in job.needs:
-        yield from _recipes(need)
-
 
 def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> list[Run]:
     """The runs of a paper in all its cells and with all seeds.
 
-    Raises SettingsError that names the cell, and DataError where images are not there and jobs depend on them.
+    Raises SettingsError that names the cell, and DataError where images are not there.
     """
     load = functools.cache(loading.load)
     found: list[Run] = []
@@ -146,10 +118,9 @@ def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> l
         data = entry.data or profile.dataset
         cell = Cell(architecture=entry.architecture, options=entry.options, data=data)
         try:
-            own = experiment(settings, cell, load)
+            own = experiment(settings, cell, load(data))
             jobs = [job for seed in settings.seeds for job in own.jobs(seed)]
-            with contextlib.suppress(DataError):  # without images nothing is trained
-                own.check(jobs)
+            _check_recipes(jobs, load)
             for job in jobs:
                 if (other := cells.setdefault(canonical(job.run.identity), number)) != number:
                     raise SettingsError(
@@ -161,3 +132,32 @@ def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> l
             raise SettingsError(f"{where} ({entry.architecture}): {error}") from None
         found += [job.run for job in jobs]
     return found
+
+
+def _check_recipes(jobs: Iterable[Job], load: Callable[[DatasetSettings], Dataset]) -> None:
+    """Raise SettingsError for a recipe that does not fit the images, with the name that its job gives it."""
+    for name, recipe, data in dict.fromkeys(entry for job in _with_needs(jobs) for entry in _recipes(job)):
+        try:
+            recipe.rates(recipe.per_epoch(load(data)))
+        except SettingsError as error:
+            raise SettingsError(f"{name}.{error}") from None
+
+
+def _with_needs(jobs: Iterable[Job]) -> Iterable[Job]:
+    """The jobs and all that they need, each once, needed ones first: their recipes have the names of settings."""
+    found: dict[str, Job] = {}
+
+    def add(job: Job) -> None:
+        if job.run.settings_hash not in found:
+            for need in job.needs:
+                add(need)
+            found[job.run.settings_hash] = job
+
+    for job in jobs:
+        add(job)
+    return found.values()
+
+
+def _recipes(job: Job) -> Iterator[tuple[str, Recipe, DatasetSettings]]:
+    for name, recipe in job.parts(Recipe):
+        yield name, recipe, job.cell.data

@@ -24,7 +24,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def stream(seed: int, *names: str | int) -> int:
+def stream(seed: int, *names: str | float) -> int:
     """A 63-bit seed for the random stream called `names` of `seed`.
 
     Streams are independent of one another, so adding one shifts nothing.

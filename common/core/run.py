@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 import torch
 from pydantic import Field, model_serializer
 from pydantic_core import to_jsonable_python
-from torch import nn
+from torch import Tensor, nn
 
 from common.core import loading, models
 from common.core.compute import Compute
@@ -174,6 +174,18 @@ class Needed:
     state: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Tested:
+    """The test images as a network of a run took them.
+
+    scores: as of `Context.scores`. labels: true classes, [images]. classes: predicted ones, in parts by batch.
+    """
+
+    scores: dict[str, float]
+    labels: Tensor
+    classes: list[Tensor]
+
+
 class TrainerOptions(TypedDict, total=False):
     """What a paper says of its optimiser and loss; see Trainer."""
 
@@ -190,13 +202,14 @@ class Context:
     """What a run gets to execute with.
 
     needs: the finished runs that `run.needs` lists, in that order; a job asks for them by `of`. checkpoints: makes the
-    place in which the run's next trainer keeps its state.
+    place in which the run's next trainer keeps its state. tested: what `scores` has measured so far.
     """
 
     run: Run
     compute: Compute
     needs: tuple[Needed, ...]
     checkpoints: Callable[[], Checkpoints] | None = None
+    tested: list[Tested] = field(default_factory=list)
 
     @property
     def job(self) -> Job:
@@ -261,11 +274,16 @@ class Context:
         )
 
     def scores(self, trainer: Trainer, data: Dataset) -> dict[str, float]:
-        """test_accuracy, test_loss, validation_accuracy and validation_loss of the trainer's network as it is now."""
+        """test_accuracy, test_loss, validation_accuracy and validation_loss of the trainer's network as it is now.
+
+        What it predicts for the test images is kept, too, if the run's outcome has this accuracy and loss.
+        """
         found: dict[str, float] = {}
-        for split in ("validation", "test"):
-            scores = trainer.evaluate(Batches(data, split))
+        classes: list[Tensor] = []
+        for split, predicted in (("validation", None), ("test", classes)):
+            scores = trainer.evaluate(Batches(data, split), predicted)
             found |= {f"{split}_{name}": value for name, value in scores.items()}
+        self.tested.append(Tested(found, data.labels["test"], classes))
         return found
 
     def measured(

@@ -340,8 +340,13 @@ class Trainer:
         return self._compiled[1]
 
     @torch.no_grad()
-    def evaluate(self, batches: BatchSource | None = None) -> dict[str, float]:
-        """Accuracy in [0, 1] and mean cross-entropy, in evaluation mode (default: on the validation batches)."""
+    def evaluate(
+        self, batches: BatchSource | None = None, classes: list[Tensor] | None = None
+    ) -> dict[str, float]:
+        """Accuracy in [0, 1] and mean cross-entropy, in evaluation mode (default: on the validation batches).
+
+        classes: where given, the predicted class of each image is appended to it, batch by batch, [B].
+        """
         source = self.validation if batches is None else batches
         if source is None:
             raise ValueError("this training has no validation batches: say on which to evaluate")
@@ -351,8 +356,11 @@ class Trainer:
         for images, labels in source.epoch(0):
             logits = self.logits(images)
             loss += cross_entropy(logits, labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
+            predicted = logits.argmax(1)
+            correct += (predicted == labels).sum()
             count += len(labels)
+            if classes is not None:
+                classes.append(predicted)
         return {"accuracy": correct.item() / count, "loss": loss.item() / count}
 
     def momentum_buffer(self, parameter: nn.Parameter) -> Tensor | None:

@@ -47,16 +47,22 @@ class Tuned(Generic[Option]):
         if not self.trials:
             (only,) = self.options
             return only
-        means, reasons = [], []
-        for jobs in self.trials:
-            records = [context.of(job).record for job in jobs]
-            if failures := [record.reason for record in records if record.status == "failed"]:
-                reasons.append(failures[0])
-            scores = [record.metrics["validation_accuracy"] for record in records if record.status == "ok"]
-            means.append(-1.0 if failures else fmean(scores))
-        if max(means) < 0:
+        means = self.means(context)
+        if not (left := [mean for mean in means if mean is not None]):
+            records = [[context.of(job).record for job in jobs] for jobs in self.trials]
+            reasons = [next(r.reason for r in found if r.status == "failed") for found in records]
             raise Diverged(f"all trials of {context.run.variant} are lost: {'; '.join(map(str, reasons))}")
-        return self.options[means.index(max(means))]
+        return self.options[means.index(max(left))]
+
+    def means(self, context: Context) -> list[float | None]:
+        """The mean validation accuracy of each option's trials, None where one is lost."""
+        records = [[context.of(job).record for job in jobs] for jobs in self.trials]
+        return [
+            fmean(record.metrics["validation_accuracy"] for record in found)
+            if all(record.status == "ok" for record in found)
+            else None
+            for found in records
+        ]
 
 
 def tuned(
@@ -64,17 +70,17 @@ def tuned(
     seed: int,
     name: str,
     options: Sequence[Option],
-    trial: Callable[[str, Option, int], Job],
+    trial: Callable[[str, Option, int], Job | tuple[Job, ...]],
 ) -> Tuned[Option]:
     """What the variant `name` chooses from `options` in its run of `seed`.
 
-    trial: makes the job that tries an option, of a name and a seed.
+    trial: makes the job that tries an option, of a name and a seed, or several jobs.
     """
     if len(options) == 1:
         return Tuned(tuple(options))
     seeds = settings.tuning_seeds if settings.tuning == "shared" else (seed,)
     trials = (
-        tuple(trial(f"{TRIAL}{name}-{number}", option, own) for own in seeds)
+        tuple(job for own in seeds for job in parts(trial(f"{TRIAL}{name}-{number}", option, own), Job))
         for number, option in enumerate(options)
     )
     return Tuned(tuple(options), tuple(trials))

@@ -143,6 +143,7 @@ def _row(claim: Claim, comparison: Mapping[str, Any], label: str) -> dict[str, A
         "graded": comparison["graded"] if comparison["graded"] != comparison["verdict"] else "",
         "estimate": _share(comparison["estimate"]) if share else _amount(claim, comparison["estimate"]),
         "interval": _interval(claim, comparison, share),
+        "over_images": _over_images(claim, comparison),
         "n": str(comparison["n"]),
         "lost": lost,
         "p": p_value(comparison["p"]),
@@ -168,6 +169,14 @@ def _interval(claim: Claim, comparison: Mapping[str, Any], share: bool) -> str:
         ends = "−∞" if low is None else _amount(claim, low, unit=False), _amount(claim, high) or "∞"
         text = " to ".join(ends)
     return text if level is None else f"{text} ({_confidence(level)})"
+
+
+def _over_images(claim: Claim, comparison: Mapping[str, Any]) -> str:
+    """The interval over seeds and test images, which decides nothing; verdicts of an earlier revision have none."""
+    if not (found := comparison.get("over_images")):
+        return ""
+    ends = _amount(claim, found["low"], unit=False), _amount(claim, found["high"])
+    return " to ".join(ends) + ": open" * (found["holds"] is False)
 
 
 def _confidence(level: float) -> str:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from common.core.identity import canonical
 from common.core.run import Run
+from common.predictions import Predictions, check, predictions_file, unpacked
 from common.records import Curves, Entry, Line, Record, curves_file, parsed
 from common.settings import PARAMS_FILE, SettingsError, hint, selected_profile, validated
 from common.stage import partial, pipeline, resolve
@@ -161,11 +162,11 @@ def _found(folder: Path, profile: str, only: Sequence[str], params: str, unfinis
 
 def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
     records = Path(profile, f"{paper}.jsonl")
-    curves = curves_file(records)
+    curves, predictions = curves_file(records), predictions_file(records)
     beside = environment_file(profile, paper)
-    files = {path: _read(folder / path) for path in (records, curves, beside)}
+    files = {path: _read(folder / path) for path in (records, curves, predictions, beside)}
     about = _environment(files[beside], folder / beside)
-    for path in (records, curves):
+    for path in (records, curves, predictions):
         if about.sha256.get(path.name) != hashlib.sha256(files[path]).hexdigest():
             raise StageError(
                 f"{folder / path}: damaged or changed: its SHA-256 is not the one in {folder / beside}"
@@ -179,6 +180,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
     if missing := set(hashes) - set(about.seconds):
         raise StageError(f"{folder / beside}: seconds of run {min(missing)} are missing")
     _fit(rows, runs, folder / records)
+    predicted = _predictions(rows, files[predictions], folder / predictions)
     if find_spec("dvc") is not None:
         for made, producer in pipeline.producers(paper).items():
             if not Path(made).exists():
@@ -191,6 +193,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
             curves=own.curves,
             seconds=about.seconds[row.settings_hash],
             machine=about.elsewhere.get(row.settings_hash, about.machine),
+            predictions=row.predictions and predicted[row.predictions].text,
         )
         for row, own in zip(rows, of_curves)
     ]
@@ -209,7 +212,13 @@ def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Import
     entries = [found[run.settings_hash] for run in runs]
     unfinished = len(listed) - len(runs)
     environment = about.model_dump() | {"unfinished": unfinished}
-    files = results_files(profile, paper, entries, environment)
+    try:
+        files = results_files(profile, paper, entries, environment)
+    except ValueError as error:
+        raise StageError(f"{file}: predictions that are not readable: {error}") from None
+    _predictions(
+        [entry.record for entry in entries], files[predictions_file(Path(profile, f"{paper}.jsonl"))], file
+    )
     return Imported(paper, profile, environment, entries, files, runs, unfinished)
 
 
@@ -230,6 +239,15 @@ def _fit(records: Sequence[Record], runs: Sequence[Run], where: Path, whole: boo
     if problems := list(_problems(records, runs, whole)):
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise StageError(f"{where}: {'; '.join(problems[:_NAMED])}{more}")
+
+
+def _predictions(records: Sequence[Record], content: bytes, file: Path) -> dict[str, Predictions]:
+    """Those of the records, by digest. Raises StageError where they are not."""
+    try:
+        check(records, found := unpacked(content, file), file)
+    except SettingsError as error:
+        raise StageError(str(error)) from None
+    return found
 
 
 def _loses_nothing(stage: Imported, results: Path) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Context, Outcome, Run
+from common.predictions import Predictions, packed, predictions_file
 from common.records import Cause, Curves, Entry, Failure, Record, curves_file, read
 from common.settings import DatasetSettings, SettingsError
 from common.stage.store import Store, code_digest, data_prints, data_settings
@@ -32,7 +33,9 @@ class Failed:
     cause: Cause | None = None
 
 
-def record_of(run: Run, compute: Compute, ended: Outcome | Failed) -> Record:
+def record_of(
+    run: Run, compute: Compute, ended: Outcome | Failed, predictions: Predictions | None = None
+) -> Record:
     """The record of a run that has come to this."""
     record = {**run.identity, "settings": run.settings, "settings_hash": run.settings_hash}
     record |= {"data": data_prints(run), "device": compute.device.type, "precision": precision(compute)}
@@ -43,15 +46,45 @@ def record_of(run: Run, compute: Compute, ended: Outcome | Failed) -> Record:
         record |= {"status": "failed", "failure": ended.failure, "reason": ended.reason, "cause": ended.cause}
     else:
         record |= {"status": "ok", "metrics": ended.metrics, "cost": ended.cost, "details": ended.details}
+        record |= {"predictions": predictions and predictions.digest}
     return Record.model_validate(_plain(record | {"chance": chance(run, compute)}))
 
 
 def entry_of(
-    record: Record, compute: Compute, seconds: float, curves: Sequence = (), has_state: bool = False
+    record: Record,
+    compute: Compute,
+    seconds: float,
+    curves: Sequence = (),
+    has_state: bool = False,
+    predictions: Predictions | None = None,
 ) -> Entry:
     """A record with what is kept beside it."""
     beside = {"seconds": seconds, "has_state": has_state, "machine": machine(compute)}
+    beside |= {"predictions": predictions and predictions.text}
     return Entry(record=record, curves=_plain(curves), **beside)
+
+
+def predictions_of(context: Context, outcome: Outcome, store: Store) -> Predictions | None:
+    """What the network whose test accuracy and loss a run reports takes the test images for.
+
+    It is one that the run has tested, the last of equals, or that of a run that it needs, whose results it takes over. None
+    where the accuracy is of no network (interpolated, say).
+    """
+    reported = _tested(outcome.metrics)
+    for tested in reversed(context.tested):
+        if tested.classes and _tested(tested.scores) == reported:
+            with context.compute.turn():
+                return Predictions.of(tested.labels.cpu(), torch.cat(tested.classes).cpu())
+    for need, left in zip(context.run.needs, context.needs, strict=True):
+        taken_over = left.record.predictions and _tested(left.record.metrics) == reported
+        if taken_over and (entry := store.load(need)) and entry.predictions:
+            return Predictions.from_text(entry.predictions)
+    return None
+
+
+def _tested(metrics: Mapping[str, Any]) -> tuple[Any, Any]:
+    # a tuple equals another with the same object in it, so also one of NaN
+    return metrics.get("test_accuracy"), metrics.get("test_loss")
 
 
 def chance(run: Run, compute: Compute) -> float | None:
@@ -120,7 +153,7 @@ def machine(compute: Compute) -> dict[str, Any]:
 def results_files(
     profile: str, paper: str, entries: Sequence[Entry], about: Mapping[str, Any]
 ) -> dict[Path, bytes]:
-    """What a stage leaves, by path below the results folder: records, curves, and the environment beside them.
+    """What a stage leaves, by path below the results folder: records, curves, predictions, and the environment of all.
 
     about: what the runs share, to which seconds, the machine of each run that is of another one (`elsewhere`), and the
     digests come by which an import knows that the files are whole.
@@ -130,6 +163,9 @@ def results_files(
     files = {
         records: _lines([entry.record.content() for entry in entries]),
         curves_file(records): _lines([line.model_dump(mode="json") for line in curves]),
+        predictions_file(records): packed(
+            Predictions.from_text(e.predictions) for e in entries if e.predictions
+        ),
     }
     seconds = {entry.record.settings_hash: entry.seconds for entry in entries}
     elsewhere = {

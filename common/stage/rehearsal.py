@@ -223,7 +223,9 @@ def _rehearsed_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> dict[
     return found | {"lr": learning_rates[-1]}
 
 
-def _rehearsed_evaluate(trainer: Trainer, batches: BatchSource | None = None) -> dict[str, float]:
+def _rehearsed_evaluate(
+    trainer: Trainer, batches: BatchSource | None = None, _classes: list | None = None
+) -> dict[str, float]:
     source = trainer.validation if batches is None else batches
     if source is None:
         raise ValueError("there are no batches to evaluate on")

@@ -37,7 +37,7 @@ from common.records import Entry
 from common.settings import ExecutionSettings
 from common.stage import processes
 from common.stage.papers import protocol
-from common.stage.records import Failed, entry_of, record_of
+from common.stage.records import Failed, entry_of, predictions_of, record_of
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 
 RUNS_PER_GPU = 8
@@ -57,18 +57,21 @@ def perform(
     compute = Compute.choose(execution.device, execution.precision, execution.compilation)
     needs = tuple(_needed(need, store) for need in run.needs)
     checkpoints = store.checkpoints(run, budget)
+    context = Context(run, compute, needs, checkpoints.of_next_trainer)
     try:
-        ended = _ended(Context(run, compute, needs, checkpoints.of_next_trainer))
+        ended = _ended(context)
     except OutOfTime:
         return None
     if isinstance(ended, Failed):
         release_memory(compute.device)
-        curves, state = [], None
+        curves, state, predictions = [], None, None
     else:
         curves, state = ended.curves, ended.state if keep_state else None
-    record = record_of(run, compute, ended)
+        predictions = predictions_of(context, ended, store)
+    record = record_of(run, compute, ended, predictions)
     seconds = round(time.perf_counter() - begun, 3)
-    entry = store.save(run, entry_of(record, compute, seconds, curves, state is not None), state)
+    entry = entry_of(record, compute, seconds, curves, state is not None, predictions)
+    entry = store.save(run, entry, state)
     checkpoints.clear()
     return entry
 

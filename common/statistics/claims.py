@@ -344,6 +344,11 @@ def _check(claim: Claim, where: str) -> None:
         raise SettingsError(f"{where}: vectors are not subtracted; test diversity takes no `minus`")
     if claim.scale == "ratio" and claim.value is not None and claim.value <= 0:
         raise SettingsError(f"{where}.value = {claim.value:g}: a ratio is compared with a positive number")
+    floor, cap = claim.bounds or (None, None)
+    if floor is not None and cap is not None and floor >= cap:
+        raise SettingsError(
+            f"{where}.bounds = [{floor:g}, {cap:g}]: the floor comes first, and is below the cap"
+        )
     if claim.test == "trend":
         _check_trend(claim, where)
 

@@ -24,6 +24,15 @@ class Point:
         return [part for quantity in both for part in quantity.parts]
 
 
+@dataclass(frozen=True)
+class OverImages:
+    """The second interval: over seeds and test images. holds: whether it bears the answer out, None where there is none."""
+
+    low: float
+    high: float
+    holds: bool | None
+
+
 @dataclass
 class Comparison:
     """One test inside a claim: what it compares, and what became of it.
@@ -50,6 +59,7 @@ class Comparison:
     """Each end of the interval is one-sided at this level."""
     low: float | None = None
     high: float | None = None
+    over_images: OverImages | None = None
     detectable: float | None = None
     why: Why | None = None
 

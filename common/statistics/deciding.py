@@ -113,23 +113,20 @@ class Family:
 
     def judge(self) -> None:
         """Give each answer to the claims that by now deserve it."""
+        before = self._undecided()
         self._step_down(REPLICATED)
         for claim in self._undecided():
             claim.forbid_what_is_replicated(self.level(claim, REPLICATED))
         self._step_down(CONTRADICTED)
-        for claim in self._undecided():
+        for claim in before:
             claim.level = {answer: self.level(claim, answer) for answer in ANSWERS}
 
     def _step_down(self, answer: str) -> None:
-        before = self._undecided()
-        for claim in before:
+        for claim in self._undecided():
             claim.combine(answer)
         while rejected := [c for c in self._undecided() if c.p[answer] <= self.level(c, answer)]:
             for claim in rejected:
                 claim.verdict = answer
-        for claim in before:
-            if claim.decided:
-                claim.level = {each: self.level(claim, each) for each in ANSWERS}
 
     def _undecided(self) -> list[Judged]:
         return [claim for claim in self.claims if not claim.decided]

@@ -41,6 +41,8 @@ class Evidence:
     """Why nothing can be tested."""
     bar: str | None = None
     """Why there is no verdict, whatever the test says."""
+    too_few: bool = False
+    """Whether that is only that there are too few pairs."""
     values: list[float] = field(default_factory=list)
     treatment_mean: float | None = None
     control_mean: float | None = None

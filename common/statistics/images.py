@@ -1,4 +1,4 @@
-"""A second interval for a difference of accuracies: over seeds and over test images.
+"""A second interval for a difference of accuracies: over seeds and over test images. It is shown and never decides.
 
 The interval over seeds says what other seeds would give on these test images. Where it is known which images each run
 has right, both can be taken as drawn: seeds crossed with images, as readers are with cases in radiology. Obuchowski and
@@ -10,10 +10,16 @@ Statistics in Medicine 2014.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtrit
+
+from common.predictions import Predictions
+from common.statistics.comparisons import Comparison, OverImages
+from common.statistics.deciding import CONTRADICTED, REPLICATED
+from common.statistics.records import Quantity, Records
 
 
 def crossed_variance(treatment: ArrayLike, control: ArrayLike) -> tuple[float, float]:
@@ -50,6 +56,50 @@ def crossed_interval(treatment: ArrayLike, control: ArrayLike, level: float) -> 
     mean = float(_differences(treatment, control).mean())
     half = float(stdtrit(freedom, 1 - level)) * math.sqrt(variance)
     return mean - half, mean + half
+
+
+def add_images(comparison: Comparison, records: Records) -> None:
+    """The interval over seeds and test images, at the level of the one that decides, where records hold predictions."""
+    found = comparison.shown
+    if found is None or found.test is None or comparison.level is None:
+        return
+    if (tables := correctness(comparison, found.seeds, records)) is None:
+        return
+    low, high = crossed_interval(*tables, comparison.level)
+    turned = (low, high) if comparison.sign > 0 else (-high, -low)
+    given = {REPLICATED: found.test.replicated, CONTRADICTED: found.test.contradicted}.get(comparison.verdict)
+    comparison.over_images = OverImages(low, high, given.holds(*turned) if given else None)
+
+
+def correctness(
+    comparison: Comparison, seeds: Sequence[int], records: Records
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Whether both sides have each test image right, [seeds, images] each, less what is subtracted from them.
+
+    None unless the comparison is of test accuracies in one place, on their own scale, and all its runs have predictions
+    for the same images.
+    """
+    (point, *others), claim = comparison.points, comparison.claim
+    metrics = {part.metric.removeprefix("metrics.") for part in point.quantities()}
+    if others or point.control is None or claim.scale == "ratio" or metrics != {"test_accuracy"}:
+        return None
+    if claim.test in ("trend", "sign", "count"):
+        return None
+    runs: dict[Quantity, list[Predictions]] = {}
+    for part in point.quantities():
+        found = [records.predictions(records.of(part, seed)) for seed in seeds]
+        runs[part] = [predictions for predictions in found if predictions is not None]
+    every = [predictions for own in runs.values() for predictions in own]
+    if len(every) < len(runs) * len(seeds) or min(len(seeds), len(every[0].labels)) < 2:
+        return None
+    if any(not np.array_equal(one.labels, every[0].labels) for one in every):
+        return None
+
+    def side(quantity: Quantity) -> np.ndarray:
+        right = np.array([one.correct for one in runs[quantity]]).astype(float)
+        return right - side(quantity.minus) if quantity.minus else right
+
+    return side(point.treatment), side(point.control)
 
 
 def _differences(treatment: ArrayLike, control: ArrayLike) -> np.ndarray:

@@ -27,12 +27,13 @@ _ROUNDING = 1e-12  # relative size below which a difference of two measurements 
 
 
 def differences(treatment: ArrayLike, control: ArrayLike) -> np.ndarray:
-    """treatment - control, [n], free of rounding error, so that equal differences are equal numbers."""
+    """treatment - control, [n], free of rounding error, so that equal differences are equal numbers.
+
+    Nothing below 1e-300 is told from zero.
+    """
     treatment, control = np.asarray(treatment, float), np.asarray(control, float)
     largest = max(np.abs(treatment).max(), np.abs(control).max())
-    if largest == 0:
-        return treatment - control
-    return np.round(treatment - control, -math.floor(math.log10(largest * _ROUNDING)))
+    return np.round(treatment - control, -math.floor(math.log10(max(largest * _ROUNDING, 1e-300))))
 
 
 def is_constant(values: ArrayLike) -> bool:

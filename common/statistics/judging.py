@@ -20,6 +20,7 @@ from common.statistics.deciding import (
 )
 from common.statistics.records import Records
 from common.statistics.sample import planned
+from common.statistics.soundness import gates
 from common.statistics.testing import T, examine
 
 
@@ -75,11 +76,12 @@ def _look(
     for index, comparison in enumerate(judged.comparisons):
         if comparison.problem:
             continue
-        seeds = planned(comparison, records, size)
+        seeds = planned(comparison, records, size, gates(comparison, records))
         if seeds is None:
             continue
+        seen = records if size is None else records.until(seeds[-1])
         seeds = [seed for seed in seeds if seed != terms.without]
-        found = examine(comparison, records, seeds, terms.factor, terms.decides)
+        found = examine(comparison, seen, seeds, terms.factor, terms.decides)
         found.number = number
         comparison.looks.append(found)
         judged.take(index, found, share)

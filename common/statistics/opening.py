@@ -70,11 +70,12 @@ def _why_count(comparison: Comparison) -> Why:
 
 def _why(comparison: Comparison, found: Evidence, levels: dict[str, float]) -> Why:
     procedure = found.test.procedure
+    if found.bar and not found.too_few:
+        return Why(STRUCTURAL, None, found.bar)
     if isinstance(procedure, inference.Cells):
         cells = _fewest(levels[REPLICATED], found.test.replicated)
-        return Why(STRUCTURAL, None, f"more seeds add no cells, and an exact test needs at least {cells}")
-    if found.bar and found.n >= FEWEST_PAIRS:
-        return Why(STRUCTURAL, None, found.bar)
+        short = f"an exact test needs at least {cells}" if found.n < cells else "these do not agree enough"
+        return Why(STRUCTURAL, None, f"more seeds add no cells, and {short}")
     if isinstance(procedure, inference.Correlations):
         fewest = max(FEWEST_PAIRS, _fewest(levels[REPLICATED], found.test.replicated))
         if fewest <= found.n:

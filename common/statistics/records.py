@@ -5,23 +5,36 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from common.predictions import Predictions, beside
 from common.records import Identity, Record, files, read
 from common.settings import SettingsError
 
 SECTIONS = ("metrics", "cost", "details")
+_READ = (
+    *("status", "reason", "failure", "cause", *SECTIONS, "settings", "data"),
+    *("chance", "device", "precision", "torch"),
+)
+"""What is read of a run's record, besides what names it."""
+PER_SEED = ("split_seed", "seed", "seeds", "trials", "tuned", "chosen")
+"""Settings in which runs of one arm may differ between seeds: splits, and what is tuned for each."""
+SHARE = "a share of images"
 COLLAPSED = 0.1
 """A run is collapsed up to this share of the way from chance to the dense network."""
 _Place = tuple[str | None, str | None, str | None, float]
 """Variant, data set, architecture and target of runs that differ in their seed; None where a claim names nothing."""
-_DIVERGED = re.compile(r"diverg|\bnan\b|\binf(inite|inity)?\b|\b(not|no longer)( a)? finite|non-finite", re.I)
+_DIVERGED = re.compile(
+    r"diverg|\bnan\b|\binf(inite|inity)?\b|\b(not|no longer)( a)? finite|non.?finite", re.I
+)
+_ACCURACY = re.compile(r"accuracy(_(before|after|at|without)_\S+)?$")
 _MOST_IMAGES = 1_000_000
+_LARGEST = 1e100
+"""No measurement is beyond it, and sums, squares and ratios of what is below are numbers. JSON has larger ones."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +63,29 @@ class WithoutChance(Lost):
 
 
 def read_all(paths: list[Path]) -> dict[str, Records]:
-    """The records of files, and of folders (`*.jsonl`, curves left aside), by paper.
+    """The records of files, and of folders (`*.jsonl`, curves left aside), by paper, with the predictions beside them.
 
     The same record given twice counts once. Raises SettingsError naming file and line for a damaged line and
-    for two different records of one run.
+    for two different records of one run, and the file for predictions that are not those of the records.
     """
     found: dict[tuple[Any, ...], tuple[str, Record]] = {}
+    predictions: dict[str, Predictions] = {}
     for path in paths:
         for file in _files(path):
-            for where, record in read(file, Record):
+            lines = list(read(file, Record))
+            predictions |= beside(file, [record for _, record in lines])
+            for where, record in lines:
                 key = (record.paper, *_run(record), record.seed)
                 other, same = found.setdefault(key, (where, record))
-                if _read(same) != _read(record):
-                    raise SettingsError(f"{where}: another record of the run in {other}, with other results")
+                if name := next(
+                    (name for name in _READ if getattr(same, name) != getattr(record, name)), None
+                ):
+                    raise SettingsError(f"{where}: another record of the run in {other}, with another {name}")
     papers: dict[str, list[Record]] = {}
     for _, record in found.values():
         papers.setdefault(record.paper, []).append(record)
     chances = chances_of(record for _, record in found.values())
-    return {paper: Records(records, chances) for paper, records in papers.items()}
+    return {paper: Records(records, chances, predictions) for paper, records in papers.items()}
 
 
 def _files(path: Path) -> list[Path]:
@@ -76,11 +94,6 @@ def _files(path: Path) -> list[Path]:
     if not (found := files(path)):
         raise SettingsError(f"{path}: no records (*.jsonl) in this folder")
     return found
-
-
-def _read(record: Record) -> tuple[Any, ...]:
-    """What is read of a run's record."""
-    return record.status, record.reason, *(getattr(record, section) for section in SECTIONS)
 
 
 def _run(record: Record) -> _Place:
@@ -103,17 +116,34 @@ def chances_of(records: Iterable[Record]) -> dict[str, float]:
 class Records:
     """The records of one paper, by run and seed.
 
-    chances: chance by data set, where a record does not say it; of these records, where absent.
+    chances: chance by data set, where a record does not say it; of these records, where absent. predictions: by digest.
     """
 
-    def __init__(self, records: list[Record], chances: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        records: list[Record],
+        chances: Mapping[str, float] | None = None,
+        predictions: Mapping[str, Predictions] | None = None,
+    ):
         self._runs: dict[_Place, dict[int, Record]] = {}
         for record in records:
             self._runs.setdefault(_run(record), {})[record.seed] = record
         self._chances = chances_of(records) if chances is None else chances
+        self._predictions = predictions or {}
         self._dense: dict[tuple[str, str], dict[int, float]] = {}
         self._images: dict[tuple[str, str], int | None] = {}
         self._ends: dict[tuple[str, str, str], set[float]] = {}
+        self._until: dict[int, Records] = {}
+        self._settings: dict[tuple[_Place, int], str] = {}
+
+    def until(self, seed: int) -> Records:
+        """The records of all seeds up to this one, all that a look knows."""
+        if seed not in self._until:
+            known = [
+                record for runs in self._runs.values() for record in runs.values() if record.seed <= seed
+            ]
+            self._until[seed] = Records(known, self._chances)
+        return self._until[seed]
 
     def cells(self, variants: set[str]) -> list[tuple[str, str]]:
         """(dataset, architecture) pairs in which one of the variants was run, sorted."""
@@ -143,6 +173,10 @@ class Records:
             raise Lost(f"no run of {place(quantity)}")
         return record
 
+    def predictions(self, record: Record) -> Predictions | None:
+        """What the run takes the test images for, None where that is not known."""
+        return self._predictions.get(record.predictions or "")
+
     def measure(
         self, quantity: Quantity, seed: int, vector: bool = False, shared: Collection[Any] = ()
     ) -> Any:
@@ -155,13 +189,15 @@ class Records:
         if record.status == "failed":
             value = self._of_failed(quantity, record, shared)
         else:
-            value = _found(record, quantity.metric)
+            value = value_in(record, quantity.metric)
         if value is None:
             raise Lost(f"{quantity.metric} of {place(quantity)} is missing or null")
         if vector:
             return _vector(value, quantity)
         if not _is_number(value):
-            raise Lost(f"{quantity.metric} of {place(quantity)} is {_shown(value)}, not a finite number")
+            raise Lost(
+                f"{quantity.metric} of {place(quantity)} is {_shown(value)}, not a finite number up to {_LARGEST:g}"
+            )
         if is_accuracy(quantity.metric) and not 0 <= value <= 1:
             raise Lost(f"{quantity.metric} of {place(quantity)} is {value:g}, not in [0, 1]")
         return value - self.measure(quantity.minus, seed, shared=shared) if quantity.minus else value
@@ -176,6 +212,14 @@ class Records:
         if chance is None:
             raise WithoutChance(f"{failed}; no record says what chance is on {record.dataset}")
         return chance
+
+    def settings(self, record: Record) -> str:
+        """The settings as canonical text, without those of a seed; empty where the record has none."""
+        key = (_run(record), record.seed)
+        if key not in self._settings:  # judging on other terms asks for it again and again
+            found = json.dumps(stripped(record.settings, PER_SEED), sort_keys=True) if record.settings else ""
+            self._settings[key] = found
+        return self._settings[key]
 
     # ------------------------------------------------------------------------------- chance and collapse
 
@@ -237,7 +281,7 @@ class Records:
             data = record.settings.get("data")
             if isinstance(data, Mapping) and isinstance(data.get(part), int) and data[part] > 0:
                 return int(data[part])
-            value = _found(record, f"{part}_accuracy")
+            value = value_in(record, f"{part}_accuracy")
             if _is_number(value) and 0 <= value <= 1:
                 accuracies.add(float(value))
         images = 1
@@ -268,7 +312,7 @@ class Records:
                 for runs in self._runs.values()
                 for record in runs.values()
                 if (record.dataset, record.architecture) == (dataset, architecture)
-                and _is_number(value := _found(record, quantity.metric))
+                and _is_number(value := value_in(record, quantity.metric))
             ]
             values = [value for value, _ in found]
             steps = self.images(dataset, "test_accuracy") or 1
@@ -282,15 +326,17 @@ class Records:
 
 
 def is_accuracy(metric: str) -> bool:
-    """Whether a metric is a share of images, by its name."""
-    return _last(metric).endswith("accuracy")
+    """Whether a metric is a share of images, by its name: `test_accuracy`, `accuracy_before_mask`; not `accuracy_drop`."""
+    return bool(_ACCURACY.search(_last(metric)))
 
 
 def unit(metric: str) -> str | None:
     """What a metric is counted in, as far as its name tells."""
+    if is_accuracy(metric):
+        return SHARE
     name = _last(metric)
     for ending, found in (
-        ("accuracy", "a share of images"),
+        ("percent", "percent"),
         ("loss", "a loss"),
         ("macs", "multiply-accumulate operations"),
         ("parameters", "parameters"),
@@ -331,22 +377,18 @@ def root(record: Record) -> tuple[Any, ...]:
     return tuple(first.identity.values())
 
 
-def settings_of(record: Record, without: Collection[str]) -> str:
-    """The settings as canonical text, without these keys at any depth; empty where the record has none."""
-    return json.dumps(_stripped(record.settings, without), sort_keys=True) if record.settings else ""
-
-
-def _stripped(value: Any, without: Collection[str]) -> Any:
+def stripped(value: Any, without: Collection[str]) -> Any:
+    """JSON values without these keys at any depth; equal numbers are the same value, 1 as 1.0."""
     if isinstance(value, Mapping):
-        return {key: _stripped(item, without) for key, item in value.items() if key not in without}
+        return {key: stripped(item, without) for key, item in value.items() if key not in without}
     if isinstance(value, list):
-        return [_stripped(item, without) for item in value]
-    return value
+        return [stripped(item, without) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def found_in(record: Record, metric: str) -> float | None:
     """A metric of a finished run, None where it is no finite number."""
-    value = _found(record, metric) if record.status == "ok" else None
+    value = value_in(record, metric) if record.status == "ok" else None
     return float(value) if value is not None and _is_number(value) else None
 
 
@@ -362,7 +404,7 @@ def _vector(value: Any, quantity: Quantity) -> list[float]:
 
 def _is_number(value: Any) -> bool:
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return numeric and abs(value) <= sys.float_info.max  # JSON has whole numbers that no float can hold
+    return numeric and abs(value) <= _LARGEST
 
 
 def _shown(value: Any) -> str:
@@ -370,7 +412,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _found(record: Record, path: str) -> Any:
+def value_in(record: Record, path: str) -> Any:
+    """What a record has at a metric's dotted path, None where it has nothing."""
     head, _, rest = path.partition(".")
     if head in SECTIONS and rest:
         return _at(getattr(record, head), rest)

@@ -14,6 +14,8 @@ from common.statistics import inference
 from common.statistics.comparisons import Comparison, Point
 from common.statistics.records import Lost, Quantity, Records, WithoutChance, diverged, place, root
 
+_SMALLEST = 1e-100
+"""What is smaller is zero, of which there is no ratio."""
 _CONDITIONS = ("device", "precision", "torch")
 
 
@@ -56,16 +58,19 @@ class Sample:
         return inference.differences(*sides) if self.paired else sides[0]
 
 
-def planned(comparison: Comparison, records: Records, seeds: int | None) -> list[int] | None:
+def planned(
+    comparison: Comparison, records: Records, seeds: int | None, gates: Sequence[Quantity] = ()
+) -> list[int] | None:
     """The first `seeds` of the comparison's seeds in ascending order, all of them for None.
 
-    None if they are not all recorded, ok or failed, for everything that the comparison reads.
+    None if they are not all recorded, ok or failed, for everything that the comparison and its `gates` read.
     """
     runs = [records.seeds(quantity) for quantity in comparison.quantities]
     order = sorted(set().union(*runs))
     if seeds is None:
         return order
     first = order[:seeds]
+    runs += [records.seeds(gate) for gate in gates]
     whole = len(first) == seeds and all(seed in run for run in runs for seed in first)
     return first if whole else None
 
@@ -135,7 +140,7 @@ def _measured(
         if quantity is None:
             return None
         value = records.measure(quantity, seed, vector, shared)
-        if claim.scale == "ratio" and value <= 0:
+        if claim.scale == "ratio" and value < _SMALLEST:
             raise Lost(
                 f"{quantity.metric} of {place(quantity)} is {value:g}: no ratio of what is not positive"
             )

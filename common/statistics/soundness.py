@@ -7,13 +7,23 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from common.records import Record
+from common.statistics.claims import Precondition
 from common.statistics.comparisons import Comparison
 from common.statistics.evidence import known
-from common.statistics.records import Quantity, Records, accuracy_of, found_in, place, settings_of, unit
+from common.statistics.records import (
+    PER_SEED,
+    SHARE,
+    Quantity,
+    Records,
+    accuracy_of,
+    found_in,
+    place,
+    stripped,
+    unit,
+    value_in,
+)
 
 BEFORE_MASK = "accuracy_before_mask"
-PER_SEED = ("split_seed", "seed", "seeds", "trials", "tuned", "chosen")
-"""Settings in which runs of one arm may differ between seeds: splits, and what is tuned for each."""
 
 
 def problem(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
@@ -25,26 +35,39 @@ def problem(comparison: Comparison, records: Records, seeds: Collection[int]) ->
 
 
 def _units(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
-    for point in comparison.points:
-        units = {part.metric: unit(part.metric) for part in point.quantities()}
-        known_units = {found for found in units.values() if found}
-        if len(known_units) > 1:
-            names = ", ".join(f"{metric} is {found}" for metric, found in units.items() if found)
-            return f"metrics of different units are not compared: {names}"
+    units = {part.metric: unit(part.metric) for part in comparison.quantities}
+    if SHARE in units.values():
+        # beside it a metric whose name says nothing is a share too, unless its values say otherwise
+        for part in comparison.quantities:
+            if units[part.metric] is None and not _may_be_share(part, records, seeds):
+                units[part.metric] = "no share"
+    known_units = {found for found in units.values() if found}
+    if len(known_units) > 1:
+        names = ", ".join(f"{metric} is {found}" for metric, found in units.items() if found)
+        return f"metrics of different units are not compared: {names}"
     return None
+
+
+def _may_be_share(quantity: Quantity, records: Records, seeds: Collection[int]) -> bool:
+    values = (
+        found_in(run, quantity.metric) for seed, run in records.seeds(quantity).items() if seed in seeds
+    )
+    return all(value is None or abs(value) <= 1 for value in values)
 
 
 def _settings(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
     for quantity in comparison.quantities:
         runs = {seed: run for seed, run in records.seeds(quantity).items() if seed in seeds and run.settings}
-        found = {seed: settings_of(run, PER_SEED) for seed, run in runs.items()}
+        found = {seed: records.settings(run) for seed, run in runs.items()}
         if len(set(found.values())) > 1:
             first = min(found)
             other = min(seed for seed in found if found[seed] != found[first])
             keys = sorted(
                 key
                 for key in {*runs[first].settings, *runs[other].settings}
-                if runs[first].settings.get(key) != runs[other].settings.get(key) and key not in PER_SEED
+                if key not in PER_SEED
+                and stripped(runs[first].settings.get(key), PER_SEED)
+                != stripped(runs[other].settings.get(key), PER_SEED)
             )
             return (
                 f"the runs of {place(quantity)} are not of one arm: seeds {first} and {other} differ in "
@@ -122,8 +145,11 @@ def _share(accuracies: list[tuple[Record, float]], records: Records, where: str)
 
 
 def _the_same(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
-    """Whether both sides are one experiment under two names: equal in all metrics, at every point in every seed."""
-    compared = False
+    """Whether both sides are one experiment under two names: equal in all metrics, at every point in every seed.
+
+    And in what is compared, which may be a cost or a detail.
+    """
+    found = False
     for point in comparison.points:
         if point.control is None or _place(point.treatment) == _place(point.control):
             return None
@@ -132,28 +158,42 @@ def _the_same(comparison: Comparison, records: Records, seeds: Collection[int]) 
             one, other = first.get(seed), second.get(seed)
             if one is None or other is None or "failed" in (one.status, other.status):
                 continue
-            if not one.metrics or one.metrics != other.metrics:
+            compared = [value_in(one, point.treatment.metric), value_in(other, point.control.metric)]
+            if not one.metrics or one.metrics != other.metrics or compared[0] != compared[1]:
                 return None
-            compared = True
-    return "treatment and control are equal in all metrics in every seed" if compared else None
+            found = True
+    return "treatment and control are equal in all metrics in every seed" if found else None
 
 
 def _place(quantity: Quantity) -> tuple[str | float | None, ...]:
     return quantity.variant, quantity.dataset, quantity.architecture, quantity.target
 
 
+def gates(comparison: Comparison, records: Records) -> list[Quantity]:
+    """What preconditions read, as far as there are runs of it."""
+    conditions = comparison.claim.precondition or ()
+    found = (
+        side for condition in conditions for sides in _sides(condition, comparison, records) for side in sides
+    )
+    return [side for side in found if records.seeds(side)]
+
+
+def _sides(condition: Precondition, comparison: Comparison, records: Records) -> list[list[Quantity]]:
+    """Both variants of a precondition, in each place where something is compared."""
+    places = dict.fromkeys(
+        (point.treatment.dataset, point.treatment.architecture, point.treatment.target)
+        for point in comparison.points
+    )
+    names = (condition.variant, condition.not_worse_than)
+    return [
+        [_nearest(Quantity(name, *where, "test_accuracy"), records) for name in names] for where in places
+    ]
+
+
 def _unmet(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
     for condition in comparison.claim.precondition or ():
-        cells = dict.fromkeys(
-            (point.treatment.dataset, point.treatment.architecture, point.treatment.target)
-            for point in comparison.points
-        )
         by = comparison.matters or 0.0 if condition.by is None else condition.by
-        for dataset, architecture, target in cells:
-            sides = [
-                _nearest(Quantity(name, dataset, architecture, target, "test_accuracy"), records)
-                for name in (condition.variant, condition.not_worse_than)
-            ]
+        for sides in _sides(condition, comparison, records):
             runs = [{s: run for s, run in records.seeds(side).items() if s in seeds} for side in sides]
             both = [
                 known(accuracy_of(runs[0][seed])) - known(accuracy_of(runs[1][seed]))

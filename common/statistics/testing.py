@@ -46,6 +46,12 @@ class Answer:
         found += [] if self.below is None else [procedure.p(self.below, "less")]
         return min(1.0, 2 * min(found)) if self.either else max(found)
 
+    def holds(self, low: float, high: float) -> bool:
+        """Whether an interval, turned to the claimed direction, shows it."""
+        found = [] if self.above is None else [low > self.above]
+        found += [] if self.below is None else [high < self.below]
+        return any(found) if self.either else all(found)
+
     def per_end(self, level: float) -> float:
         """The level of each of its one-sided tests."""
         return level / 2 if self.either else level
@@ -107,6 +113,7 @@ def examine(
     if found.problem:
         return found
     found.bar = _bar(comparison, sample)
+    found.too_few = found.bar is not None and not sample.without_chance and comparison.claim.test != "count"
     if comparison.claim.test == "diversity":
         _vectors(found, comparison, sample)
     else:
@@ -116,14 +123,19 @@ def examine(
 
 def _bar(comparison: Comparison, sample: Sample) -> str | None:
     """What keeps a comparison open, whatever its test says."""
-    if sample.without_chance:
-        n = len(sample.without_chance)
-        return f"{n} run{'s' * (n != 1)} diverged, and no record says what chance is on {comparison.dataset}"
+    if bar := _without_chance(len(sample.without_chance), comparison.dataset):
+        return bar
     if comparison.claim.test == "count":
         n = len(sample.failed)
-        return f"{n} run{'s' * (n != 1)} failed, which keep no bound" if n else None
+        return f"{n} failed run{'s keep' if n != 1 else ' keeps'} no bound" if n else None
     n = len(sample.seeds)
     return f"{n} pairs, and no verdict comes from fewer than {FEWEST_PAIRS}" if n < FEWEST_PAIRS else None
+
+
+def _without_chance(runs: int, dataset: str | None) -> str | None:
+    if not runs:
+        return None
+    return f"{runs} run{'s' * (runs != 1)} diverged, and no record says what chance is on {dataset}"
 
 
 def _too_few(comparison: Comparison, found: Evidence, fewest: int, records: Records) -> str:
@@ -286,10 +298,13 @@ def _cells(found: Evidence, comparison: Comparison, records: Records, seeds: lis
     """One value per network in a cell, its mean contrast over targets and seeds; the estimate is the share that agrees."""
     claim = comparison.claim
     points = sorted(comparison.points, key=_cell)
+    unknown: dict[str, int] = {}
     for cell, group in groupby(points, key=_cell):
         inside = replace(comparison, points=list(group), dataset=cell[0], architecture=cell[1])
         sample = gather(inside, inside.points, records, seeds)
         found.lost += sample.lost
+        if sample.without_chance:
+            unknown[cell[0]] = unknown.get(cell[0], 0) + len(sample.without_chance)
         if reason := problem(inside, records, seeds):
             found.lost.append({"seed": None, "reason": reason})
         elif sample.seeds:
@@ -299,6 +314,7 @@ def _cells(found: Evidence, comparison: Comparison, records: Records, seeds: lis
     if not found.n:
         found.problem = _too_few(comparison, found, 1, records)
         return
+    found.bar = _without_chance(sum(unknown.values()), " or ".join(unknown))
     neutral = 1.0 if claim.scale == "ratio" else 0.0
     agreeing = sum(comparison.sign * value > comparison.sign * neutral for value in found.values)
     opposing = sum(comparison.sign * value < comparison.sign * neutral for value in found.values)

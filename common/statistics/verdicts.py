@@ -20,6 +20,7 @@ from common.statistics.deciding import (
     Judged,
 )
 from common.statistics.evidence import Evidence
+from common.statistics.images import add_images
 from common.statistics.judging import Terms, judge_claims
 from common.statistics.records import Quantity, Records
 from common.statistics.stability import of as stability_of
@@ -65,7 +66,7 @@ def _paper(
     terms: Terms,
     stability: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    claims = [_claim(one, terms, stability) for one in judged]
+    claims = [_claim(one, records, terms, stability) for one in judged]
     return {
         "claims": claims,
         "claims_digest": file.digest,
@@ -88,8 +89,12 @@ def _counts(found: Mapping[str, int]) -> dict[str, int]:
     return {verdict: found.get(verdict, 0) for verdict in VERDICTS}
 
 
-def _claim(judged: Judged, terms: Terms, stability: Mapping[str, Any] | None) -> dict[str, Any]:
+def _claim(
+    judged: Judged, records: Records, terms: Terms, stability: Mapping[str, Any] | None
+) -> dict[str, Any]:
     claim, comparisons = judged.claim, judged.comparisons
+    for comparison in comparisons:
+        add_images(comparison, records)
     if stability is not None:
         for comparison in comparisons:
             add_checks(comparison)
@@ -173,6 +178,7 @@ def _comparison(judged: Judged, comparison: Comparison, terms: Terms) -> dict[st
         "low": comparison.low,
         "high": comparison.high,
         "level": comparison.level,
+        "over_images": asdict(comparison.over_images) if comparison.over_images else None,
         "look": terms.sizes[found.number] if comparison.shown else None,
         "detectable": comparison.detectable,
         "predicted": predicted,

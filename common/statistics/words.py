@@ -143,7 +143,7 @@ def _side(quantity: Quantity, comparison: Comparison, other: Quantity | None = N
 
 def _number(given: float | None) -> str:
     value = known(given)
-    if abs(value) >= 1000:
+    if 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
@@ -188,7 +188,15 @@ def _interval(comparison: Comparison) -> str:
 
 def _evidence(comparison: Comparison, found: Evidence, *more: str) -> str:
     same = ["the same in every seed"] if len(found.values) > 1 and inference.is_constant(found.values) else []
-    return f"({', '.join([*same, _interval(comparison), *more, *_odd(found)])})"
+    return f"({', '.join([*same, _interval(comparison), *_over_images(comparison), *more, *_odd(found)])})"
+
+
+def _over_images(comparison: Comparison) -> list[str]:
+    """The second interval, which decides nothing."""
+    if (found := comparison.over_images) is None:
+        return []
+    text = f"over other test images too {_end(found.low, comparison)} to {_end(found.high, comparison)}"
+    return [text + ", which leaves it open" * (found.holds is False)]
 
 
 def _odd(found: Evidence) -> list[str]:
@@ -312,7 +320,7 @@ def _conclusion(comparison: Comparison, found: Evidence) -> str:
     if verdict == CONTRADICTED and comparison.claim.test in ("superiority", "trend") and comparison.matters:
         neutral = 1.0 if comparison.claim.scale == "ratio" else 0.0
         far = comparison.low if comparison.sign < 0 else comparison.high
-        if comparison.sign * (known(far) - neutral) > 0:
+        if comparison.sign * (known(far) - neutral) >= 0:
             return "; less than what matters"
     if verdict == CONTRADICTED and not tail and comparison.claim.test != "count":
         return "; the opposite of what is claimed"

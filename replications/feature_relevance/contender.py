@@ -7,25 +7,20 @@ from common.core.failures import Unreachable
 from common.core.models.resnet import ResNet
 from common.core.run import Outcome
 from replications.feature_relevance import method
-from replications.feature_relevance.gradual import (
-    GradualPruning,
-    Pruner,
-    Scoring,
-    forward_macs,
-    until_at_most,
-)
-from replications.feature_relevance.protocol import scoring_batches
+from replications.feature_relevance.costs import CostTable, forward_macs
+from replications.feature_relevance.method import Goal, GradualPruning, Pruner, until_at_most
 
 # the paper's n / E and N1 / E, for trainings of another length
 EVENT_SHARE, LAST_SHARE = 0.105, 0.75
+SCORING_SHARE = 0.25
 
 
 def contend(contest: Contest) -> Outcome:
     """Channels go at seven events until the parameters are few enough, spread as the paper spreads them."""
     arena, model = contest.arena, contest.network()
-    table = method.CostTable(model, contest.data.image_shape)
+    table = CostTable(model, contest.data.image_shape)
     least = 0 if isinstance(model, ResNet) else 1
-    pruner = Pruner(model, Scoring(minimum=least, seed=contest.run.seed), scoring_batches(contest.data, 0.25))
+    pruner = Pruner(model, method.scoring_batches(contest.data, SCORING_SHARE), minimum=least)
     budget = contest.keep * contest.parameters
     narrowest = table.parameters(dict.fromkeys(pruner.layers, least))
     if narrowest > budget:
@@ -37,8 +32,8 @@ def contend(contest: Contest) -> Outcome:
         epoch: table.parameters(table.even(pruner.layers, fraction * (i + 1) / len(epochs)))
         for i, epoch in enumerate(epochs)
     } | {epochs[-1]: budget}
-    events = {epoch: until_at_most(table.parameters, most) for epoch, most in goals.items()}
-    hook = GradualPruning(pruner, events, {})
+    events = {epoch: Goal(until_at_most(table.parameters, most)) for epoch, most in goals.items()}
+    hook = GradualPruning(pruner, events)
     trainer = contest.trainer(model, hook)
     trainer.fit(contest.dense_rates(arena.epochs))
     return contest.outcome(trainer, sum(forward_macs(hook.log, table, arena.epochs)), events=hook.log)

@@ -1,4 +1,17 @@
-"""Gradual channel pruning while training (Aketi et al. 2020): scores, selection and the events of pruning.
+"""Gradual channel pruning while training (Aketi et al. 2020), as the authors' code has it.
+
+    for t = 1, ..., E:
+        train one epoch
+        if t is one of n, 2n, ..., N1, an event:                                                       (1)
+            R[m] = one-hot of the true label of image m, carried back to the output of each layer
+            r[m, k] = mean over positions of R[m] of channel k                                         (2)
+            s[c] = sigmoid(max_j a[j] / a[c]), a[c] the training accuracy of class c                   (3)
+            M[c, k] = mean of r[m, k] over the images m of class c                                     (4)
+            g[k] = |mean over c of s[c] M[c, k]|,  F[k] = g[k] / (L2 norm of g in its layer + eps)     (5)
+            the x channels with the smallest F of all layers together leave the network                (6)
+
+Nothing is rewound: weights, momentum and learning rate go on as they are, and what has left stays away. (2) is
+in `relevance.py`; how a channel leaves a network that goes on training is in `removal.py`.
 
 A layer here is a `ChannelGroup`, known by the name of the convolution (or hidden linear layer) that makes its
 channels. Lists of layers begin next to the classifier; inside a residual block the last convolution comes
@@ -7,34 +20,33 @@ first.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Literal
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
-from common.core.failures import Diverged
+from common.core.data import Batches, Dataset
+from common.core.failures import Diverged, Unreachable
+from common.core.identity import stream
 from common.core.models import ChannelGroup, Network, weight_of
 from common.core.models.chain import ConvNet
 from common.core.models.resnet import ResNet
 from common.core.pruning import channels
-from common.core.pruning.counting import layer_costs
-from common.core.trainer import BatchSource
+from common.core.trainer import BatchSource, Hooks, Trainer
 from replications.feature_relevance.relevance import EPS, relevances
+from replications.feature_relevance.removal import ForwardMasks, MaskedTwin, Removal
 
-ChannelCriterion = Literal["relevance", "random", "l1", "taylor"]
-ChannelAllocation = Literal["global", "per_layer"]
-BudgetUnit = Literal["channels", "macs"]
 Removed = dict[str, list[int]]
 """Channels taken so far, ascending, by layer."""
 
 KNOWN = (ConvNet, ResNet)
 """Networks that relevance is defined for."""
-SCORING_PASSES = {"relevance": 5, "taylor": 3, "l1": 0, "random": 0}
-"""Cost of scoring an image, in forward passes: for relevance one, and four convolutions for each in it."""
+# relevance keeps what every layer put out: large images come in smaller batches
+SCORING_BATCH, SCORING_PIXELS = 500, 500 * 32 * 32
 
 
 # ------------------------------------------------------------------------------------------ what is prunable
@@ -71,11 +83,6 @@ def kept(widths: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> dic
     return {name: sorted(set(range(widths[name])) - set(gone)) for name, gone in removed.items()}
 
 
-def pruning_schedule(epochs: int, every: int, last: int) -> list[int]:
-    """The epochs (counted from 1) that end with a pruning event: every, 2*every, ... up to `last`."""
-    return list(range(every, min(last, epochs) + 1, every))
-
-
 # ------------------------------------------------------------------------------------------ scores
 
 
@@ -85,7 +92,7 @@ def class_accuracy(confusion: Tensor) -> Tensor:
 
 
 def class_scale(accuracy: Tensor) -> Tensor:
-    """Weight of each class: sigmoid(best accuracy / its accuracy), 1 for a class that is never right.
+    """Equation (3): the weight of each class, 1 for one that is never right.
 
     Raises Diverged when no class is ever right.
     """
@@ -97,7 +104,7 @@ def class_scale(accuracy: Tensor) -> Tensor:
 
 
 def class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Sums over the images of each class [classes, channels] of values [N, channels].
+    """The sums of (4) over the images of each class [classes, channels], of values [N, channels].
 
     An image with a NaN is left out.
     """
@@ -106,10 +113,9 @@ def class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def channel_scores(sums: Tensor, counts: Tensor, scale: Tensor) -> Tensor:
-    """Score of each channel of a layer from class sums [classes, channels].
+    """Equations (4) and (5): the score of each channel of a layer from class sums [classes, channels].
 
-    The mean of each class, weighted by its scale; averaged over classes; the absolute value of that, over the
-    layer's L2 norm. Raises Diverged when a score is not a number.
+    Raises Diverged when a score is not a number.
     """
     return normalised((scale[:, None] * sums / counts[:, None]).mean(0).abs())
 
@@ -130,73 +136,97 @@ class Scored:
     notes: dict[str, float | list[float]] = field(default_factory=dict)
 
 
-@torch.no_grad()
-def relevance_scores(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: BatchSource,
-    alpha: float = 2.0,
-    use_class_scale: bool = True,
-    branch_share: bool = False,
-) -> Scored:
-    """Scores of the layers `names` by relevance for the true class.
+class Criterion(Protocol):
+    """How channels are scored. passes: what an image costs to score, in forward passes."""
 
-    One pass over `batches` in evaluation mode. Class accuracies come from the same images. Leaves parameters,
-    statistics and random generators alone.
+    passes: ClassVar[int]
+
+    def scores(self, model: nn.Module, names: Sequence[str], batches: BatchSource, event: int = 0) -> Scored:
+        """Scores of the layers `names` of a masked network at its event number `event`.
+
+        Leaves parameters, statistics and random generators alone.
+        """
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """The paper's criterion. branch_share: a block's last convolution is scored by its branch alone.
+
+    An image costs one forward pass, and four convolutions for each in it.
     """
-    model.eval()
-    sums: dict[str, Tensor] = {}
-    confusion: Tensor | None = None
-    largest, missing = [], []
-    for images, labels in batches.epoch(0):
-        logits, found = relevances(model, images, labels, alpha, branch_share)
-        classes = logits.shape[1]
-        for name in names:
-            of_batch = class_sums(found[name], labels, classes)
-            sums[name] = sums[name] + of_batch if name in sums else of_batch
-        largest.append(torch.stack([found[name].abs().amax() for name in names]).amax())
-        missing.append(torch.stack([found[name].isnan().any(1) for name in names]).any(0).sum())
-        truth, predicted = (one_hot(c, classes).to(logits.dtype) for c in (labels, logits.argmax(1)))
-        counted = truth.T @ predicted
-        confusion = counted if confusion is None else confusion + counted
-    assert confusion is not None, "there is nothing to score on"
-    accuracy, counts = class_accuracy(confusion), confusion.sum(1)
-    scale = class_scale(accuracy) if use_class_scale else torch.ones_like(accuracy)
-    scores = {name: channel_scores(sums[name], counts, scale) for name in names}
-    notes = {"class_accuracy": accuracy.tolist(), "largest_relevance": torch.stack(largest).max().item()}
-    return Scored(scores, notes | {"images_with_nan": int(torch.stack(missing).sum())})
+
+    passes: ClassVar[int] = 5
+    alpha: float = 2.0
+    class_scale: bool = True
+    branch_share: bool = False
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module, names: Sequence[str], batches: BatchSource, event: int = 0) -> Scored:
+        """One pass over `batches` in evaluation mode; class accuracies come from the same images."""
+        model.eval()
+        sums: dict[str, Tensor] = {}
+        confusion: Tensor | None = None
+        largest, missing = [], []
+        for images, labels in batches.epoch(0):
+            logits, found = relevances(model, images, labels, self.alpha, self.branch_share)
+            classes = logits.shape[1]
+            for name in names:
+                of_batch = class_sums(found[name], labels, classes)
+                sums[name] = sums[name] + of_batch if name in sums else of_batch
+            largest.append(torch.stack([found[name].abs().amax() for name in names]).amax())
+            missing.append(torch.stack([found[name].isnan().any(1) for name in names]).any(0).sum())
+            truth, predicted = (one_hot(c, classes).to(logits.dtype) for c in (labels, logits.argmax(1)))
+            counted = truth.T @ predicted
+            confusion = counted if confusion is None else confusion + counted
+        assert confusion is not None, "there is nothing to score on"
+        accuracy, counts = class_accuracy(confusion), confusion.sum(1)
+        scale = class_scale(accuracy) if self.class_scale else torch.ones_like(accuracy)
+        scores = {name: channel_scores(sums[name], counts, scale) for name in names}
+        notes = {"class_accuracy": accuracy.tolist(), "largest_relevance": torch.stack(largest).max().item()}
+        return Scored(scores, notes | {"images_with_nan": int(torch.stack(missing).sum())})
 
 
-def l1_scores(model: nn.Module, names: Sequence[str]) -> Scored:
-    """Sum of absolute weights of each filter, over the layer's L2 norm."""
-    weights = {name: weight_of(model, name).detach() for name in names}
-    return Scored({name: normalised(weight.abs().flatten(1).sum(1)) for name, weight in weights.items()})
+def scoring_batches(data: Dataset, share: float) -> Batches:
+    """The training images that are scored: about `share` of them, as many of each class, always the same.
 
-
-def random_scores(model: nn.Module, names: Sequence[str], seed: int) -> Scored:
-    """Independent uniform numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = {name: len(weight_of(model, name)) for name in names}
-    return Scored({name: torch.rand(width, generator=generator) for name, width in widths.items()})
-
-
-def taylor_scores(model: nn.Module, names: Sequence[str], batches: BatchSource) -> Scored:
-    """First-order change of the loss when a filter goes, over the layer's L2 norm (Molchanov et al. 2017).
-
-    |sum of weight * gradient| over a filter equals |sum of activation * gradient| over its output. Evaluation
-    mode; gradients of the model are left alone.
+    Raises Unreachable when that is less than one image of each class.
     """
-    model.eval()
-    weights = [weight_of(model, name) for name in names]
-    totals = [torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) for weight in weights]
-    for images, labels in batches.epoch(0):
-        loss = cross_entropy(model(images), labels, reduction="sum")
-        for total, weight, gradient in zip(totals, weights, torch.autograd.grad(loss, weights)):
-            total += (weight.detach() * gradient).flatten(1).sum(1)
-    return Scored({name: normalised(total.abs()) for name, total in zip(names, totals)})
+    labels = data.labels["train"].cpu()
+    sizes = torch.bincount(labels, minlength=data.classes)
+    each = min(int(share * len(labels) / data.classes), int(sizes.min()))
+    if not each:
+        raise Unreachable(f"scoring_share = {share:g} of {len(labels)} images is less than one of each class")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(stream(0, "scoring images")))
+    index = torch.cat([order[labels[order] == label][:each] for label in range(data.classes)]).sort().values
+    index = index.to(data.labels["train"].device)
+    images, kept = data.images["train"][index], data.labels["train"][index]
+    chosen = dataclasses.replace(data, images={"train": images}, labels={"train": kept})
+    _, height, width = data.image_shape
+    return Batches(chosen, "train", min(SCORING_BATCH, max(1, SCORING_PIXELS // (height * width))))
 
 
 # ------------------------------------------------------------------------------------------ selection
+
+
+Enough = Callable[[int, Mapping[str, int]], bool]
+"""Whether an event may stop, from the number of channels it has taken and those left in each layer."""
+Allocation = Callable[[list[Tensor], list[list[int]]], list[Tensor]]
+"""What channels of different layers are compared by, from scores and removed channels of each layer."""
+
+
+def until_channels(count: int) -> Enough:
+    """Stop after `count` channels."""
+    return lambda taken, left: taken >= count
+
+
+def until_at_most(spent: Callable[[Mapping[str, int]], float], most: float) -> Enough:
+    """Stop when what the channels left cost, by `spent`, is no more than `most`."""
+    return lambda taken, left: spent(left) <= most
+
+
+def all_together(scores: list[Tensor], removed: list[list[int]]) -> list[Tensor]:
+    """The paper's: scores as they are."""
+    return scores
 
 
 def removal_order(scores: Sequence[Tensor], removed: Sequence[Iterable[int]]) -> list[tuple[int, int]]:
@@ -220,7 +250,7 @@ def select(
     enough: Callable[[int, list[int]], bool],
     minimum: int = 0,
 ) -> list[tuple[int, int]]:
-    """Channels to remove, as (layer, channel) in order of removal.
+    """Equation (6): channels to remove, as (layer, channel) in order of removal.
 
     enough(taken, left): whether to stop, from the number taken and the channels left in each layer. minimum:
     channels that every layer keeps. When nothing more can go, what was found is the answer.
@@ -236,72 +266,136 @@ def select(
     return chosen
 
 
-def in_layer_shares(scores: Sequence[Tensor], removed: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Scores that remove the same share of every layer, in the order of `scores` inside each of them.
-
-    A channel's value is the share of its layer that is gone once it has been removed.
-    """
-    shares = []
-    for values, gone in zip(scores, removed):
-        values = values.clone()
-        values[list(gone)] = -1
-        shares.append((values.argsort(stable=True).argsort() + 1) / len(values))
-    return shares
+# ------------------------------------------------------------------------------------------ an event
 
 
-# ------------------------------------------------------------------------------------------ cost
+@dataclass(frozen=True)
+class Goal:
+    """What an event must reach: channels go until `enough`, and `units` of every hidden layer."""
+
+    enough: Enough
+    units: int = 0
 
 
-class CostTable:
-    """What a network costs by the number of channels that each layer keeps; numbers may be fractions.
+@dataclass(frozen=True)
+class Event:
+    """What one event decided.
 
-    Dead rows and columns do not count. Weights and MACs are those of convolutions and linear layers.
+    channels, units: (layer, channel) in order of removal, layers counted from the deepest.
     """
 
-    def __init__(self, model: Network, image_shape: Sequence[int]):
-        groups = channels.groups_of(model)
-        self.widths = {group.name: len(weight_of(model, group.name)) for group in groups}
-        makes = {name: group.name for group in groups for name in (group.name, group.norm) if name}
-        reads = {name: group.name for group in groups for name in group.consumers}
-        positions = {layer.name: layer.positions for layer in layer_costs(model, image_shape)}
-        # per parameter: entries, layers that rows and columns follow, uses of each entry (None: not a weight)
-        self._entries: list[tuple[int, str | None, str | None, int | None]] = []
-        for name, parameter in model.named_parameters():
-            module, _, entry = name.rpartition(".")
-            uses = positions.get(module) if entry == "weight" else None
-            column = reads.get(module) if parameter.ndim > 1 else None
-            self._entries.append((parameter.numel(), makes.get(module), column, uses))
-
-    def _left(self, left: Mapping[str, float]) -> list[tuple[float, int | None]]:
-        share: dict[str | None, float] = {
-            name: left.get(name, width) / width for name, width in self.widths.items()
-        }
-        return [
-            (n * share.get(row, 1) * share.get(column, 1), uses) for n, row, column, uses in self._entries
-        ]
-
-    def parameters(self, left: Mapping[str, float] = MappingProxyType({})) -> float:
-        """Trainable parameters with `left` channels in the layers named."""
-        return sum(count for count, _ in self._left(left))
-
-    def weights(self, left: Mapping[str, float] = MappingProxyType({})) -> float:
-        """Weights of convolutions and linear layers, likewise."""
-        return sum(count for count, uses in self._left(left) if uses is not None)
-
-    def macs(self, left: Mapping[str, float] = MappingProxyType({})) -> float:
-        """MACs for one image, likewise."""
-        return sum(count * uses for count, uses in self._left(left) if uses is not None)
-
-    def even(self, names: Iterable[str], fraction: float) -> dict[str, float]:
-        """Channels left when every layer of `names` loses the same fraction."""
-        return {name: (1 - fraction) * self.widths[name] for name in names}
+    scored: Scored
+    channels: list[tuple[int, int]]
+    units: list[tuple[int, int]]
 
 
-def official_zero_weights(model: Network, table: CostTable, removed: Mapping[str, Sequence[int]]) -> int:
-    """Zeros that the authors' code counts: all but the filters of the first block's first convolution."""
-    left = {name: table.widths[name] - len(gone) for name, gone in removed.items()}
-    zeros = round(table.weights() - table.weights(left))
-    if isinstance(model, ConvNet):
-        return zeros
-    first = channels.groups_of(model)[0].name
-    return zeros - len(removed.get(first, ())) * weight_of(model, first)[0].numel()
+@dataclass
+class Pruner:
+    """Decides what goes, and remembers what has gone.
+
+    model: at its full width. batches: the images that are scored. minimum: channels that every layer keeps.
+    protected: names of layers that lose nothing (default: those of the paper).
+    """
+
+    model: Network
+    batches: BatchSource
+    criterion: Criterion = Relevance()
+    allocation: Allocation = all_together
+    minimum: int = 0
+    protected: Collection[str] | None = None
+    removed: Removed = field(init=False)
+    events: int = 0
+
+    def __post_init__(self) -> None:
+        layers = prunable_layers(self.model, self.protected)
+        self.layers, self.units = ([group.name for group in groups] for groups in layers)
+        self.widths = {name: len(weight_of(self.model, name)) for name in self.layers + self.units}
+        self.removed = {name: [] for name in self.widths}
+
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        """Channels that stay, by layer."""
+        return kept(self.widths, self.removed)
+
+    @property
+    def left(self) -> dict[str, int]:
+        """Number of channels that stay, by layer."""
+        return {name: len(channels) for name, channels in self.kept.items()}
+
+    def event(self, masked: nn.Module, goal: Goal) -> Event:
+        """Score the masked network by (2) to (5), and remove by (6): units inside their layer, then channels."""
+        scored = self.criterion.scores(masked, self.layers + self.units, self.batches, self.events)
+        units = []
+        for number, name in enumerate(self.units):
+            scores, gone = [scored.scores[name]], [self.removed[name]]
+            chosen = select(scores, gone, lambda taken, _: taken >= goal.units, minimum=1)
+            units += [(number, unit) for _, unit in chosen]
+        self._take(self.units, units)
+        gone = [self.removed[name] for name in self.layers]
+        scores = self.allocation([scored.scores[name] for name in self.layers], gone)
+        left = {name: self.left[name] for name in self.units}
+        chosen = select(
+            scores,
+            gone,
+            lambda taken, of_layers: goal.enough(taken, left | dict(zip(self.layers, of_layers))),
+            self.minimum,
+        )
+        self._take(self.layers, chosen)
+        self.events += 1
+        return Event(scored, chosen, units)
+
+    def _take(self, names: list[str], chosen: list[tuple[int, int]]) -> None:
+        for layer, channel in chosen:
+            self.removed[names[layer]] = sorted([*self.removed[names[layer]], channel])
+
+
+# ------------------------------------------------------------------------------------------ while training
+
+
+def pruning_schedule(epochs: int, every: int, last: int) -> list[int]:
+    """The epochs (counted from 1) that end with a pruning event: every, 2*every, ... up to `last`."""
+    return list(range(every, min(last, epochs) + 1, every))
+
+
+class GradualPruning(Hooks):
+    """The events of a training.
+
+    events: what each must reach, by the epoch (from 1) at whose end it is. physical: whether channels are removed
+    or only masked. `log` gets one row for each event.
+    """
+
+    def __init__(self, pruner: Pruner, events: Mapping[int, Goal], physical: bool = True):
+        self.pruner, self.events = pruner, events
+        self.log: list[dict[str, Any]] = []
+        self.removal: Removal = MaskedTwin(pruner.model) if physical else ForwardMasks()
+
+    def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
+        """Prune if an event is due."""
+        if (number := trainer.epochs_done + 1) in self.events:
+            self.prune(trainer, number)
+
+    def prune(self, trainer: Trainer, epoch: int) -> None:
+        """The event of epoch `epoch`."""
+        before = self.pruner.kept
+        event = self.pruner.event(self.removal.masked(trainer, before), self.events[epoch])
+        self.removal.remove(trainer, before, self.pruner.kept)
+        self.log.append(
+            {"epoch": epoch, "taken": len(event.channels), "left": self.pruner.left, **event.scored.notes}
+        )
+
+    def weights(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Where channels are masked, the masked weights."""
+        return self.removal.weights(trainer.model)
+
+    def stepped(self, trainer: Trainer) -> None:
+        self.removal.stepped(trainer)
+
+    def state(self) -> dict[str, Any]:
+        own = {"removed": self.pruner.removed, "events": self.pruner.events, "log": self.log}
+        return own | {"removal": self.removal.state()}
+
+    def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        whole = self.pruner.kept
+        self.pruner.removed, self.pruner.events, self.log = state["removed"], state["events"], state["log"]
+        self.removal.load_state(state["removal"])
+        self.removal.remove(trainer, whole, self.pruner.kept)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import nn
 
 from common.core.failures import Unreachable
-from common.core.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, prunable, squared_norm
+from common.core.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, squared_norm
 from common.core.schedules import linear
 from common.core.trainer import Trainer
 
@@ -304,35 +303,6 @@ def recalibrate(trainer: Trainer) -> None:
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All weights and biases, those of normalisation included: what ALLR's norm runs over."""
     return [p for name, p in model.named_parameters() if name.rpartition(".")[2] in ("weight", "bias")]
-
-
-def pruning_stability(dense_accuracy: float, pruned_accuracy: float) -> float:
-    """1 - (relative loss of accuracy by pruning, before any retraining)."""
-    return 1 - (dense_accuracy - pruned_accuracy) / dense_accuracy if dense_accuracy else float("nan")
-
-
-def distance_to_pruned(model: nn.Module, sparsity: float) -> float:
-    """Norm of what global pruning would remove if it kept int((1 - sparsity) * n) of the prunable weights."""
-    magnitudes = torch.cat([w.detach().flatten() for w in prunable(model).values()]).abs().sort().values
-    removed = len(magnitudes) - int((1 - sparsity) * len(magnitudes))
-    return math.sqrt(squared_norm([magnitudes[:removed]]))
-
-
-def saturation_epochs(epochs: Sequence[float], gains: Sequence[float], share: float = 0.9) -> float | None:
-    """Epochs of retraining until `share` of the final gain, by the curve a * (1 - exp(-epochs / tau)).
-
-    gains: accuracy above that before retraining. Fitted by least squares: for each tau the best a is known,
-    and tau is looked for between a hundredth of the shortest and ten times the longest retraining. None
-    without a gain.
-    """
-    if max(gains) <= 0:
-        return None
-    x, y = np.asarray(epochs, dtype=float), np.asarray(gains, dtype=float)
-    taus = np.geomspace(x.min() / 100, x.max() * 10, 5000)
-    curves = 1 - np.exp(-x / taus[:, None])
-    heights = (curves @ y) / (curves**2).sum(1)
-    misfits = ((y - heights[:, None] * curves) ** 2).sum(1)
-    return float(-math.log(1 - share) * taus[misfits.argmin()])
 
 
 # ------------------------------------------------------------------------------------------ BIMP as one run

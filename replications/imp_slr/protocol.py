@@ -1,285 +1,420 @@
-"""Which runs test the claims of the IMP paper.
+"""The experiments of the IMP paper: pruning and retraining after dense training, against pruning during training.
 
-One dense network per seed is shared by everything that prunes after training. Methods that prune during
-training start from the same initial weights and train for as many epochs as dense training and retraining
-together.
+One dense network per seed is shared by everything that prunes after training. Methods that prune during training start
+from the same initial weights and train for as many epochs as dense training and retraining together. Learning rates are
+chosen on validation, from the same grid for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
-from common.core.models import build
-from common.core.pruning.masks import Infeasible, layer_counts, prunable
-from common.core.run import Run
-from common.settings import DatasetSettings, Profile, SettingsError
-from replications.imp_slr import method
-from replications.imp_slr.execution import execute
-from replications.imp_slr.settings import (
-    RETRAINED,
-    UNTARGETED,
-    Cell,
-    DenseSchedule,
-    During,
-    Settings,
-    percent,
-)
+from pydantic import Field, model_validator
 
-__all__ = ["Settings", "execute", "runs"]
+from common.core import experiment
+from common.core.data import Batches, Dataset
+from common.core.experiment import Cells, CellSettings, Cuts, ExperimentSettings
+from common.core.failures import Unreachable
+from common.core.pruning.masks import Allocation, Infeasible, KeepMasked, Masks, layer_counts, prunable
+from common.core.recipe import Recipe
+from common.core.run import Cell, Context, Job, Outcome
+from common.core.trainer import Trainer
+from common.core.tuning import Tuned, TuningSettings, tuned
+from common.settings import Count, Rate, Seeds, SettingsError, Strict
+from replications.imp_slr import measures, method
+from replications.imp_slr.during import Baseline, DuringSettings, Preparing, Swept
+from replications.imp_slr.measures import percent
+from replications.imp_slr.retraining import Pruning, RetrainingSettings, TunableSettings
 
-PAPER = "imp_slr"
-# criteria, lengths and cycles are all compared under this schedule
-BASE: method.Schedule = "SLR"
+ExperimentName = Literal["schedules", "during", "allocations", "lengths", "cycles", "short", "bimp"]
+DENSE, BASE = "dense", "slr"
+"""The network that all start from which prune after training, and what most are compared with."""
 
-
-def runs(profile: Profile) -> list[Run]:
-    """All runs of the profile. Raises SettingsError for a network or an allocation that cannot be."""
-    listed = []
-    for number, cell in enumerate(profile.paper.cells):
-        where = f"{PAPER}.cells[{number}]"
-        settings = profile.paper.changed(cell.settings, f"{where}.settings")
-        data = cell.data or profile.dataset
-        _check(cell, settings, data, where)
-        cell_runs = _CellRuns(cell, settings, data)
-        for seed in settings.seeds:
-            for experiment in cell.experiments:
-                listed += getattr(cell_runs, experiment)(seed)
-    return listed
+# ------------------------------------------------------------------------------------------ settings
 
 
-# image shapes of the sources that have only one; the number of classes does not matter for a check
-_SHAPES = {
-    "digits": (1, 8, 8),
-    "mnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
-    "cifar100": (3, 32, 32),
-    "svhn": (3, 32, 32),
-}
+class BIMPSettings(Strict):
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.5, 0.7, 0.9)
+    """Of the total epochs, for dense training with a linear schedule."""
+    cycles: Count = 1
+    reading: Literal["2023", "2022"] = "2023"
+    """Dense training followed by IMP with ALLR, or one run with prunings every `interval` epochs."""
+    interval: Count = 4
 
 
-def _check(cell: Cell, settings: Settings, data: DatasetSettings, where: str) -> None:
-    """Raise SettingsError if the network cannot be built or an allocation cannot reach a target in it."""
-    shape = _SHAPES.get(data.source, (3, *[data.size or 64] * 2))
-    options = {"widths": cell.widths, "device": "meta", **cell.options}
-    try:
-        model = build(cell.architecture, classes=10, image_shape=shape, **options)
-        if "allocations" in cell.experiments:
-            for target in settings.targets:
-                for allocation in settings.allocations:
-                    if allocation in ("ERK", "uniform_plus"):
-                        shapes = [weight.shape for weight in prunable(model).values()]
-                        layer_counts(shapes, [shape.numel() for shape in shapes], target, allocation)
-    except (SettingsError, ValueError, TypeError, Infeasible) as error:
-        raise SettingsError(f"{where} ({cell.architecture}): {error}") from None
+class Settings(ExperimentSettings, TuningSettings):
+    cells: Cells = (
+        CellSettings(
+            architecture="mlp",
+            settings={"experiments": [name for name in get_args(ExperimentName) if name != "allocations"]},
+        ),
+        CellSettings(
+            architecture="digits_cnn_strided",
+            settings={"experiments": ["allocations"], "learning_rates": []},
+        ),
+    )
+    targets: Cuts = (0.9, 0.95, 0.98)
+    experiments: Annotated[tuple[ExperimentName, ...], Field(min_length=1)] = get_args(ExperimentName)
+    """What is run; each has its list or table below."""
+    training: Recipe = Recipe(epochs=30, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4)
+    """Of dense networks."""
+    retrain_epochs: Count = 10
+    """Of retraining; methods that prune during training have these on top of those of `training`."""
+    learning_rates: tuple[Rate, ...] = (0.03, 0.1, 0.3)
+    """Tried in place of that of `training`, which holds where there are none.
 
+    A method that prunes during training has a rate for each target, dense training one for all targets.
+    """
+    tuning_seeds: Seeds = (1000, 1001)
+    schedules: tuple[method.Schedule, ...] = ("SLR", "FT", "LRW", "ALLR")
+    tunables: tuple[TunableSettings, ...] = ()
+    during: DuringSettings = DuringSettings()
+    allocations: tuple[Allocation, ...] = ("uniform", "uniform_plus", "ERK", "LAMP")
+    """Compared with global."""
+    lengths: tuple[Count, ...] = (1, 3, 6, 18, 30)
+    """Epochs of retraining, beside `retrain_epochs`."""
+    cycles: tuple[Annotated[int, Field(ge=2)] | Literal["20%"], ...] = (3,)
+    """Compared with one; `20%` takes as many as it needs to prune that share in each."""
+    short_schedules: tuple[method.Schedule, ...] = ("SLR", "LLR", "ALLR")
+    short_lengths: tuple[Count, ...] = (1, 3)
+    bimp: BIMPSettings = BIMPSettings()
+    retraining: RetrainingSettings = RetrainingSettings()
 
-class _CellRuns:
-    """The runs of one network. Runs that several experiments need are the same run each time."""
+    @property
+    def total_epochs(self) -> int:
+        return self.training.epochs + self.retrain_epochs
 
-    def __init__(self, cell: Cell, settings: Settings, data: DatasetSettings):
-        self.cell, self.settings, self.data = cell, settings, data
-        self.rates = list(cell.learning_rates or settings.learning_rates)
-        self._dense_tuning: list[Run] | None = None
-        self._denses: dict[int, Run] = {}
+    @property
+    def longest(self) -> int:
+        """Epochs of the longest retraining among the `lengths`."""
+        return max([*self.lengths, self.retrain_epochs])
 
-    def schedules(self, seed: int) -> list[Run]:
-        """H1: retraining schedules at the same length."""
-        length = self.settings.retrain_epochs
-        found = [
-            self._length(seed, t, kind, length)
-            for t in self.settings.targets
-            for kind in self.settings.schedules
-        ]
-        for tuned in self.settings.tunables:
-            name = f"{tuned.kind}-{tuned.initial:g}-{tuned.warmup_share:g}"
-            found += [
-                self._imp(
-                    seed, target, name, tuned.kind, initial=tuned.initial, warmup_share=tuned.warmup_share
-                )
-                for target in self.settings.targets
-            ]
+    def pruning(self, **changes: Any) -> Pruning:
+        """One pruning by global magnitude, and SLR; with `changes`."""
+        return Pruning(**{**dict(self.retraining), "epochs": self.retrain_epochs, **changes})
+
+    def retrained(self, schedules: Sequence[method.Schedule], lengths: Sequence[int]) -> dict[str, Pruning]:
+        """One pruning and any of the schedules with any of the lengths, which are named by percent of dense training."""
+        found = {}
+        for schedule in schedules:
+            name = schedule.lower()
+            if name in DuringSettings.model_fields:  # LC is a method that prunes during training as well
+                name += "-schedule"
+            for length in lengths:
+                share = f"-{percent(length, self.training.epochs)}" if length != self.retrain_epochs else ""
+                found[name + share] = self.pruning(schedule=schedule, epochs=length)
         return found
 
-    def during(self, seed: int) -> list[Run]:
-        """H2: methods that prune during training, at equal total epochs."""
-        found = [self._imp(seed, target, BASE.lower(), BASE) for target in self.settings.targets]
-        for name in self.settings.during:
-            if name in UNTARGETED:
-                found += self._swept(seed, name)
-            else:
-                found += [self._trained(seed, target, name) for target in self.settings.targets]
-        return found
-
-    def allocations(self, seed: int) -> list[Run]:
-        """H3: global ranking against allocations by layer."""
-        found = [self._imp(seed, target, BASE.lower(), BASE) for target in self.settings.targets]
-        for name in self.settings.allocations:
-            variant = f"{BASE.lower()}-{name.lower()}"
-            found += [self._imp(seed, t, variant, BASE, allocation=name) for t in self.settings.targets]
-        return found
-
-    def lengths(self, seed: int) -> list[Run]:
-        """H4: lengths of retraining. The longest reports which share of its gain the others reach."""
-        found = []
-        for target in self.settings.targets:
-            lengths = sorted([*self.settings.lengths, self.settings.retrain_epochs])
-            shorter = [self._length(seed, target, BASE, length) for length in lengths[:-1]]
-            found += [*shorter, self._length(seed, target, BASE, lengths[-1], tuple(shorter))]
-        return found
-
-    def cycles(self, seed: int) -> list[Run]:
-        """H5: several cycles against one."""
-        found = []
-        for target in self.settings.targets:
-            found.append(self._imp(seed, target, BASE.lower(), BASE))
-            for count in self.settings.cycles:
-                number = method.cycles_needed(target) if count == "20%" else count
-                name = f"{BASE.lower()}-{'20pct-' if count == '20%' else count}cycles"
-                found.append(self._imp(seed, target, name, BASE, cycles=number))
-        return found
-
-    def short(self, seed: int) -> list[Run]:
-        """H6: schedules for short retraining."""
-        return [
-            self._length(seed, target, kind, length)
-            for target in self.settings.targets
-            for kind in self.settings.short_schedules
-            for length in self.settings.short_lengths
-        ]
-
-    def bimp(self, seed: int) -> list[Run]:
-        """H7: budgeted IMP, which takes as many epochs in all as the methods that prune during training."""
-        settings, found = self.settings, []
-        for share in settings.bimp.shares:
-            epochs = round(share * settings.total_epochs)
-            name = f"bimp-{percent(share, 1)}"
-            schedule = {"schedule": DenseSchedule(kind="linear").model_dump(mode="json"), "epochs": epochs}
-            for target in settings.targets:
-                if settings.bimp.reading == "2022":
-                    more = {"total": settings.total_epochs, "interval": settings.bimp.interval}
-                    found.append(
-                        self._run(seed, target, name, "bimp2022", self._tuned_by_imp(), **schedule, **more)
-                    )
-                    continue
-                dense = self._run(seed, 0.0, f"{name}-dense", "dense", self._tuned_by_imp(), **schedule)
-                left = settings.total_epochs - epochs
-                found.append(
-                    self._imp(
-                        seed, target, name, "ALLR", dense=dense, epochs=left, cycles=settings.bimp.cycles
-                    )
-                )
-        return found
-
-    # -------------------------------------------------------------------------------------- single runs
-
-    def _run(
-        self, seed: int, target: float, variant: str, step: str, needs: Sequence[Run], **more: Any
-    ) -> Run:
-        settings = self.settings
-        held = {
-            "step": step,
-            "data": self.data.model_dump(mode="json"),
-            "widths": self.cell.widths,
-            "options": self.cell.options,
-            **settings.model_dump(
-                mode="json", include={"batch_size", "momentum", "nesterov", "weight_decay"}
-            ),
-            "schedule": settings.schedule.model_dump(mode="json"),
-            "epochs": settings.epochs,
-            "learning_rates": self.rates,
-            **more,
-        }
-        named = (PAPER, variant, self.data.name, self.cell.architecture, target, seed)
-        return Run(*named, held, tuple(needs))
-
-    def _dense(self, seed: int) -> Run:
-        if seed not in self._denses:
-            self._denses[seed] = self._run(seed, 0.0, "dense", "dense", self._tuned_by_imp())
-        return self._denses[seed]
-
-    def _imp(
-        self,
-        seed: int,
-        target: float,
-        variant: str,
-        kind: str,
-        *,
-        dense: Run | None = None,
-        epochs: int | None = None,
-        cycles: int = 1,
-        needs: Sequence[Run] = (),
-        **more: Any,
-    ) -> Run:
-        dense = dense or self._dense(seed)
-        more = {"kind": kind, "cycles": cycles, "allocation": "global", **more}
-        more |= {"retrain_epochs": epochs or self.settings.retrain_epochs}
-        more |= {"retraining": self.settings.retraining.model_dump(mode="json")}
-        return self._run(seed, target, variant, "imp", (dense, *needs), **more)
-
-    def _length(self, seed: int, target: float, kind: str, length: int, shorter: tuple[Run, ...] = ()) -> Run:
-        # LC is a schedule as well as a method that prunes during training
-        name = kind.lower() if kind.lower() not in get_args(During) else f"{kind.lower()}-schedule"
-        if length != self.settings.retrain_epochs:
-            name += f"-{percent(length, self.settings.epochs)}"
-        return self._imp(seed, target, name, kind, epochs=length, needs=shorter)
-
-    def _trained(
-        self, seed: int, target: float, name: str, needs: Sequence[Run] | None = None, **more: Any
-    ) -> Run:
-        """A run of a method that prunes during training; needs: its tuning runs, unless given."""
-        options = getattr(self.settings, name).model_dump(mode="json") if hasattr(self.settings, name) else {}
-        more = {"method": name, "method_options": options, **more}
-        more |= {"epochs": self.settings.total_epochs}
-        if name in RETRAINED:
-            more |= {
-                "epochs": self.settings.epochs,
-                "kind": BASE,
-                "retrain_epochs": self.settings.retrain_epochs,
-            }
-            more |= {"retraining": self.settings.retraining.model_dump(mode="json")}
-        variant = more.pop("variant", name)
-        return self._run(
-            seed, target, variant, "during", self._tuning(name, target) if needs is None else needs, **more
-        )
-
-    def _swept(self, seed: int, name: str) -> list[Run]:
-        """A method without a target at each of its swept values, and IMP at the sparsity that it reached."""
-        swept = {"str": "weight_decays", "cs": "initials", "dst": "penalties"}[name]
-        found = []
-        for value in getattr(getattr(self.settings, name), swept):
-            run = self._trained(
-                seed, 0.0, name, self._tuned_by_imp(), variant=f"{name}-{value:g}", swept=value
+    @property
+    def prunings(self) -> dict[ExperimentName, dict[str, Pruning]]:
+        """What is done with the dense network in each experiment, by variant."""
+        base = {BASE: self.pruning()}
+        tunables = {
+            f"{own.kind}-{own.initial:g}-{own.warmup_share:g}": self.pruning(
+                schedule=own.kind, initial=own.initial, warmup_share=own.warmup_share
             )
-            found += [
-                run,
-                self._imp(seed, 0.0, f"{BASE.lower()}-as-{name}-{value:g}", BASE, needs=[run], matched=True),
-            ]
-        return found
+            for own in self.tunables
+        }
+        allocations = {f"{BASE}-{name.lower()}": self.pruning(allocation=name) for name in self.allocations}
+        cycles = {
+            f"{BASE}-{'20pct-' if count == '20%' else count}cycles": self.pruning(cycles=count)
+            for count in self.cycles
+        }
+        return {
+            "schedules": self.retrained(self.schedules, [self.retrain_epochs]) | tunables,  # H1
+            "during": base,  # H2, against methods that are no pruning of a dense network
+            "allocations": base | allocations,  # H3
+            "lengths": self.retrained(["SLR"], sorted([*self.lengths, self.retrain_epochs])),  # H4
+            "cycles": base | cycles,  # H5
+            "short": self.retrained(self.short_schedules, self.short_lengths),  # H6
+            "bimp": {},  # H7, from dense networks of its own
+        }
 
-    def _tuned_by_imp(self) -> list[Run]:
-        """Runs from which the learning rate of dense training is chosen; none if there is no choice."""
-        if self._dense_tuning is None:
-            self._dense_tuning = []
-            for seed, rate, label in self._trials("imp"):
-                dense = self._run(
-                    seed, 0.0, f"{label}-dense", "dense", (), learning_rates=[rate], tuning=True
-                )
-                self._dense_tuning += [
-                    self._imp(seed, target, label, BASE, dense=dense, tuning=True)
-                    for target in self.settings.targets
-                ]
-        return self._dense_tuning
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        if self.training.optimizer != "sgd" or self.training.decay != "all":
+            raise ValueError("training must be by sgd with decay: all, as the compared methods change both")
+        for name, lengths in (("lengths", self.lengths), ("short_lengths", self.short_lengths)):
+            self._check_lengths(name, lengths)
+        rewound = [self.retrain_epochs] * ("LRW" in self.schedules)
+        rewound += [length for length in self.short_lengths if "LRW" in self.short_schedules]
+        if any(length > self.training.epochs for length in rewound):
+            raise ValueError(
+                f"LRW can retrain for no more than the {self.training.epochs} epochs of dense training"
+            )
+        for name, gradual in (("gmp", self.during.gmp), ("dpf", self.during.dpf)):
+            if gradual and self.total_epochs // gradual.interval < 2:
+                raise ValueError(f"during.{name}.interval must fit twice into the {self.total_epochs} epochs")
+        self._check_bimp()
+        return self
 
-    def _tuning(self, name: str, target: float) -> list[Run]:
-        """The same for a method that prunes during training."""
-        return [
-            self._trained(seed, target, name, (), variant=label, learning_rates=[rate], tuning=True)
-            for seed, rate, label in self._trials(name)
+    def _check_lengths(self, name: str, lengths: Sequence[int]) -> None:
+        if self.retrain_epochs in lengths:
+            raise ValueError(
+                f"{name} must leave out retrain_epochs = {self.retrain_epochs}, which always runs"
+            )
+        if len({percent(length, self.training.epochs) for length in lengths}) < len(lengths):
+            raise ValueError(f"{name} must differ by at least a percent of the {self.training.epochs} epochs")
+
+    def _check_bimp(self) -> None:
+        dense = [round(share * self.total_epochs) for share in self.bimp.shares]
+        if not all(0 < epochs < self.total_epochs for epochs in dense):
+            raise ValueError(f"bimp.shares must leave some of the {self.total_epochs} epochs on either side")
+        if len({percent(share, 1) for share in self.bimp.shares}) < len(dense):
+            raise ValueError("bimp.shares must differ by at least a percent")
+        if self.bimp.reading == "2022" and self.total_epochs - max(dense) < self.bimp.interval:
+            raise ValueError("bimp.interval must fit into the epochs after dense training")
+
+
+# ------------------------------------------------------------------------------------------ jobs
+
+
+class Train(Job):
+    """A dense network."""
+
+    training: Tuned[Recipe]
+
+    def execute(self, context: Context) -> Outcome:
+        recipe = self.training.chosen(context)
+        trainer = recipe.trainer(context, context.network())
+        trainer.fit(recipe.rates(len(trainer.batches)), "dense")
+        outcome = _measured(context, trainer, recipe, self.training)
+        outcome.state = {"model": trainer.model.state_dict()}
+        return outcome
+
+    def recipe(self, context: Context) -> Recipe:
+        """How it was trained, for a job that starts from it."""
+        rate = context.of(self).record.details["learning_rate"]
+        return next(recipe for recipe in self.training.options if recipe.learning_rate == rate)
+
+
+class PruneDuring(Job):
+    """A network that is pruned while it trains, or prepared for the pruning after it."""
+
+    method: str
+    method_options: Baseline
+    training: Tuned[Recipe]
+    pruning: Pruning | None = None
+
+    def execute(self, context: Context) -> Outcome:
+        recipe, model = self.training.chosen(context), context.network()
+        hook = self.method_options.hook(model, self.target, recipe, recipe.per_epoch(context.data))
+        own = self.method_options.recipe(recipe)
+        trainer = own.trainer(context, model, hook, decays=hook.decays)
+        trainer.fit(own.rates(len(trainer.batches)), self.method)
+        masks = hook.finish(trainer)
+        if self.pruning is None:
+            return _measured(context, trainer, recipe, self.training)
+        trainer.add_hook(KeepMasked(masks))
+        trainer.fresh_optimizer(momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        before = trainer.evaluate(Batches(context.data, "test"))["accuracy"]
+        cycles, metrics = self.pruning.done(context, trainer, masks, self.target, recipe, before)
+        return _measured(context, trainer, recipe, self.training, cycles, metrics)
+
+
+class PruneAndRetrain(Job):
+    """IMP from a dense network.
+
+    like: a run whose sparsity is the target. shorter: the same with shorter retraining, with which this is compared.
+    """
+
+    start: Train
+    pruning: Pruning
+    like: PruneDuring | None = None
+    shorter: tuple[PruneAndRetrain, ...] = ()
+
+    def execute(self, context: Context) -> Outcome:
+        start, recipe = context.of(self.start), self.start.recipe(context)
+        model = context.network()
+        model.load_state_dict(start.state["model"])
+        masks = Masks.dense(model)
+        trainer = recipe.trainer(context, model, KeepMasked(masks))
+        # data order goes on where dense training ended
+        trainer.go_on_from(recipe.epochs)
+        sparsity, before = self.sparsity(context), start.record.metrics["test_accuracy"]
+        distance = measures.relative_distance(model, sparsity)
+        cycles, metrics = self.pruning.done(context, trainer, masks, sparsity, recipe, before)
+        metrics["distance_to_pruned"] = distance
+        outcome = _measured(context, trainer, recipe, None, cycles, metrics)
+        if self.shorter:
+            outcome.metrics |= self.gain_shares(context, outcome.metrics, recipe.epochs)
+        return outcome
+
+    def sparsity(self, context: Context) -> float:
+        """What the network is pruned to. Raises Unreachable where the run that it is like has pruned nothing."""
+        if self.like is None:
+            return self.target
+        reached: float = context.of(self.like).record.cost["sparsity"]
+        if not 0 < reached < 1:
+            raise Unreachable(
+                f"{self.like.variant} reached a sparsity of {reached:g}: nothing to compare with"
+            )
+        return reached
+
+    def gain_shares(self, context: Context, own: Mapping[str, float], dense_epochs: int) -> dict[str, Any]:
+        """How much of this run's gain by retraining the shorter ones reach."""
+        scores = [context.of(job).record.metrics["test_accuracy"] for job in self.shorter]
+        gains = [score - own["pruned_accuracy"] for score in (*scores, own["test_accuracy"])]
+        lengths = [job.pruning.epochs for job in (*self.shorter, self)]
+        return measures.gain_shares(lengths, gains, dense_epochs)
+
+
+class BIMPInOneRun(Job):
+    """BIMP as the 2022 code has it; the recipe is that of its dense part."""
+
+    training: Tuned[Recipe]
+    epochs: Count
+    interval: Count
+
+    def execute(self, context: Context) -> Outcome:
+        recipe, model = self.training.chosen(context), context.network()
+        shape = self.epochs, recipe.epochs, self.interval
+        hook = method.PruneAt(Masks.dense(model), method.bimp_events(self.target, *shape))
+        trainer = recipe.trainer(context, model, hook)
+        trainer.fit(method.bimp_rates(recipe.learning_rate, *shape, len(trainer.batches)), "bimp")
+        return _measured(context, trainer, recipe, self.training)
+
+
+def _measured(
+    context: Context,
+    trainer: Trainer,
+    recipe: Recipe,
+    training: Tuned[Recipe] | None,
+    cycles: Sequence[method.Cycle] = (),
+    metrics: Mapping[str, float] | None = None,
+) -> Outcome:
+    """Scores and cost of the trainer's network, and how it came about.
+
+    recipe: of its dense training; training: from what it was chosen in this run. cycles, metrics: of its pruning.
+    """
+    outcome = context.measured(trainer, details={"learning_rate": recipe.learning_rate})
+    # in all, dense training included
+    epochs, images = trainer.epochs_done, len(context.data.labels["train"])
+    outcome.metrics |= {"epochs": epochs, "trained_macs": outcome.cost["dense_macs"] * images * epochs}
+    outcome.metrics |= metrics or {}
+    if training and training.trials:
+        names = [f"{option.learning_rate:g}" for option in training.options]
+        outcome.details["tuning"] = dict(zip(names, training.means(context), strict=True))
+    if cycles:
+        outcome.details["cycles"] = [
+            {name: value for name, value in vars(cycle).items() if name != "rates"} for cycle in cycles
         ]
+    outcome.details["nonzero_by_layer"] = measures.nonzero_by_layer(trainer.model)
+    return outcome
 
-    def _trials(self, name: str) -> list[tuple[int, float, str]]:
-        """Seed, learning rate and name of each tuning run; none if there is nothing to choose from."""
-        if len(self.rates) == 1:
-            return []
-        return [(seed, r, f"tuning-{name}-{r:g}") for r in self.rates for seed in self.settings.tuning_seeds]
+
+# ------------------------------------------------------------------------------------------ which jobs
+
+
+class Experiment(experiment.Experiment[Settings]):
+    """The jobs of one cell. What several experiments need is the same job each time."""
+
+    def __init__(self, settings: Settings, cell: Cell, data: Dataset):
+        super().__init__(settings, cell, data)
+        self.dense = cache(self._dense)
+        try:
+            self._check()
+        except (ValueError, TypeError, Infeasible) as error:
+            raise SettingsError(str(error)) from None
+
+    def _check(self) -> None:
+        """Raise an error if the network cannot be built or an allocation cannot reach a target in it."""
+        shapes = [weight.shape for weight in prunable(self.network).values()]
+        sizes = [shape.numel() for shape in shapes]
+        for pruning in self.settings.prunings["allocations"].values():
+            if "allocations" in self.settings.experiments and pruning.allocation in ("ERK", "uniform_plus"):
+                for target in self.settings.targets:
+                    layer_counts(shapes, sizes, target, pruning.allocation)
+
+    def jobs(self, seed: int) -> Iterator[Job]:
+        for name in self.settings.experiments:
+            for target in self.settings.targets:
+                jobs: list[PruneAndRetrain] = []
+                for variant, pruning in self.settings.prunings[name].items():
+                    # the longest retraining reports which share of its gain the others reach
+                    longest = name == "lengths" and pruning.epochs == self.settings.longest
+                    more = {"shorter": tuple(jobs)} if longest else {}
+                    jobs.append(self.pruned(variant, target, self.dense(seed), pruning, **more))
+                yield from jobs
+        if "during" in self.settings.experiments:
+            yield from self.during(seed)
+        if "bimp" in self.settings.experiments:
+            yield from self.bimp(seed)
+
+    def _dense(self, seed: int) -> Train:
+        return Train(variant=DENSE, cell=self.cell, seed=seed, training=self.chosen_by_imp(seed))
+
+    def pruned(
+        self, variant: str, target: float, start: Train, pruning: Pruning, **more: Any
+    ) -> PruneAndRetrain:
+        """A dense network, pruned and retrained. more: further fields of the job."""
+        identity = {"variant": variant, "cell": self.cell, "target": target, "seed": start.seed}
+        return PruneAndRetrain(**identity, start=start, pruning=pruning, **more)
+
+    def during(self, seed: int) -> Iterator[Job]:
+        """Methods that prune during training, at equal total epochs."""
+        for name, options in self.settings.during.chosen.items():
+            if isinstance(options, Swept):
+                yield from self.swept(name, options, seed)
+            else:
+                yield from (self.trained(name, options, target, seed) for target in self.settings.targets)
+
+    def trained(self, name: str, options: Baseline, target: float, seed: int) -> PruneDuring:
+        """One with a target, at the learning rate that is best there."""
+        shared = {"cell": self.cell, "target": target, "method": name, "method_options": options}
+        epochs = self.settings.total_epochs
+        if isinstance(options, Preparing):
+            shared["pruning"], epochs = self.settings.pruning(), self.settings.training.epochs
+
+        def trial(variant: str, recipe: Recipe, seed: int) -> Job:
+            return PruneDuring(variant=variant, seed=seed, training=Tuned((recipe,)), **shared)
+
+        training = tuned(self.settings, seed, name, self.recipes(epochs=epochs), trial)
+        return PruneDuring(variant=name, seed=seed, training=training, **shared)
+
+    def swept(self, name: str, options: Swept, seed: int) -> Iterator[Job]:
+        """One without a target with each of its values, and IMP at the sparsity that it reached."""
+        training = self.chosen_by_imp(seed, epochs=self.settings.total_epochs)
+        shared = {"cell": self.cell, "seed": seed, "method": name, "training": training}
+        for value, own in options.points():
+            run = PruneDuring(variant=f"{name}-{value:g}", method_options=own, **shared)
+            yield run
+            variant = f"{BASE}-as-{run.variant}"
+            yield self.pruned(variant, 0.0, self.dense(seed), self.settings.pruning(), like=run)
+
+    def bimp(self, seed: int) -> Iterator[Job]:
+        """Budgeted IMP, which takes as many epochs in all as the methods that prune during training."""
+        total, own = self.settings.total_epochs, self.settings.bimp
+        linear = {"schedule": "linear", "end": 0.0, "warmup_epochs": 0}
+        for share in own.shares:
+            name, epochs = f"bimp-{percent(share, 1)}", round(share * total)
+            shared = {"cell": self.cell, "seed": seed}
+            shared["training"] = self.chosen_by_imp(seed, epochs=epochs, **linear)
+            dense = Train(variant=f"{name}-{DENSE}", **shared)
+            pruning = self.settings.pruning(schedule="ALLR", epochs=total - epochs, cycles=own.cycles)
+            for target in self.settings.targets:
+                if own.reading == "2023":
+                    yield self.pruned(name, target, dense, pruning)
+                else:
+                    shape = {"epochs": total, "interval": own.interval}
+                    yield BIMPInOneRun(variant=name, target=target, **shared, **shape)
+
+    # -------------------------------------------------------------------------------------- learning rates
+
+    def recipes(self, **changes: Any) -> tuple[Recipe, ...]:
+        """The recipe of dense training with `changes`, at each learning rate that is tried."""
+        recipe = self.settings.training.changed(**changes)
+        return tuple(recipe.changed(learning_rate=rate) for rate in self.settings.learning_rates) or (recipe,)
+
+    def chosen_by_imp(self, seed: int, **changes: Any) -> Tuned[Recipe]:
+        """That recipe at the learning rate of dense training after which IMP ends best, over all targets."""
+
+        def trial(name: str, option: Recipe, seed: int) -> tuple[Job, ...]:
+            recipe = self.settings.training.changed(learning_rate=option.learning_rate)
+            dense = Train(variant=f"{name}-{DENSE}", cell=self.cell, seed=seed, training=Tuned((recipe,)))
+            pruning = self.settings.pruning()
+            return tuple(self.pruned(name, target, dense, pruning) for target in self.settings.targets)
+
+        return tuned(self.settings, seed, "imp", self.recipes(**changes), trial)

@@ -3,14 +3,13 @@
 import torch
 
 from common.arena import Contest
-from common.core.pruning import channels
 from common.core.pruning.counting import cost
 from common.core.run import Outcome
-from replications.pretraining_impact.filters import (
+from replications.pretraining_impact.filters import filter_widths
+from replications.pretraining_impact.method import (
     FilterSelection,
-    choose,
-    filter_widths,
     fractions_for_reductions,
+    prune_and_retrain,
 )
 
 STEPS = 3
@@ -27,17 +26,22 @@ def contend(contest: Contest) -> Outcome:
     reductions = [contest.run.target * (step + 1) / STEPS for step in range(STEPS)]
     fractions = fractions_for_reductions(parameters, original, reductions)
     dense = contest.arena.epochs // 2
-    parts = [len(part) for part in torch.arange(contest.arena.epochs - dense).tensor_split(STEPS)]
+    parts = iter(torch.arange(contest.arena.epochs - dense).tensor_split(STEPS))
     trainer = contest.trainer(model)
     trainer.fit(contest.dense_rates(dense), "dense")
     shape = contest.data.image_shape
-    spent = cost(model, shape)["macs"] * dense
-    for fraction, epochs in zip(fractions, parts):
-        channels.remove(model, choose(model, fraction, original, FilterSelection()), trainer.optimizer)
+
+    def retrain(fraction: float) -> float:
+        epochs = len(next(parts))
         # as in the paper's loop, the optimiser starts anew after each removal
         trainer.fresh_optimizer()
         trainer.fit(contest.dense_rates(epochs), f"after removing {fraction:.2f}")
-        spent += cost(model, shape)["macs"] * epochs
+        return cost(model, shape)["macs"] * epochs
+
+    spent = cost(model, shape)["macs"] * dense
+    spent += sum(
+        prune_and_retrain(model, fractions, original, FilterSelection(), retrain, optimizer=trainer.optimizer)
+    )
     return contest.outcome(trainer, spent, widths=filter_widths(model))
 
 

@@ -1,18 +1,25 @@
 """What is measured on an accuracy curve: how much can be removed, what it costs, how few parameters suffice.
 
 A curve is a sequence of parameter reductions R (ascending, from 0), the accuracies there, and for
-`iso_parameters` the parameters. Plain numbers in, plain numbers out.
+`iso_parameters` the parameters. Plain numbers in, plain numbers out. Records hold curves as tables with the columns
+`reduction`, `accuracy` (test), `validation_accuracy` and `parameters`, a row for each level from the unpruned network.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 # accuracies are ratios of small integers: a difference that equals tau must not fail by rounding
 ROUNDING = 1e-12
+TAUS = {"1": 0.01, "2": 0.02}
+"""Tolerated losses of R*, by name: in points of accuracy."""
+AREA = 0.9
+"""The area under the accuracy curve reaches up to this reduction."""
+
+Curve = Mapping[str, Sequence[float]]
 
 
 def largest_reduction(
@@ -82,3 +89,39 @@ def iso_parameters(parameters: Sequence[float], accuracy: Sequence[float], wante
     share = min(max((high - wanted) / (high - low), 0.0), 1.0)
     logs = math.log(parameters[first - 1]), math.log(parameters[first])
     return math.exp(logs[0] + share * (logs[1] - logs[0]))
+
+
+def extended(curve: Curve | None, point: Mapping[str, float]) -> dict[str, list[float]]:
+    """The curve with one more row; None is the curve without any."""
+    return {name: [*(curve[name] if curve else ()), value] for name, value in point.items()}
+
+
+def begun(curve: Curve) -> dict[str, list[float]]:
+    """The curve at the unpruned network alone."""
+    return {name: list(values[:1]) for name, values in curve.items()}
+
+
+def along(curve: Curve, tau: float, patience: int) -> dict[str, float]:
+    """What needs the whole curve. tau, patience: of the stopping rule."""
+    reduction, accuracy = curve["reduction"], curve["accuracy"]
+    mean = mean_accuracy(reduction, accuracy, AREA)
+    stopped = stopping_level(curve["validation_accuracy"], tau, patience)
+    found = {"mean_accuracy": mean, "mean_drop": accuracy[0] - mean, "stopping_reduction": reduction[stopped]}
+    return found | {f"r_star_{name}": largest_reduction(reduction, accuracy, t) for name, t in TAUS.items()}
+
+
+def against_scratch(curve: Curve, scratch: Curve) -> dict[str, float | None]:
+    """What needs both arms' curves: R* below the unpruned scratch network, and parameters at its accuracy."""
+    reduction, accuracy, parameters = curve["reduction"], curve["accuracy"], curve["parameters"]
+    reference = scratch["accuracy"][0]
+    found: dict[str, float | None] = {
+        f"r_star_absolute_{name}": largest_reduction(reduction, accuracy, tau, reference=reference)
+        for name, tau in TAUS.items()
+    }
+    enough = iso_parameters(parameters, accuracy, reference)
+    # a network that is worse than the scratch one before any pruning needs all it has
+    found["iso_share"] = 1.0 if enough is None else enough / parameters[0]
+    ours, theirs = (
+        iso_parameters(c["parameters"], c["accuracy"], reference - TAUS["1"]) for c in (curve, scratch)
+    )
+    return found | {"iso_ratio": None if ours is None or theirs is None else ours / theirs}

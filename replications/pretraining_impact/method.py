@@ -1,39 +1,52 @@
-"""Filter pruning: how filters are scored, how many go and which, and the schedules of pruning while training.
+"""The paper's algorithm: take over a pre-trained trunk or start afresh, train, then prune and retrain level by level.
 
-The full text of the paper could not be obtained; README.md says what is known, what the first author's later
-code does and what was chosen here.
+Hubens et al. 2020 (arXiv 2112.08227). The full text could not be obtained; README.md says what is known, what the first
+author's later code does and what was chosen here.
+
+    (1) start   fine-tuned: trunk = that of the network trained on the corpus, head fresh; scratch: both fresh
+    (2) score   s_i = sum |w_i| over filter i of a layer, on the input channels that the layers before it keep
+    (3) count   a layer of n filters loses the floor(f n) of least score at the filter fraction f
+    (4) level   for a parameter reduction r the smallest f with 1 - P(f) / P(0) >= r, the same in all layers
+    (5) loop    train; for each level f_1 < f_2 < ...: remove filters by (2) and (3), train on
+
+What is compared is what pruning costs a network that started either way: D(r) of README.md, from measures.py. Filters and
+shapes are in filters.py, the trunk in transfer.py, pruning while training in gradual.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-# ---------------------------------------------------------------------------------------- scores
+from common.core.data import Batches
+from common.core.models import ChannelGroup, weight_of
+from common.core.pruning import channels
+from common.settings import SettingsError, Strict
+from replications.pretraining_impact import transfer
+from replications.pretraining_impact.filters import filter_groups, filter_widths
 
-GRANULARITIES: dict[str, tuple[int, ...]] = {
-    "weight": (),
-    "kernel": (2, 3),
-    "filter": (1, 2, 3),
-    "row": (3,),
-    "column": (2,),
-    "channel": (1,),
-    "shared_kernel": (0, 2, 3),
-    "shared_weight": (0,),
-    "layer": (0, 1, 2, 3),
-}
-"""Axes of a convolution's weight [out, in, height, width] that are averaged into one score."""
+GRID = 100
+"""Filter fractions are looked for in steps of 1/100."""
+Retrained = TypeVar("Retrained")
+
+# ---------------------------------------------------------------------------------------- (1) start
 
 
-def granular_scores(values: Tensor, granularity: str) -> Tensor:
-    """Mean |value| over the axes of `granularity`, broadcastable to `values` [out, in, height, width]."""
-    axes = GRANULARITIES[granularity]
-    return values.abs().mean(axes, keepdim=True) if axes else values.abs()
+def fine_tuned(model: nn.Module, trunk: Mapping[str, Tensor], shuffle: torch.Generator | None = None) -> None:
+    """(1): put a trained trunk into a fresh network, whose head stays. From scratch nothing is put in.
 
+    shuffle: permutes the entries inside each tensor: the values without the features.
+    """
+    tensors = trunk if shuffle is None else transfer.shuffled(trunk, shuffle)
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+# ---------------------------------------------------------------------------------------- (2) score
 
 FilterCriterion = Literal[
     "l1_sum",
@@ -83,7 +96,49 @@ def _given(values: Tensor | None, criterion: str, what: str) -> Tensor:
     return values.detach().flatten(1)
 
 
-# ---------------------------------------------------------------------------------------- selection
+def group_scores(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """mean|producer filter| + mean|depthwise slice| + mean|consumer slice| of each channel, [n]."""
+    weight = weight_of(model, group.name).detach()
+    total = filter_scores("l1_mean", weight)
+    for name in group.followers:
+        if isinstance(follower := model.get_submodule(name), nn.Conv2d):
+            total = total + filter_scores("l1_mean", follower.weight)
+    for name in group.consumers:
+        # behind a flattened map several columns belong to a channel
+        reader = weight_of(model, name).detach().unflatten(1, (len(weight), -1))
+        total = total + filter_scores("l1_mean", reader.transpose(0, 1))
+    return total
+
+
+GRANULARITIES: dict[str, tuple[int, ...]] = {
+    "weight": (),
+    "kernel": (2, 3),
+    "filter": (1, 2, 3),
+    "row": (3,),
+    "column": (2,),
+    "channel": (1,),
+    "shared_kernel": (0, 2, 3),
+    "shared_weight": (0,),
+    "layer": (0, 1, 2, 3),
+}
+"""Axes of a convolution's weight [out, in, height, width] that are averaged into one score."""
+
+
+def granular_scores(values: Tensor, granularity: str) -> Tensor:
+    """Mean |value| over the axes of `granularity`, broadcastable to `values` [out, in, height, width]."""
+    axes = GRANULARITIES[granularity]
+    return values.abs().mean(axes, keepdim=True) if axes else values.abs()
+
+
+def leave_gradient(model: nn.Module, batches: Batches) -> None:
+    """Put the gradient of the mean loss over `batches` into the parameters; nothing else changes."""
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    for images, labels in batches.epoch(0):
+        (cross_entropy(model(images), labels, reduction="sum") / len(batches.labels)).backward()
+
+
+# ---------------------------------------------------------------------------------------- (3) count
 
 CountRule = Literal["floor", "round", "gt_sorted_2019", "ge_sorted_2020", "quantile_2021", "kth_0_4_1"]
 COUNT_RULES: dict[str, Callable[[int, float], int]] = {
@@ -130,83 +185,153 @@ def kept_globally(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     return [torch.nonzero(stays[layer == i])[:, 0] for i in range(len(scores))]
 
 
-def per_class_counts(class_sizes: Sequence[int], amount: int | float) -> list[int]:
-    """Training images of each class: `amount` of each, or the share `amount` < 1 of each, rounded down."""
-    if isinstance(amount, int):
-        return [amount] * len(class_sizes)
-    return [math.floor(amount * n + 1e-9) for n in class_sizes]
+# ---------------------------------------------------------------------------------------- (4) level
 
 
-# ---------------------------------------------------------------------------------------- schedules
+def pruned_widths(widths: Sequence[int], fraction: float, rule: str = "floor") -> list[int]:
+    """Filters left in layers of `widths` at a filter fraction, ranked inside each layer.
 
-ONE_CYCLE_ALPHA, ONE_CYCLE_BETA = 14.0, 5.0
+    Raises SettingsError when a legacy rule leaves none in a layer.
+    """
+    left = [n - removal_count(n, fraction, rule) for n in widths]
+    for n, rest in zip(widths, left):
+        if rest < 1:
+            raise SettingsError(f"rule {rule!r} at fraction {fraction:g} removes all {n} filters of a layer")
+    return left
 
 
-def level(
-    schedule: str,
-    position: float,
-    start: float = 0.0,
-    end: float = 1.0,
+def fractions_for_reductions(
+    parameters: Callable[[list[int]], int],
+    widths: Sequence[int],
+    targets: Sequence[float],
+    rule: str = "floor",
+) -> list[float]:
+    """For each target the smallest filter fraction, in hundredths, whose parameter reduction reaches it.
+
+    parameters: of the network with given widths. targets: ascending. Raises SettingsError naming a target
+    that no fraction reaches and the largest reduction that one does.
+    """
+    found: list[float] = []
+    whole, reduction = parameters(list(widths)), 0.0
+    for step in range(GRID):
+        reduction = 1 - parameters(pruned_widths(widths, step / GRID, rule)) / whole
+        while len(found) < len(targets) and reduction >= targets[len(found)]:
+            found.append(step / GRID)
+        if len(found) == len(targets):
+            return found
+    raise SettingsError(
+        f"target {targets[len(found)]:g}: no fraction removes more than {reduction:.4f} of the parameters"
+    )
+
+
+# ---------------------------------------------------------------------------------------- which filters stay
+
+
+class FilterSelection(Strict):
+    """How the filters to remove are chosen."""
+
+    criterion: Literal["random", FilterCriterion] = "l1_sum"
+    context: Literal["local", "global"] = "local"
+    """Rank inside each layer, or over all layers at once. Sums across layers collapse; use a mean there."""
+    rule: CountRule = "floor"
+    inputs: Literal["surviving", "all"] = "surviving"
+    """Input channels that count: those that the layers before keep at the same event, or all there are."""
+    score: Literal["producer", "group"] = "producer"
+    """The producing filter's score, or mean |w| of all that belongs to the channel."""
+
+
+def choose(
+    model: nn.Module,
+    fraction: float,
+    original: Sequence[int],
+    how: FilterSelection,
     *,
-    steps: int = 3,
-    alpha: float = ONE_CYCLE_ALPHA,
-    beta: float = ONE_CYCLE_BETA,
-) -> float:
-    """The level between `start` and `end` that a schedule asks for at `position` in [0, 1].
+    initial: nn.Module | None = None,
+    generator: torch.Generator | None = None,
+    removed: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Indices, by group, of the filters that stay when `fraction` of the `original` widths is to be gone.
 
-    steps: of `iterative`. alpha, beta: slope and offset of `one_cycle`, which does not begin at exactly
-    `start`. Raises ValueError for an unknown schedule.
+    initial: the network at the start of training, as narrow as `model`, for criteria that look back;
+    gradients are those that the parameters hold. generator: of the random criterion. removed: boolean [n] by
+    group, filters that are masked and go first.
     """
-    p = position
-    if schedule == "one_shot":
-        share = 1.0
-    elif schedule == "iterative":
-        share = math.ceil(p * steps) / steps
-    elif schedule == "agp":
-        share = 1 - (1 - p) ** 3
-    elif schedule == "one_cycle":
-        share = (1 + math.exp(-alpha + beta)) / (1 + math.exp(-alpha * p + beta))
-    elif schedule == "cos":
-        share = (1 - math.cos(math.pi * p)) / 2
-    elif schedule == "lin":
-        share = p
-    elif schedule == "dsd":
-        # there and back: dense, sparse, dense
-        share = (1 - math.cos(2 * math.pi * p)) / 2
-    else:
-        raise ValueError(f"unknown schedule {schedule!r}")
-    return start + (end - start) * share
+    groups = filter_groups(model)
+    removed = removed or {}
+    kept_inputs: dict[str, Tensor] = {}
+
+    def scored(group: ChannelGroup) -> Tensor:
+        scores = _scores(model, group, how, kept_inputs.get(group.name), initial, generator)
+        return scores.masked_fill(removed[group.name], -torch.inf) if group.name in removed else scores
+
+    widths = filter_widths(model)
+    if how.context == "global":
+        gone = sum(original) - sum(widths)
+        count = max(removal_count(sum(original), fraction, how.rule) - gone, 0)
+        chosen = kept_globally([scored(group) for group in groups], count)
+        return {group.name: keep for group, keep in zip(groups, chosen)}
+    keep = {}
+    for group, width, before in zip(groups, widths, original, strict=True):
+        count = max(removal_count(before, fraction, how.rule) - (before - width), 0)
+        keep[group.name] = kept(scored(group), count)
+        if how.inputs == "surviving":
+            kept_inputs |= dict.fromkeys(group.consumers, keep[group.name])
+    return keep
 
 
-def windowed(
-    schedule: str, progress: float, begin: float = 0.0, finish: float = 1.0, **options: Any
-) -> float:
-    """The level at `progress` in [0, 1] of training for a schedule from `begin` to `finish`; 0 before it.
+def _scores(
+    model: nn.Module,
+    group: ChannelGroup,
+    how: FilterSelection,
+    inputs: Tensor | None,
+    initial: nn.Module | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    weight = weight_of(model, group.name)
+    if how.criterion == "random":
+        return torch.rand(len(weight), generator=generator).to(weight.device)
+    if how.score == "group":
+        return group_scores(model, group)
+    gradient, start = weight.grad, weight_of(initial, group.name) if initial is not None else None
+    if inputs is None:
+        return filter_scores(how.criterion, weight, gradient, start)
+    return filter_scores(
+        how.criterion,
+        weight[:, inputs],
+        None if gradient is None else gradient[:, inputs],
+        None if start is None else start[:, inputs],
+    )
 
-    options: as of `level`.
+
+# ---------------------------------------------------------------------------------------- (5) loop
+
+
+def prune_and_retrain(
+    model: nn.Module,
+    fractions: Sequence[float],
+    original: Sequence[int],
+    how: FilterSelection,
+    retrain: Callable[[float], Retrained],
+    *,
+    batches: Batches | None = None,
+    initial: nn.Module | None = None,
+    generator: torch.Generator | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[Retrained]:
+    """(5) for a network that is trained: what `retrain`, given the fraction, returns of each level.
+
+    fractions: of the `original` filters, ascending. batches: for criteria that need the gradient (ValueError without).
+    initial, generator: as of `choose`. optimizer: one that goes on through the levels.
     """
-    if progress < begin:
-        return 0.0
-    return level(schedule, min((progress - begin) / (finish - begin), 1.0), **options)
-
-
-def event_steps(begin: int, finish: int, span: int, final: bool = True) -> list[int]:
-    """The steps of gradual pruning's events: every `span` steps strictly between `begin` and `finish`.
-
-    final: one more at `finish`, so that the last level is really reached. The first author's code of 2019 has
-    none.
-    """
-    return list(range(begin + span, finish, span)) + ([finish] if final else [])
-
-
-def one_cycle_policy(progress: float, peak: float) -> tuple[float, float]:
-    """Learning rate and first momentum at `progress` in [0, 1] of one-cycle training.
-
-    Cosine pieces: the rate goes from peak/25 to `peak` in the first quarter and then to peak/1e5; the
-    momentum .95, .85, .95. Source: defaults of the library of the first author's later code.
-    """
-    if progress < 0.25:
-        share, rates, momenta = progress / 0.25, (peak / 25, peak), (0.95, 0.85)
-    else:
-        share, rates, momenta = (progress - 0.25) / 0.75, (peak, peak / 1e5), (0.85, 0.95)
-    return level("cos", share, *rates), level("cos", share, *momenta)
+    found = []
+    for fraction in fractions:
+        if how.criterion in NEEDS_GRADIENT:
+            if batches is None:
+                raise ValueError(f"criterion {how.criterion!r} needs batches")
+            leave_gradient(model, batches)
+        keep = choose(model, fraction, original, how, initial=initial, generator=generator)
+        channels.remove(model, keep, optimizer)
+        if initial is not None:
+            channels.remove(initial, keep)
+        found.append(retrain(fraction))
+    return found

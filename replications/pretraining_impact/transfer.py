@@ -6,12 +6,13 @@ import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from common.settings import SettingsError
+from common.settings import Count, SettingsError, Strict
 
 TORCHVISION = "torchvision:"
 
@@ -36,6 +37,12 @@ def trunk(model: nn.Module) -> dict[str, Tensor]:
     return {key: state[key] for key in trunk_keys(list(state), head_prefix(model))[0]}
 
 
+def trunk_size(model: nn.Module) -> int:
+    """Parameters of the trunk."""
+    head = head_prefix(model)
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(head))
+
+
 def shuffled(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Each tensor with its entries permuted: the same distribution of values, none of the features."""
 
@@ -44,6 +51,20 @@ def shuffled(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[
         return tensor.flatten()[order.to(tensor.device)].view_as(tensor)
 
     return {key: permuted(tensor) for key, tensor in tensors.items()}
+
+
+class Checkpoint(Strict):
+    """A trained network that takes the place of the pre-training."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A file of torch.save, or `torchvision:<weights>`."""
+    classes: Count = 1000
+    """Classes of its head."""
+
+    def trunk_for(self, model: nn.Module) -> tuple[dict[str, Tensor], str]:
+        """Its trunk under the names of `model`, and a digest of what was read. Raises SettingsError."""
+        state, digest = read_checkpoint(self.source)
+        return trunk_from_checkpoint(model, state, self.classes, self.source), digest
 
 
 def read_checkpoint(source: str) -> tuple[dict[str, Tensor], str]:

@@ -365,17 +365,17 @@ def residual(base: Layout) -> ResNet:
 class Experiment(experiment.Experiment[Settings]):
     """The jobs of one cell."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        base, options = layout_of(self.cell, self.data), self.settings.search
+    def __init__(self, settings: Settings, cell: Cell, data: Dataset):
+        super().__init__(settings, cell, data)
+        base, options = layout_of(cell, data), settings.search
         unit, least = options.budget, options.min_channels
         reference = base.cost()[unit]
 
         def most(layout: Layout, least: int) -> float:
             return largest_reduction(layout.widths, layout.spends(unit), reference, least)
 
-        uniform, searched = most(base, 1), most(base.expanded(self.settings.expansion), least)
-        for variant, targets in self.settings.wanted.items():
+        uniform, searched = most(base, 1), most(base.expanded(settings.expansion), least)
+        for variant, targets in settings.wanted.items():
             reachable = uniform if variant.startswith("uniform") else searched
             if variant == BPCP:
                 reachable = 1 - base.cost_of(bpcp.smallest(residual(base), least))[unit] / reference

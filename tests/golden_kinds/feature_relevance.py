@@ -17,7 +17,7 @@ from common.core.models.network import BatchNorm2d, Conv2d, Linear
 from common.core.models.resnet import BasicBlock, Bottleneck, ResNet
 from common.core.pruning import channels
 from common.core.pruning.counting import layer_costs
-from replications.feature_relevance import gradual, method, relevance
+from replications.feature_relevance import baselines, costs, method, relevance, removal
 
 
 def _tensor(values):
@@ -241,7 +241,7 @@ def _after(removed, chosen):
 def select_channels(case, document):
     inputs = case["inputs"]
     scores, removed = [_tensor(layer) for layer in inputs["scores_deepest_first"]], inputs["already_pruned"]
-    enough = gradual.until_channels(inputs["x"])
+    enough = method.until_channels(inputs["x"])
     chosen = method.select(scores, removed, enough, floor_of(inputs, 0))
     return {"selected_in_order": [list(pair) for pair in chosen], "pruned_after": _after(removed, chosen)}
 
@@ -249,7 +249,7 @@ def select_channels(case, document):
 def select_units(case, document):
     inputs = case["inputs"]
     removed = [inputs["already_pruned"]]
-    enough = gradual.until_channels(inputs["count"])
+    enough = method.until_channels(inputs["count"])
     chosen = method.select([_tensor(inputs["scores"])], removed, enough, floor_of(inputs, 0))
     return {"selected_in_order": [unit for _, unit in chosen], "pruned_after": _after(removed, chosen)[0]}
 
@@ -320,10 +320,10 @@ def pruned_cost(case, document):
         zip([group.name for group in layers], inputs["pruned_per_layer_deepest_first"], strict=True)
     )
     counts |= {group.name: inputs.get("pruned_hidden_units", 0) for group in units}
-    table = method.CostTable(model, shape)
+    table = costs.CostTable(model, shape)
     left = {name: table.widths[name] - count for name, count in counts.items()}
     removed = {name: list(range(count)) for name, count in counts.items()}
-    zeros = method.official_zero_weights(model, table, removed)
+    zeros = costs.official_zero_weights(model, table, removed)
     dense, weights, dense_macs, macs = table.weights(), table.weights(left), table.macs(), table.macs(left)
     return {
         "dense_weights": dense,
@@ -356,7 +356,7 @@ def masked_sgd(case, document):
     model = _Recorded(_tensor(inputs["weight"]))
     options = {key: inputs[key] for key in ("momentum", "weight_decay", "nesterov") if key in inputs}
     optimizer = torch.optim.SGD(model.parameters(), lr=inputs["lr"], **options)
-    masks, found = gradual.ForwardMasks(), []
+    masks, found = removal.ForwardMasks(), []
     for step, gradient in enumerate(inputs["gradients"]):
         if step == inputs["mask_set_before_step"]:
             masks.set(model, {"weight": torch.tensor(inputs["mask"]).bool()})
@@ -372,16 +372,22 @@ def gradual_pipeline(case, document):
     inputs = case["inputs"]
     images, labels = _tensor(inputs["x"]), torch.tensor(inputs["labels"])
     model, _ = _network(inputs)
-    options = {key: inputs[key] for key in ("alpha", "branch_share", "allocation") if key in inputs}
-    scoring = gradual.Scoring(minimum=floor_of(inputs, 0), **options)
-    protected = _protected(inputs, model)
-    pruner = gradual.Pruner(model, scoring, FixedBatches([(images, labels)]), protected)
+    options = {key: inputs[key] for key in ("alpha", "branch_share") if key in inputs}
+    allocations = {"global": method.all_together, "per_layer": baselines.same_share}
+    pruner = method.Pruner(
+        model,
+        FixedBatches([(images, labels)]),
+        method.Relevance(**options),
+        allocations[inputs.get("allocation", "global")],
+        floor_of(inputs, 0),
+        _protected(inputs, model),
+    )
     # a mask may empty a layer, which removal must not
     groups = [dataclasses.replace(group, minimum=0) for group in channels.groups_of(model)]
-    masks, events = gradual.ForwardMasks(), []
+    masks, events = removal.ForwardMasks(), []
     for _ in range(inputs["events"]):
-        enough = gradual.until_channels(inputs["channels_per_event"])
-        event = pruner.event(model, enough, inputs.get("hidden_units_per_event", 0))
+        enough = method.until_channels(inputs["channels_per_event"])
+        event = pruner.event(model, method.Goal(enough, inputs.get("hidden_units_per_event", 0)))
         masks.set(model, channels.masks(model, pruner.kept, groups, norms=False))
         accuracy = event.scored.notes["class_accuracy"]
         found = {

@@ -16,7 +16,7 @@ from common.core.models import build
 from common.core.pruning import masks as pruning
 from common.core.pruning.counting import LayerCost, cost
 from common.core.trainer import Hooks, Trainer
-from replications.imp_slr import baselines, method
+from replications.imp_slr import baselines, measures, method
 
 TUNABLE = ("constant", "stepped", "cosine", "linear", "linear_min")
 
@@ -283,7 +283,7 @@ def _norm_drop(case, document):
     ).double()
     for parameter, value in zip(model.parameters(), values.values(), strict=True):
         parameter.data = value.view_as(parameter)
-    distance = method.distance_to_pruned(model, inputs["sparsity"])
+    distance = measures.distance_to_pruned(model, inputs["sparsity"])
     chosen = pruning.Masks.dense(model)
     weights = chosen.weights(model).values()
     before, prunable_before = (

@@ -3,6 +3,7 @@
 import math
 import re
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,16 @@ from torch import nn
 from common.core import models
 from common.core.pruning import channels
 from common.statistics import inference
-from replications.pretraining_impact import filters, glyphs, measures, method, transfer
-from replications.pretraining_impact.steps import Shape
+from replications.pretraining_impact import (
+    filters,
+    glyphs,
+    gradual,
+    labels,
+    measures,
+    method,
+    training,
+    transfer,
+)
 
 ARCHITECTURES = {
     "vgg16_bn_32px_gap": ("vgg16", (3, 32, 32)),
@@ -25,10 +34,15 @@ ARCHITECTURES = {
 }
 
 
+def _shape_of(architecture, classes, image_shape, **options):
+    build = partial(models.build, architecture, classes=classes, image_shape=image_shape, **options)
+    return filters.Shape(build, image_shape)
+
+
 def _shape(name, inputs):
     """The network `name` for a case's classes (10 where it has none) and input (the usual one, likewise)."""
     architecture, usual = ARCHITECTURES.get(name, (name, None))
-    return Shape(architecture, (), inputs.get("classes", 10), tuple(inputs.get("input", usual)))
+    return _shape_of(architecture, inputs.get("classes", 10), tuple(inputs.get("input", usual)))
 
 
 def _tensor(values):
@@ -112,7 +126,7 @@ def schedule_functions(case, document):
     found = {}
     for key in case["expected"]:
         name, numbers = _schedule(key)
-        found[key] = [method.level(name, p, **numbers) for p in case["inputs"]["positions"]]
+        found[key] = [gradual.level(name, p, **numbers) for p in case["inputs"]["positions"]]
     return found
 
 
@@ -122,7 +136,7 @@ def schedule_windows(case, document):
         name, numbers = _schedule(key)
         begin, finish = numbers.pop("from"), numbers.pop("to")
         found[key] = [
-            method.windowed(name, t, begin, finish, **numbers) for t in case["inputs"]["train_fraction"]
+            gradual.windowed(name, t, begin, finish, **numbers) for t in case["inputs"]["train_fraction"]
         ]
     return found
 
@@ -130,13 +144,13 @@ def schedule_windows(case, document):
 def agp_2019_event_log(case, document):
     inputs = case["inputs"]
     end, final = inputs["ending_step"], inputs["final_percent"]
-    events = method.event_steps(0, end, inputs["span"], final=False)
+    events = gradual.event_steps(0, end, inputs["span"], final=False)
     per_epoch = inputs["train_steps_per_epoch"] + inputs["valid_steps_per_epoch"]
     rule = inputs.get("rule", "gt_sorted_2019")
     ends = [min((epoch + 1) * per_epoch, end) for epoch in range(inputs["epochs"])]
-    last = method.level("agp", events[-1] / end, 0.0, final)
+    last = gradual.level("agp", events[-1] / end, 0.0, final)
     return {
-        "percent_after_epoch": [method.level("agp", step / end, 0.0, final) for step in ends],
+        "percent_after_epoch": [gradual.level("agp", step / end, 0.0, final) for step in ends],
         "event_steps_first_last": [events[0], events[-1]],
         "percent_at_last_event": last,
         "kept_filters": [n - method.removal_count(n, last / 100, rule) for n in inputs["widths"]],
@@ -204,7 +218,7 @@ def transfer_keys(case, document):
 
 def one_cycle_training_policy(case, document):
     inputs = case["inputs"]
-    pairs = [method.one_cycle_policy(t, inputs["lr_max"]) for t in inputs["train_fraction"]]
+    pairs = [training.one_cycle_policy(t, inputs["lr_max"]) for t in inputs["train_fraction"]]
     return {"lr": [lr for lr, _ in pairs], "momentum": [momentum for _, momentum in pairs]}
 
 
@@ -212,11 +226,11 @@ def counts(case, document):
     inputs = case["inputs"]
     _one_filter_stays(inputs)
     shape = _shape(inputs["architecture"], inputs)
-    original = filters.filter_widths(shape.network())
+    original = shape.filters
     rows = []
     for fraction in inputs["fractions"]:
-        keep = filters.pruned_widths(original, fraction, inputs.get("rule", "floor"))
-        cost = shape.cost(tuple(keep))
+        keep = method.pruned_widths(original, fraction, inputs.get("rule", "floor"))
+        cost = shape.cost(keep)
         reduction = 1 - cost["parameters"] / cost["dense_parameters"]
         rows.append(
             {
@@ -243,7 +257,7 @@ def counts_full_size(case, document):
             options = {"batch_norm": form.startswith("bn"), "conv_bias": True}
             if head == "fc_head":
                 options |= {"hidden": (4096, 4096), "head": "flatten"}
-        cost = Shape(architecture, tuple(options.items()), classes, (3, int(side), int(side))).cost()
+        cost = _shape_of(architecture, classes, (3, int(side), int(side)), **options).whole_cost
         found[name] = [cost["parameters"], cost["macs"]]
     return found
 
@@ -251,11 +265,11 @@ def counts_full_size(case, document):
 def counts_vgg16_bn_fc_head_pruned(case, document):
     options = {"conv_bias": True, "hidden": (4096, 4096), "head": "flatten"}
     shape, folded = (
-        Shape("vgg16", tuple((options | extra).items()), case["inputs"]["classes"], (3, 224, 224))
+        _shape_of("vgg16", case["inputs"]["classes"], (3, 224, 224), **options, **extra)
         for extra in ({}, {"batch_norm": False})
     )
-    keep = filters.pruned_widths(filters.filter_widths(shape.network()), case["inputs"]["f"])
-    networks = [shape.network(), shape.network(tuple(keep))]
+    keep = method.pruned_widths(shape.filters, case["inputs"]["f"])
+    networks = [shape.whole, shape.network(keep)]
     whole = [sum(p.numel() for p in m.parameters()) for m in networks]
     features = [sum(p.numel() for p in m.features.parameters()) for m in networks]
     return {
@@ -276,25 +290,25 @@ def counts_author_notebooks(case, document):
         options = {"cfg": tuple(net["conv"]), "hidden": tuple(net["fc"][:-1]), "batch_norm": net["bn"]}
         options |= {"kernel": net.get("kernel", 5), "conv_bias": True}
         shape = tuple(net.get("input", (3, 32, 32)))
-        cost = Shape("convnet", tuple(options.items()), net["fc"][-1], shape).cost()
+        cost = _shape_of("convnet", net["fc"][-1], shape, **options).whole_cost
         found.append(cost["parameters"])
     return {"params": found}
 
 
 def counts_mobilenet_v2_hidden_only(case, document):
-    shape = Shape("mobilenet_v2", (), case["inputs"]["classes"], (3, 224, 224))
-    original = filters.filter_widths(shape.network())
+    shape = _shape_of("mobilenet_v2", case["inputs"]["classes"], (3, 224, 224))
+    original = shape.filters
     fractions = case["inputs"]["fractions"]
-    return {"params": [shape.parameters(filters.pruned_widths(original, f)) for f in fractions]}
+    return {"params": [shape.parameters(method.pruned_widths(original, f)) for f in fractions]}
 
 
 def fraction_for_target(case, document):
     targets, found = case["inputs"]["targets"], {}
     for name in case["expected"]:
         shape = _shape(name, case["inputs"])
-        original = filters.filter_widths(shape.network())
-        fractions = filters.fractions_for_reductions(shape.parameters, original, targets)
-        left = [shape.parameters(filters.pruned_widths(original, f)) for f in fractions]
+        original = shape.filters
+        fractions = method.fractions_for_reductions(shape.parameters, original, targets)
+        left = [shape.parameters(method.pruned_widths(original, f)) for f in fractions]
         whole = shape.parameters(original)
         found[name] = {str(t): [f, p, 1 - p / whole] for t, f, p in zip(targets, fractions, left)}
     return found
@@ -330,16 +344,16 @@ def surgery_conv_bn_pool_flatten(case, document):
         return _loaded(model, state)
 
     dense, compact, masked, half = (network() for _ in range(4))
-    keep = filters.choose(dense, inputs["f"], widths, filters.FilterSelection())
-    on_all = filters.choose(dense, inputs["f"], widths, filters.FilterSelection(inputs="all"))
+    keep = method.choose(dense, inputs["f"], widths, method.FilterSelection())
+    on_all = method.choose(dense, inputs["f"], widths, method.FilterSelection(inputs="all"))
     first, second = dense.features[0].weight, dense.features[4].weight
     channels.remove(compact, keep)
-    filters.apply_masks(channels.masks(masked, keep), dict(masked.named_parameters()))
+    gradual.apply_masks(channels.masks(masked, keep), dict(masked.named_parameters()))
     torch.testing.assert_close(masked(x), compact(x))
     for conv in names:
         masks = channels.masks(half, {conv: keep[conv]})
         own = {name: masks[name] for name in (f"{conv}.weight", f"{conv}.bias") if name in masks}
-        filters.apply_masks(own, dict(half.named_parameters()))
+        gradual.apply_masks(own, dict(half.named_parameters()))
     columns = channels.masks(dense, keep)["classifier.weight"][0]
     return {
         "keep1": keep["features.0"].tolist(),
@@ -377,7 +391,7 @@ def surgery_depthwise(case, document):
 
     dense, compact = network(), network()
     by_producer, by_group = (
-        filters.choose(dense, inputs["f"], widths, filters.FilterSelection(criterion="l1_mean", score=score))
+        method.choose(dense, inputs["f"], widths, method.FilterSelection(criterion="l1_mean", score=score))
         for score in ("producer", "group")
     )
     channels.remove(compact, by_producer)
@@ -385,7 +399,7 @@ def surgery_depthwise(case, document):
         "keep_channels_producer_score": by_producer["conv1"].tolist(),
         "keep_channels_group_score": by_group["conv1"].tolist(),
         "producer_scores": method.filter_scores("l1_mean", dense.conv1.weight).tolist(),
-        "group_scores": filters.group_scores(dense, dense.channel_groups()[0]).tolist(),
+        "group_scores": method.group_scores(dense, dense.channel_groups()[0]).tolist(),
         "keep_pointwise": by_producer["blocks.0.conv2"].tolist(),
         "output_dense": dense(x).tolist(),
         "output_compact": compact(x).tolist(),
@@ -407,7 +421,7 @@ def masked_sgd(case, document):
             nesterov=inputs.get("nesterov", False),
         )
         trainer = SimpleNamespace(model=model, optimizer=optimizer)
-        hook = filters.KeepFiltersMasked(policy, {"w": _tensor(inputs["mask"])})
+        hook = gradual.KeepFiltersMasked(policy, {"w": _tensor(inputs["mask"])})
         seen = []
         for gradient in inputs["grads"]:
             hook.weights(trainer)
@@ -455,7 +469,7 @@ def split_counts(case, document):
     for name in case["expected"]:
         part, amount = re.fullmatch(r"(train|test)(\d+)", name).groups()
         each = f"test{amount}" in case["expected"]
-        train = method.per_class_counts(sizes, int(amount) if each else int(amount) / 100)
+        train = labels.per_class_counts(sizes, int(amount) if each else int(amount) / 100)
         rest = [size - count for size, count in zip(sizes, train)]
         found[name] = train if part == "train" else rest
     return found
@@ -476,7 +490,7 @@ def iterative_trajectory(case, document):
     alive = [torch.arange(weights[0].shape[1]), *(torch.arange(n) for n in widths)]
     history = []
     for fraction, deltas in zip(inputs["fractions"], inputs["deltas"]):
-        keep = filters.choose(model, fraction, widths, filters.FilterSelection())
+        keep = method.choose(model, fraction, widths, method.FilterSelection())
         channels.remove(model, keep)
         alive[1:] = [index[keep[name]] for index, name in zip(alive[1:], names)]
         history.append(_lists(alive[1:]))

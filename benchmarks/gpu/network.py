@@ -1,0 +1,314 @@
+"""`python -m benchmarks.gpu.network NAME`: the speed of one network here, as lines of JSON; the kit's second step starts it.
+
+Each line is written when it is measured, so a process that is killed leaves those before. What cannot be measured
+leaves a line that says why, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.bench import BATCH, Bench, train
+from benchmarks.comparisons import Peaks, floor_seconds, plain_runs
+from common.core.run import Run
+from common.core.trainer import Hooks, Trainer
+from common.settings import ExecutionSettings
+from common.stage import processes
+from common.stage.scheduler import execute, prepare_process
+from common.stage.store import OutOfTime, RunCheckpoints, Store, TimeBudget
+
+EPOCH = 50_000
+"""Images of an epoch of CIFAR-10, in which seconds are told."""
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    steps: of an epoch here. epochs: of each of several runs, more than there is time for. copied: bytes. matrix: its side.
+    """
+
+    networks: tuple[str, ...] = ("resnet20", "resnet56", "vgg16")
+    together: tuple[int, ...] = (2, 4, 8, 16)
+    batch: int = BATCH
+    steps: int = 64
+    epochs: int = 1000
+    copied: int = 2**30
+    matrix: int = 8192
+
+
+def scale(quick: bool) -> Scale:
+    """quick: a rehearsal, whose numbers say nothing."""
+    return (
+        Scale(("resnet8",), (2,), batch=16, steps=2, epochs=8, copied=2**20, matrix=128) if quick else Scale()
+    )
+
+
+class Network:
+    """One network, measured. ends: `time.monotonic()` at which measuring is to end."""
+
+    def __init__(self, name: str, bench: Bench, size: Scale, ends: float):
+        self.name, self.bench, self.size, self.ends = name, bench, size, ends
+        self.peaks: Peaks | None = None
+
+    @cached_property
+    def core(self) -> Trainer:
+        """The core, as it trains one run."""
+        return self._trainer(self.bench)
+
+    def _trainer(self, bench: Bench) -> Trainer:
+        data = bench.dataset(self.size.steps)
+        return bench.trainer(bench.network(self.name, data), data)
+
+    def card(self) -> dict[str, Any]:
+        """Copies and products of matrices, and the floor that follows from them."""
+        device = self.bench.compute.device
+        source = torch.ones(self.size.copied, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        side = self.size.matrix
+        factor = torch.randn(side, side, device=device).bfloat16()
+        product = torch.empty_like(factor)
+        copying = self._seconds(lambda: target.copy_(source))
+        multiplying = self._seconds(lambda: torch.mm(factor, factor, out=product))
+        self.peaks = Peaks(flops=2 * side**3 / multiplying, bytes=2 * self.size.copied / copying)
+        data = self.bench.dataset(1)
+        floor = floor_seconds(self.bench.network(self.name, data), data, self.peaks) * self.size.batch
+        return {"copy": self.peaks.bytes, "bfloat16": self.peaks.flops, "us_step": _micro(floor)}
+
+    def _seconds(self, call: Callable[[], Any], calls: int = 20, rows: int = 3) -> float:
+        """Of one call, in the best of so many rows of calls."""
+        taken = []
+        for _ in range(rows):
+            self._wait()
+            begun = time.perf_counter()
+            for _ in range(calls):
+                call()
+            self._wait()
+            taken.append((time.perf_counter() - begun) / calls)
+        return min(taken)
+
+    def _wait(self) -> None:
+        if self.bench.on_gpu:
+            torch.cuda.synchronize()
+
+    def _of_floor(self, seconds: float, batches: int) -> dict[str, Any]:
+        """Time of a step of one run, of an epoch, and share of the floor."""
+        step = seconds / batches
+        found = {
+            "us_step": _micro(step),
+            "seconds_epoch": round(step * math.ceil(EPOCH / self.size.batch), 4),
+        }
+        if self.peaks:
+            data = self.bench.dataset(1)
+            floor = floor_seconds(self.bench.network(self.name, data), data, self.peaks) * self.size.batch
+            found["share"] = round(floor / step, 4)
+        return found
+
+    def alone(self, bench: Bench) -> dict[str, Any]:
+        """One run: the median of some epochs, after one in which the pass is captured, and peak memory."""
+        if self.bench.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        core = self.core if bench is self.bench else self._trainer(bench)
+        train(core)
+        taken = [self._seconds(lambda: train(core), calls=1, rows=1) for _ in range(ROUNDS)]
+        return self._of_floor(statistics.median(taken), self.size.steps) | self._peak_memory()
+
+    def _peak_memory(self) -> dict[str, int]:
+        return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.bench.on_gpu else {}
+
+    def host(self) -> dict[str, Any]:
+        """Time in which the host has launched a step, from step to step of an epoch that does not wait for the GPU."""
+        clock = _Clock()
+        self.core.add_hook(clock)
+        train(self.core)
+        return {"us_step": _micro((clock.times[-1] - clock.times[0]) / (len(clock.times) - 1))}
+
+    def kernels(self) -> dict[str, Any]:
+        """How many kernels a step has, how long the GPU is busy with them, and which take the longest."""
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            train(self.core)
+            self._wait()
+        taken, count = Counter[str](), Counter[str]()
+        for event in seen.events():
+            # copies and marks in the program are no kernels
+            if event.device_type == DeviceType.CUDA and not event.name.startswith(
+                ("Mem", "Optimizer.", "## ")
+            ):
+                taken[event.name] += event.time_range.elapsed_us()
+                count[event.name] += 1
+        steps = self.size.steps
+        longest = [
+            {"kernel": name[:110], "per_step": round(count[name] / steps, 2), "us_step": round(us / steps, 2)}
+            for name, us in taken.most_common(12)
+        ]
+        return {
+            "per_step": round(sum(count.values()) / steps, 1),
+            "us_step": round(sum(taken.values()) / steps, 1),
+            "longest": longest,
+        }
+
+    def together(self, runs: int, seconds: float) -> dict[str, Any]:
+        """So many runs at once, as a stage executes them: from when each has ended an epoch until the time is spent."""
+        gc.collect()
+        if self.bench.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        execution = ExecutionSettings(
+            device=self.bench.device, precision=self.bench.precision, deterministic=False, workers=runs
+        )
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            data = self.bench.dataset(self.size.steps)
+            listed = plain_runs(self.bench, data, folder, self.name, self.size.epochs)(runs)
+            store, budget = Marking(folder, execution), TimeBudget(time.time() + seconds)
+            failed: list[str | None] = []
+            try:
+                execute(listed, store, execution, self.name, lambda e: failed.append(e.record.reason), budget)
+            except OutOfTime:
+                pass
+            if reasons := [reason for reason in failed if reason]:
+                raise RuntimeError(f"{len(reasons)} of {runs} runs failed: {reasons[0]}")
+            window, epochs = in_common(store.marks(), runs)
+        found = self._of_floor(window, round(epochs * self.size.steps))
+        return {"runs": runs, **found, "window_seconds": round(window, 2), **self._peak_memory()}
+
+
+class _Clock(Hooks):
+    """Notes when the host was done with a step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def stepped(self, trainer: Trainer) -> None:
+        self.times.append(time.perf_counter())
+
+
+class Marking(Store):
+    """A store in which each run notes when it ended an epoch, and keeps no state; also from another process."""
+
+    def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
+        return _MarkingRun(self.folder / f"{run.seed}.marks", budget)
+
+    def marks(self) -> list[list[float]]:
+        """Of each run that has ended an epoch, when it did (`time.monotonic()`)."""
+        return [[float(line) for line in file.read_text().split()] for file in self.folder.glob("*.marks")]
+
+
+class _MarkingRun(RunCheckpoints):
+    def of_next_trainer(self) -> Any:
+        return _Marks(self._folder, self._budget)
+
+
+@dataclass(frozen=True)
+class _Marks:
+    file: Path
+    budget: TimeBudget
+
+    def load(self, fit: int) -> None:
+        return None
+
+    def offer(self, fit: int, state: Callable[[], dict[str, Any]], finished: bool) -> None:
+        with self.file.open("a") as marks:
+            marks.write(f"{time.monotonic()}\n")
+        if self.budget.spent:
+            raise OutOfTime
+
+
+def in_common(marks: Sequence[Sequence[float]], runs: int) -> tuple[float, float]:
+    """Seconds in which so many runs trained at once, and the epochs that they did in these.
+
+    marks: when each run ended an epoch. Raises RuntimeError where there were none, or not an epoch of each.
+    """
+    if len(marks) == runs:
+        begun, ended = max(ends[0] for ends in marks), min(ends[-1] for ends in marks)
+        epochs = sum(float(np.diff(np.interp([begun, ended], ends, range(len(ends))))[0]) for ends in marks)
+        if ended > begun and epochs >= runs:
+            return ended - begun, epochs
+    raise RuntimeError(f"{runs} runs had no time to train an epoch at once")
+
+
+def _micro(seconds: float) -> float:
+    return round(1e6 * seconds, 2)
+
+
+def measure(network: Network, add: Callable[[dict[str, Any]], object]) -> None:
+    """Measure everything, as far as the time goes, and add a row of each."""
+    bench = network.bench
+    parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("card", network.card),
+        ("alone", lambda: network.alone(bench)),
+        ("host", network.host),
+        *[("kernels", network.kernels)] * bench.on_gpu,
+        ("eager", lambda: network.alone(replace(bench, compilation="off"))),
+    ]
+    # captures take the longer the more runs there are
+    weights = [3 + runs for runs in network.size.together]
+    for number, runs in enumerate(network.size.together):
+        share = weights[number] / sum(weights[number:])
+        parts.append(
+            (
+                f"together-{runs}",
+                lambda runs=runs, share=share: network.together(
+                    runs, share * (network.ends - time.monotonic())
+                ),
+            )
+        )
+    for what, part in parts:
+        if time.monotonic() > network.ends:
+            add({"what": what, "failed": "no time was left"})
+            continue
+        begun = time.monotonic()
+        try:
+            found = part()
+        except Exception as error:  # whatever it is, the rest can be measured
+            traceback.print_exception(error)
+            found = {"failed": f"{type(error).__name__}: {error}".split("\n")[0]}
+        add({"what": what, **found, "took_seconds": round(time.monotonic() - begun, 1)})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.network")
+    parser.add_argument("name")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    ends = time.monotonic() + options.seconds
+    prepare_process(ExecutionSettings(threads=1, deterministic=False))
+    size = scale(options.quick)
+    bench = Bench(None, options.device, "bfloat16", options.quick, batch=size.batch)
+
+    def add(row: dict[str, Any]) -> None:
+        with options.rows.open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        print(json.dumps({key: value for key, value in row.items() if key != "longest"}), flush=True)
+
+    measure(Network(options.name, bench, size, ends), add)
+    return 0
+
+
+if __name__ == "__main__":
+    processes.set_environment()
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The kit that measures a GPU, rehearsed on a CPU in real processes; and how it splits time, joins data and judges runs."""
+
+import json
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from project import BARE, ROOT, add_example, copy, params, run
+
+# the benchmark is no part of the installed packages
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu import parts
+from benchmarks.gpu.correctness import gaps, outcomes, over_seeds, twice
+from benchmarks.gpu.jobs import Job, failed, perform
+from benchmarks.gpu.network import in_common
+from common.records import Record
+
+pytestmark = pytest.mark.slow
+
+
+# ------------------------------------------------------------------------------------------- the steps, rehearsed
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy with the kit on a machine without MLflow and DVC; profile `digits` is small."""
+    found = copy(tmp_path)
+    for name in ("benchmarks", "tests/gpu"):
+        shutil.copytree(ROOT / name, found / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests/conftest.py", found / "tests")
+    add_example(found)
+    params(found, example={"seeds": [0, 1, 2], "epochs": 1}, halo={"epochs": 1, "milestones": []})
+    (found / "sitecustomize.py").write_text(BARE)
+    return found
+
+
+def rehearse(project, *options):
+    """What a step leaves in `measured.json`; without git, as nothing is on the PATH."""
+    command = (
+        "python",
+        "-m",
+        "benchmarks.gpu",
+        *options,
+        "--device",
+        "cpu",
+        "--quick",
+        "--profile",
+        "digits",
+    )
+    ended = run(project, *command, PATH="", PYTHONPATH=str(project))
+    assert ended.returncode == 0, ended.stderr
+    measured = json.loads((project / "gpu-out/measured.json").read_text())
+    assert (project / "gpu-out/summary.md").read_text() in ended.stdout
+    return measured, ended.stdout
+
+
+def test_correctness_executes_tests_and_protocols_and_compares_them(project):
+    found, summary = rehearse(project, "1", "--budget", "400", "--papers", "example")
+    found = found["correctness"]
+    assert found["stopped"] == {}
+    assert found["tests"]["passed"] == 0 and found["tests"]["skipped"] >= 19 and found["tests"]["complete"]
+    # two of the three seeds, each dense and with one target
+    assert found["twice"] == {"example": {"pairs": 4, "same": 4, "differ": [], "failed": 0}}
+    assert found["against_cpu"]["example"] == {"pairs": 4, "mean": 0, "sd": 0, "largest": 0}
+    assert [(row["seeds"], row["equivalent"]) for row in found["over_seeds"]["float32"]][0] == (2, True)
+    assert found["over_seeds"]["bfloat16"] and "4 of 4" in summary and "A rehearsal" in summary
+
+
+def test_speed_measures_the_card_and_runs_alone_and_at_once(project):
+    found, summary = rehearse(project, "2", "--budget", "200")
+    assert found["speed"]["stopped"] == {}
+    rows = {row["what"]: row for row in found["speed"]["networks"]["resnet8"]}
+    assert list(rows) == ["card", "alone", "host", "eager", "together-2"]
+    assert rows["card"]["copy"] > 0 and rows["card"]["bfloat16"] > 0 and rows["card"]["us_step"] > 0
+    for what in ("alone", "eager", "together-2"):
+        assert "failed" not in rows[what]
+        assert rows[what]["share"] == pytest.approx(rows["card"]["us_step"] / rows[what]["us_step"], rel=0.3)
+    assert 0 < rows["host"]["us_step"]
+    assert "2 runs at once, each" in summary
+
+
+def test_stages_are_executed_in_order_and_an_error_is_tried_again(project):
+    params(project, example={"seeds": [0, 1]}, broken={"seeds": [0]})
+    add_example(project, "broken")
+    protocol = project / "replications/broken/protocol.py"
+    defect = "def execute(run, context):\n    1 / 0\n\n\ndef _execute("
+    protocol.write_text(protocol.read_text().replace("def execute(", defect))
+    found, summary = rehearse(project, "3", "--budget", "400", "--papers", "broken", "example")
+    stages = found["stages"]["stages"]
+    assert list(stages) == ["broken", "example"]
+    broken, example = stages["broken"], stages["example"]
+    assert broken["tries"] == 2 and broken["finished"] == 0
+    assert "ZeroDivisionError" in broken["ended"] and "ZeroDivisionError" in summary
+    assert (example["ended"], example["tries"]) == ("complete", 1)
+    assert example["finished"] == example["runs"] == 4 and example["dense"]["dense linear"]["runs"] == 2
+    with tarfile.open(project / "gpu-out/results.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert {"results/digits/example.jsonl", "results/environment/digits/example.json"} <= names
+    assert "results/partial/digits/broken.jsonl" in names
+
+
+def test_a_stage_that_outlasts_its_time_is_stopped_and_said_to_be(project):
+    params(project, example={"seeds": [0, 1], "seconds": 1000.0})
+    found, _ = rehearse(project, "3", "--budget", "8", "--papers", "example")
+    stage = found["stages"]["stages"]["example"]
+    assert stage["finished"] == 0 and stage["runs"] == 4 and stage["tries"] == 1
+    assert stage["ended"].startswith(("killed", "out of time"))  # when it was busy, or had not begun
+
+
+def test_make_lays_out_what_a_bare_machine_lacks():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--require-hashes" in makefile
+    for line in ("/gpu-out/", "/gpu-pack/"):
+        assert line in (ROOT / ".gitignore").read_text().split("\n")
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+
+def _python(code):
+    return lambda seconds: [sys.executable, "-c", f"seconds = {seconds}\n{code}"]
+
+
+def test_jobs_share_the_time_and_one_that_outlasts_it_is_killed_with_what_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.jobs.GRACE", 0.5)
+    started = tmp_path / "started"
+    child = tmp_path / "child.py"
+    child.write_text(f"import time; time.sleep(4); open({str(started)!r}, 'w')")
+    code = "import subprocess, sys, time; print(seconds, flush=True)\n"
+    code += f"subprocess.Popen([sys.executable, {str(child)!r}]); time.sleep(60)"
+    jobs = [
+        Job("first", _python("print(seconds)")),
+        Job("second", _python("print(seconds); raise SystemExit('no such thing')")),
+        Job("after", _python("print(seconds)"), after="first"),
+        Job("never", _python("print(seconds)"), after="second"),
+        Job("long", _python(code), whole=True),
+    ]
+    ended = perform(jobs, 3.0, slots=2, cwd=tmp_path, logs=tmp_path / "logs")
+    assert {name: how.status for name, how in ended.items()} == {
+        "first": 0,
+        "second": 1,
+        "after": 0,
+        "never": None,
+        "long": None,
+    }
+    shares = {
+        name: float((tmp_path / f"logs/{name}.log").read_text().split()[0]) for name in ("first", "long")
+    }
+    assert shares["first"] == pytest.approx(3.0 * 2 / 4, abs=0.1)  # two slots for four that share
+    assert 1.5 < shares["long"] < 3.0
+    assert failed(ended, tmp_path / "logs") == {"second": "no such thing"}
+    time.sleep(2.5)
+    assert not started.exists()
+
+
+# ------------------------------------------------------------------------------------------- judging
+
+
+def _found(accuracies, variant="none", text="same", status="ok"):
+    """Runs by digest, one a seed."""
+    found = {}
+    for seed, accuracy in enumerate(accuracies):
+        record = Record(
+            paper="p",
+            variant=variant,
+            dataset="d",
+            architecture="a",
+            target=0.0,
+            seed=seed,
+            status=status,
+            metrics={"test_accuracy": accuracy},
+        )
+        found[f"{variant}{seed}"] = (record, f"{text}{accuracy}")
+    return found
+
+
+def test_runs_that_differ_are_counted_and_named_and_open_ones_are_not():
+    once, again = _found([0.5, 0.6, 0.7]), _found([0.5, 0.61])
+    assert twice(once, again) == {"pairs": 2, "same": 1, "differ": ["p/none a 0 seed 1"], "failed": 0}
+    assert twice(once, {})["pairs"] == 0
+    found = gaps(once, again)
+    assert found["pairs"] == 2 and found["mean"] == pytest.approx(-0.005) and found["largest"] == 0.01
+    assert gaps(once, _found([0.5], status="failed"))["pairs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("shift", "spread", "equivalent"), [(0.0, 0.005, True), (0.009, 0.005, False), (0.0, 0.1, False)]
+)
+def test_accuracies_are_equivalent_where_the_interval_lies_within_the_margin(shift, spread, equivalent):
+    there = np.full(20, 0.9)
+    here = there + shift + spread * np.tile([-1, 1], 10)
+    (found,) = over_seeds(_found(here), _found(there))
+    low, high = found["interval"]
+    assert found["seeds"] == 20 and low < shift < high and found["equivalent"] is equivalent
+
+
+def test_one_seed_shows_no_equivalence():
+    (found,) = over_seeds(_found([0.9]), _found([0.9]))
+    assert found["equivalent"] is False
+
+
+def test_outcomes_are_read_from_a_log_that_ends_anywhere(tmp_path):
+    log = tmp_path / "tests.log"
+    assert outcomes(log) == {"passed": 0, "failed": [], "skipped": 0, "complete": False}
+    text = "tests/gpu/test_a.py::test_one[x y] PASSED [ 5%]\ntests/gpu/test_a.py::test_two FAILED [10%]\ntests/gpu/te"
+    log.write_text(text)
+    assert outcomes(log) == {"passed": 1, "failed": ["test_two"], "skipped": 0, "complete": False}
+    log.write_text(text + "\n=== 1 failed, 1 passed in 3.2s ===\n")
+    assert outcomes(log)["complete"]
+
+
+def test_time_at_once_is_counted_from_the_last_to_begin_to_the_first_to_end():
+    slow, fast = [10.0, 20.0, 30.0], [5.0, 10.0, 15.0, 20.0, 25.0]
+    seconds, epochs = in_common([slow, fast], 2)
+    assert seconds == 15.0 and epochs == pytest.approx(1.5 + 3)
+    for marks in ([slow], [[1.0, 2.0], [3.0, 4.0]], [[1.0], [2.0]]):
+        with pytest.raises(RuntimeError, match="no time"):
+            in_common(marks, 2)
+
+
+# ------------------------------------------------------------------------------------------- data in parts
+
+
+def test_parts_are_small_and_join_to_the_same_arrays(tmp_path):
+    random = np.random.default_rng(0)
+    arrays = {"x_train": random.integers(0, 256, (7001, 8, 12, 3), dtype=np.uint8)}
+    arrays |= {"y_train": np.arange(7001, dtype=np.uint8) % 10, "y_test": np.arange(90) % 10}
+    arrays |= {"x_test": random.integers(0, 256, (90, 8, 12, 3), dtype=np.uint8), "classes": np.array(["a"])}
+    np.savez(tmp_path / "set.npz", **arrays)
+    assert parts.main(["split", str(tmp_path / "set.npz"), str(tmp_path / "parts"), "--size", "1"]) == 0
+    files = sorted((tmp_path / "parts").iterdir())
+    assert len(files) >= 3 and all(file.stat().st_size <= 1e6 for file in files)
+    assert parts.main(["join", str(tmp_path / "parts"), str(tmp_path / "joined" / "set.npz")]) == 0
+    parts.join(files[::-1], tmp_path / "again.npz")
+    for file in ("joined/set.npz", "again.npz"):
+        with np.load(tmp_path / file) as joined:
+            for key in ("x_train", "y_train", "x_test", "y_test"):
+                assert np.array_equal(joined[key], arrays[key]) and joined[key].dtype == arrays[key].dtype
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (["split", "set.npz", "parts", "--size", "0.001"], "too small"),
+        (["split", "absent.npz", "parts"], "absent.npz"),
+        (["join", "parts", "set.npz"], "missing"),
+    ],
+)
+def test_what_cannot_be_split_or_joined_is_said_in_one_line(tmp_path, monkeypatch, capsys, command, error):
+    monkeypatch.chdir(tmp_path)
+    images = np.zeros((20, 8, 8, 3), np.uint8)
+    np.savez("set.npz", x_train=images, y_train=np.zeros(20), x_test=images, y_test=np.zeros(20))
+    Path("parts").mkdir()
+    assert parts.main(command) == 2
+    told = capsys.readouterr().err
+    assert error in told and told.count("\n") == 1
