@@ -8,7 +8,8 @@ from PIL import Image
 
 from common.core import loading
 from common.core.loading import prepared_file
-from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.core.recipe import Recipe
+from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, parts, validated
 from common.stage import papers
 from common.stage import prepare as preparing
 from common.stage.papers import profile_datasets
@@ -63,15 +64,6 @@ PAPERS = {
 }
 
 
-# papers with a recipe
-DECLARED = ("halo",)
-
-
-def _training(paper, **changes):
-    """Settings of training, where the paper has them."""
-    return {"training": changes} if paper in DECLARED else changes
-
-
 def _runs(paper, **changes):
     """The runs of two cells: one on the profile's digits, one that `changes` say more of; and all they need."""
     settings, name, cell = PAPERS[paper]
@@ -103,10 +95,10 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_cell_with_its_own_data_and_settings_runs_to_its_records(paper, photos, tmp_path):
-    settings = {**_training(paper, batch_size=7), "seeds": [3]}
+    settings = {"training": {"batch_size": 7}, "seeds": [3]}
     runs, execution = _runs(paper, data=PHOTOS, settings=settings)
-    trained = [run.settings.get("training", run.settings) for run in runs if run.dataset == "photos"]
-    assert 7 in [training.get("batch_size") for training in trained]
+    recipes = [recipe for run in runs if run.dataset == "photos" for recipe in parts(run.job, Recipe)]
+    assert 7 in [recipe.batch_size for recipe in recipes]
     assert {run.seed for run in runs if run.dataset == "photos"} == {3}
     assert {run.seed for run in runs if run.dataset == "digits"} == {0}
     own = [run for run in runs if run.dataset == "photos"]
@@ -124,10 +116,11 @@ def test_a_cell_with_its_own_data_and_settings_runs_to_its_records(paper, photos
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_wrong_setting_of_a_cell_is_named(paper):
-    key = "training.epoch" if paper in DECLARED else "epoch"
-    where = rf"{paper}\.{PAPERS[paper][1]}\[1\]\.settings\.{key}: unknown key; .*did you mean 'epochs'"
+    where = (
+        rf"{paper}\.{PAPERS[paper][1]}\[1\]\.settings\.training\.epoch: unknown key; .*did you mean 'epochs'"
+    )
     with pytest.raises(SettingsError, match=where):
-        _runs(paper, data={"source": "digits", "train": 50}, settings=_training(paper, epoch=3))
+        _runs(paper, data={"source": "digits", "train": 50}, settings={"training": {"epoch": 3}})
 
 
 def test_the_paper_profile_names_the_imagenet_folder_that_is_missing(tmp_path, monkeypatch, capsys):
