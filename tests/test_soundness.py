@@ -117,6 +117,12 @@ def test_what_is_at_its_cap_or_floor_goes_to_the_sign_flips():
 # -------------------------------------------------------------------------------- 7: preconditions
 
 
+def test_two_sides_that_diverged_in_every_seed_are_not_compared():
+    records = [failed(name, seed) for name in ("new", "old") for seed in range(8)]
+    found = judge(claim("equivalence", matters=0.01), [*records, *dense(8)])
+    assert found["verdict"] == "not tested" and "no run of either side has finished" in found["reason"]
+
+
 def test_the_same_run_twice_is_not_compared():
     new = [record("new", s, 0.9 + s / 100, metrics={"test_loss": s / 9}) for s in range(8)]
     old = [r.model_copy(update={"variant": "old"}) for r in new]

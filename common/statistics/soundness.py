@@ -147,21 +147,24 @@ def _share(accuracies: list[tuple[Record, float]], records: Records, where: str)
 def _the_same(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
     """Whether both sides are one experiment under two names: equal in all metrics, at every point in every seed.
 
-    And in what is compared, which may be a cost or a detail.
+    And in what is compared, which may be a cost or a detail. So are sides of which no run has finished.
     """
-    found = False
+    found, finished = False, False
     for point in comparison.points:
         if point.control is None or _place(point.treatment) == _place(point.control):
             return None
         first, second = records.seeds(point.treatment), records.seeds(point.control)
         for seed in seeds:
             one, other = first.get(seed), second.get(seed)
+            finished |= any(run is not None and run.status == "ok" for run in (one, other))
             if one is None or other is None or "failed" in (one.status, other.status):
                 continue
             compared = [value_in(one, point.treatment.metric), value_in(other, point.control.metric)]
             if not one.metrics or one.metrics != other.metrics or compared[0] != compared[1]:
                 return None
             found = True
+    if not finished:
+        return "no run of either side has finished"
     return "treatment and control are equal in all metrics in every seed" if found else None
 
 

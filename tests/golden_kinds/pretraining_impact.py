@@ -447,19 +447,23 @@ def difference_in_differences(case, document):
     margin = inputs["tost_margin"]
     return {
         "per_seed": per_seed.tolist(),
-        "stats": {
-            str(r): {
-                "mean": values.mean(),
-                "sd": values.std(ddof=1),
-                "t": stats.ttest_1samp(values, 0).statistic,
-                "p_two_sided": inference.t_test(values, 0.0, "two-sided"),
-                "p_greater": inference.t_test(values, 0.0, "greater"),
-                "ci95": inference.interval(values),
-                "tost_p": inference.tost(values, -margin, margin),
-                "wilcoxon_exact_p_greater": inference.wilcoxon(values, 0.0, "greater"),
-            }
-            for r, values in zip(inputs["r"], per_seed.T)
-        },
+        "stats": {str(r): _tested(values, margin) for r, values in zip(inputs["r"], per_seed.T)},
+    }
+
+
+def _tested(values, margin):
+    """The tests of one column of differences."""
+    student = inference.Student(values)
+    greater, less = (student.p(0.0, alternative) for alternative in ("greater", "less"))
+    return {
+        "mean": student.mean,
+        "sd": student.sd,
+        "t": stats.ttest_1samp(values, 0).statistic,
+        "p_two_sided": 2 * min(greater, less),
+        "p_greater": greater,
+        "ci95": student.ends(0.025),
+        "tost_p": max(student.p(-margin, "greater"), student.p(margin, "less")),
+        "wilcoxon_exact_p_greater": inference.wilcoxon(values, 0.0, "greater"),
     }
 
 
