@@ -76,13 +76,17 @@ def derived(kit: Kit, slots: int) -> dict[str, Any]:
     small = {"variants": variants, "seeds": list(range(seeds)), "trials": trials, "targets": [0.9]}
     profiles = {name: {"execution": here, **two} for name in TWICE}
     profiles["cpu"] = {"execution": there, **two}
-    for precision in PRECISIONS:
+    for precision in _precisions(kit):
         execution = {**here, "precision": precision}
         profiles[f"seeds-{precision}"] = {"execution": execution, PAPER: small}
     many = {"workers": max(1, cores // 4), "precision": "float32"}
     profiles["seeds-cpu"] = {"execution": there | many, PAPER: small}
     extended = {name: {"extends": "digits", **block} for name, block in profiles.items()}
     return {"profile": "digits", "profiles": {**blocks, **extended}}
+
+
+def _precisions(kit: Kit) -> tuple[str, ...]:
+    return PRECISIONS[:1] if kit.quick else PRECISIONS
 
 
 def jobs(kit: Kit, work: Path) -> list[Job]:
@@ -105,7 +109,7 @@ def jobs(kit: Kit, work: Path) -> list[Job]:
     tests = [sys.executable, "-m", "pytest", str(ROOT / "tests/gpu"), "-c", str(ROOT / "pyproject.toml")]
     tests += ["--rootdir", str(ROOT), "-vv", "-p", "no:cacheprovider", "--basetemp", str(work / "tests")]
     found = [Job(TESTS, lambda s: tests, whole=True)]
-    found += [stage(PAPER, f"seeds-{which}", whole=True) for which in (*PRECISIONS, "cpu")]
+    found += [stage(PAPER, f"seeds-{which}", whole=True) for which in (*_precisions(kit), "cpu")]
     drawn = [paper for paper in kit.papers if str(CORPUS) in canonical(load(paper, kit.params, "digits"))]
     if drawn:
         draw = [sys.executable, "-m", "replications.pretraining_impact.glyphs", "--out", str(CORPUS)]
@@ -122,12 +126,12 @@ def jobs(kit: Kit, work: Path) -> list[Job]:
 def judged(kit: Kit, work: Path, logs: Path) -> dict[str, Any]:
     """What the jobs have shown so far."""
     found = {(name, paper): runs(work, name, paper) for name in (*TWICE, "cpu") for paper in kit.papers}
-    seeds = {name: runs(work, f"seeds-{name}", PAPER) for name in (*PRECISIONS, "cpu")}
+    seeds = {name: runs(work, f"seeds-{name}", PAPER) for name in (*_precisions(kit), "cpu")}
     return {
         "tests": outcomes(logs / f"{TESTS}.log"),
         "twice": {paper: twice(*(found[name, paper] for name in TWICE)) for paper in kit.papers},
         "against_cpu": {paper: gaps(found[TWICE[0], paper], found["cpu", paper]) for paper in kit.papers},
-        "over_seeds": {name: over_seeds(seeds[name], seeds["cpu"]) for name in PRECISIONS},
+        "over_seeds": {name: over_seeds(seeds[name], seeds["cpu"]) for name in _precisions(kit)},
     }
 
 

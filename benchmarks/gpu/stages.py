@@ -63,7 +63,7 @@ def measure(step: Step) -> None:
             if ended.status in (0, 3, None):
                 break
         if tries:
-            about = {"ended": _words(ended, paper, logs), "seconds": round(seconds, 1), "tries": tries}
+            about = {"ended": words(ended, paper, logs), "seconds": round(seconds, 1), "tries": tries}
             found[paper] = {**about, **finished(kit, paper)}
             step.keep({"profile": kit.profile, "stages": found})
             pack(kit)
@@ -106,7 +106,8 @@ def finished(kit: Kit, paper: str) -> dict[str, Any]:
     }
 
 
-def _words(ended: Ended, paper: str, logs: Path) -> str:
+def words(ended: Ended, paper: str, logs: Path) -> str:
+    """How a stage ended, in words."""
     if ended.status is None:
         return "killed: it went on after its time"
     return {0: "complete", 3: "out of time"}.get(ended.status) or failed({paper: ended}, logs)[paper]
