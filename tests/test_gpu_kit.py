@@ -9,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from project import BARE, ROOT, add_example, copy, params, run
 
 # the benchmark is no part of the installed packages
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import parts
-from benchmarks.gpu.correctness import gaps, outcomes, over_seeds, twice
+from benchmarks.gpu.correctness import derived, gaps, outcomes, over_seeds, twice
 from benchmarks.gpu.jobs import Ended, Job, failed, perform
+from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.network import in_common
 from benchmarks.gpu.stages import words
 from common.records import Record
+from common.stage.papers import load
+from common.stage.pipeline import listed
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +39,7 @@ def project(tmp_path):
         shutil.copytree(ROOT / name, found / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "tests/conftest.py", found / "tests")
     add_example(found)
-    params(found, example={"seeds": [0, 1, 2], "epochs": 1}, halo={"epochs": 1, "milestones": []})
+    params(found, example={"seeds": [0, 1, 2]}, halo={"training": {"epochs": 1, "milestones": []}})
     (found / "sitecustomize.py").write_text(BARE)
     return found
 
@@ -86,23 +90,20 @@ def test_speed_measures_the_card_and_runs_alone_and_at_once(project):
 
 
 def test_stages_are_executed_in_order_and_an_error_is_tried_again(project):
-    params(project, example={"seeds": [0, 1]}, broken={"seeds": [0]})
+    params(project, example={"seeds": [0, 1]}, broken={"seeds": [0], "fails": ["defect:dense-0"]})
     add_example(project, "broken")
-    protocol = project / "replications/broken/protocol.py"
-    defect = "def execute(run, context):\n    1 / 0\n\n\ndef _execute("
-    protocol.write_text(protocol.read_text().replace("def execute(", defect))
     found, summary = rehearse(project, "3", "--budget", "400", "--papers", "broken", "example")
     stages = found["stages"]["stages"]
     assert list(stages) == ["broken", "example"]
     broken, example = stages["broken"], stages["example"]
     assert broken["tries"] == 2 and broken["finished"] == 0
-    assert "ZeroDivisionError" in broken["ended"] and "ZeroDivisionError" in summary
+    assert "made to break" in broken["ended"] and "made to break" in summary
     assert (example["ended"], example["tries"]) == ("complete", 1)
-    assert example["finished"] == example["runs"] == 4 and example["dense"]["dense linear"]["runs"] == 2
+    assert example["finished"] == example["runs"] == 4 and example["dense"]["dense mlp"]["runs"] == 2
     with tarfile.open(project / "gpu-out/results.tar.gz") as archive:
         names = set(archive.getnames())
-    assert {"results/digits/example.jsonl", "results/environment/digits/example.json"} <= names
-    assert "results/partial/digits/broken.jsonl" in names
+    left = {str(file.relative_to(project)) for file in (project / "results").rglob("*") if file.is_file()}
+    assert names == left and {"results/digits/example.jsonl", "results/partial/digits/broken.jsonl"} <= names
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,20 @@ def test_stages_are_executed_in_order_and_an_error_is_tried_again(project):
 def test_how_a_stage_ended_is_said(tmp_path, status, said):
     (tmp_path / "halo.log").write_text("halo: 3 of 7 runs\nno data\n\n")
     assert words(Ended(status, 1.0), "halo", tmp_path).startswith(said)
+
+
+def test_profiles_of_two_seeds_and_of_many_follow_from_the_settings(tmp_path):
+    kit = Kit(tmp_path, "cpu", False, ROOT / "params.yaml", "cifar10")
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(derived(kit, slots=12)))
+    for profile in ("twice-1", "twice-2", "cpu"):
+        for paper in kit.papers:
+            assert len(load(paper, file, profile).paper.seeds) == 2
+    for profile in ("seeds-float32", "seeds-bfloat16", "seeds-cpu"):
+        runs = listed("halo", load("halo", file, profile))
+        dense = {(run.variant, run.seed) for run in runs if run.target == 0}
+        assert {("none", 47), ("halo", 47)} <= dense and len(dense) == 2 * 48
+        assert {run.variant for run in runs} == {"none", "halo"}  # nothing is tuned
 
 
 def test_make_lays_out_what_a_bare_machine_lacks():

@@ -72,7 +72,9 @@ def derived(kit: Kit, slots: int) -> dict[str, Any]:
     two = {paper: {"seeds": list(load(paper, kit.params, "digits").paper.seeds[:2])} for paper in kit.papers}
     # one setting a method, so that nothing is tuned
     trials = {name: values[:1] for name, values in own.get(PAPER, {}).get("trials", {}).items()}
-    variants, seeds = (VARIANTS[:1], 2) if kit.quick else (VARIANTS, SEEDS)
+    wanted, seeds = (VARIANTS[:1], 2) if kit.quick else (VARIANTS, SEEDS)
+    known = load(PAPER, kit.params, "digits").paper.variants
+    variants = {name: "all" if name in wanted else None for name in known}
     small = {"variants": variants, "seeds": list(range(seeds)), "trials": trials, "targets": [0.9]}
     profiles = {name: {"execution": here, **two} for name in TWICE}
     profiles["cpu"] = {"execution": there, **two}

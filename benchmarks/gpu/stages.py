@@ -118,6 +118,7 @@ def pack(kit: Kit) -> None:
     results, buffer = Path("results"), io.BytesIO()
     folders = [results / kit.profile, results / "environment" / kit.profile, results / FOLDER / kit.profile]
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=3) as archive:
-        for file in (file for folder in folders for file in sorted((WORK / folder).glob("*.json*"))):
-            archive.add(file, file.relative_to(WORK))
+        for file in (file for folder in folders for file in sorted((WORK / folder).glob("*"))):
+            if file.suffix != ".tmp":  # half written
+                archive.add(file, file.relative_to(WORK))
     write_atomically(kit.out / "results.tar.gz", buffer.getvalue())
