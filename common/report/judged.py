@@ -102,15 +102,16 @@ def _stability(found: Mapping[str, Any] | None) -> str:
     """On how many other terms a verdict is the same, and what became of it on the others."""
     if not found or not found["tried"]:
         return ""
-    text = f"The same on {found['held']} of {found['tried']} other terms"
-    others = (
-        ("reversed", f"reversed (first: {found['first_reversal']})"),
-        ("lost", "lost though so many seeds could have kept it"),
-        ("cannot tell", "more than so many seeds can tell"),
-    )
-    parts = [f"on {len(found[name])} {words}" for name, words in others if found[name]]
-    lost = f" ({', '.join(found['lost'])})" if found["lost"] else ""
-    return "; ".join([text, *parts]) + lost + "."
+    parts = [f"the same on {found['held']}"]
+    if found["reversed"]:
+        parts.append(f"reversed on {len(found['reversed'])} (first: {found['first_reversal']})")
+    if found["lost"]:
+        parts.append(
+            f"lost on {len(found['lost'])}, though so many seeds could have kept it ({', '.join(found['lost'])})"
+        )
+    if found["cannot tell"]:
+        parts.append(f"on {len(found['cannot tell'])} so few seeds cannot tell")
+    return f"Judged again on {found['tried']} other terms: {'; '.join(parts)}."
 
 
 def _paper_value(claim: Claim) -> dict[str, str] | None:
