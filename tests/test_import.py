@@ -176,7 +176,7 @@ def test_predictions_of_other_runs_are_refused(inside, folder):
     digests = [json.loads(line)["predictions"] for line in (folder / FILES[0]).read_text().splitlines()]
     _pack(folder, [found[digest] for digest in digests[:2] + digests[3:]])
     assert (
-        "example.predictions.npz: the predictions of dense, digits, linear, target 0, seed 1 are missing"
+        "example.predictions.npz: the predictions of dense, digits, mlp, target 0, seed 1 are missing"
         in _refused(folder)
     )
     _pack(folder, [Predictions.of(one.labels, one.labels) for one in found.values()])

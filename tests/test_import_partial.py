@@ -89,7 +89,7 @@ def test_it_is_taken_in_only_when_asked_for(project, folder):
 def test_what_is_not_of_this_project_is_refused_by_name(project, folder):
     about, entries = partial.read(folder / PART)
     params(project, example={"training": {"epochs": 3}})
-    assert "settings.epochs = 2, here 3" in _refused(project, folder, "--partial")
+    assert "settings.training.epochs = 2, here 3" in _refused(project, folder, "--partial")
     params(project)
     _write(folder / PART, about, [*entries, entries[0]])
     assert "is given twice or not listed here" in _refused(project, folder, "--partial")

@@ -317,7 +317,7 @@ def test_failed_runs_lost_seeds_and_gaps_are_named(page):
     assert "dpf, digits, convnet, target 0.98, seed 3" in page and "the loss is nan in epoch 3" in page
     assert "Not tested: no run of nobody" in page
     assert "n 4, 1 failed" in page  # dpf at 0.98
-    assert re.search(r"Settings that lost [^.]*<code>tuning-slr-2, [^.]*</code>\.", page)
+    assert re.search(r"Settings that lost [^.]*<code>tuning-slr-2, [^<]*</code>\.", page)
     assert "the loss is inf" not in page  # it is no failure of the paper's
     assert "Seed 1 lost" in page  # gmp without a number
     assert "There are no records of this paper in profile digits" in page

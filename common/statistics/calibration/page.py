@@ -24,8 +24,9 @@ _MARKERS = {design: "D" if design.looks else "o" for design in DESIGNS}
 
 _TEXT = """# Calibration of the verdicts
 
-How often the engine errs on made-up papers of known truth: `python -m common.statistics.calibrate` makes records and
-claims, and has them judged as real ones are. {cells} cells of {papers:,} papers each; the same numbers on every run.
+How often the engine errs on made-up papers of known truth: `python -m common.statistics.calibrate --papers {papers}`
+makes records and claims, and has them judged as real ones are. {cells} cells of {papers:,} papers each; the same numbers on
+every run.
 
 - **Null**: the truth lies on the border of what a claim says, and both arms have one distribution, collapsed and
   diverged runs included (shifted by what matters, where there is a border other than 0). Each answer may be given in 5 %
