@@ -228,6 +228,7 @@ def test_five_of_eight_diverged_runs_are_outcomes():
     found = judge_one(claim(), records)
     assert found["n"] == 8 and found["lost"] == [] and found["values"][0] < -0.6
     assert found["verdict"] != "replicated" and found["collapsed"]["treatment"] == 5
+    assert "(McNemar p = 0.062), median -" in found["reason"] and "interquartile mean -" in found["reason"]
     assert found["collapsed"]["p"] == pytest.approx(2 * 0.5**5) and found["median"] < 0 < found["values"][7]
 
 

@@ -188,7 +188,7 @@ def _interval(comparison: Comparison) -> str:
 
 def _evidence(comparison: Comparison, found: Evidence, *more: str) -> str:
     same = ["the same in every seed"] if len(found.values) > 1 and inference.is_constant(found.values) else []
-    return f"({', '.join([*same, _interval(comparison), *_over_images(comparison), *more, *_odd(found)])})"
+    return f"({', '.join([*same, _interval(comparison), *_over_images(comparison), *more, *_collapsed(comparison, found)])})"
 
 
 def _over_images(comparison: Comparison) -> list[str]:
@@ -199,12 +199,19 @@ def _over_images(comparison: Comparison) -> list[str]:
     return [text + ", which leaves it open" * (found.holds is False)]
 
 
-def _odd(found: Evidence) -> list[str]:
-    """What the reader of an estimate has to know besides."""
+def _collapsed(comparison: Comparison, found: Evidence) -> list[str]:
+    """How often runs collapsed, and what a mean of such runs hides."""
     if not found.collapsed:
         return []
-    control = f" and {found.collapsed['control']}" if "control" in found.collapsed else ""
-    return [f"{found.collapsed['treatment']}{control} of {_seeds(found.n)} collapsed"]
+    rates = str(found.collapsed["treatment"])
+    if "control" in found.collapsed:
+        rates += f" and {found.collapsed['control']}"
+    differ = f" (McNemar {_p(found.collapsed['p'])})" if "p" in found.collapsed else ""
+    middle = (
+        f"median {_shown(found.median, comparison)}",
+        f"interquartile mean {_amount(found.interquartile_mean, comparison)}",
+    )
+    return [f"{rates} of {_seeds(found.n)} collapsed{differ}", *middle]
 
 
 def _seeds(n: int) -> str:
