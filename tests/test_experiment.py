@@ -127,6 +127,8 @@ def test_what_a_job_needs_is_in_its_fields_whatever_their_form():
     names = [(need.variant, need.seed) for need in job.needs]
     assert names == [("dense", 0), ("dense", 1), ("dense", 2), ("tuning-0", 0), ("tuning-1", 0)]
     assert [need.settings_hash for need in job.run.needs] == [need.run.settings_hash for need in job.needs]
+    # what they hold is theirs
+    assert list(job.parts(Recipe)) == [] and list(dense.parts(Recipe)) == [("training", RECIPE)]
     for change in ({"dense": others[0]}, {"others": ()}, {"strength": None}):
         other = Pruned(**{**{name: getattr(job, name) for name in Pruned.model_fields}, **change})
         assert other.run.settings_hash != job.run.settings_hash
@@ -186,7 +188,7 @@ def test_a_cell_changes_the_settings_as_a_profile_changes_another():
         {"architecture": "mlp", "options": {"hidden": [8]}},
         {"architecture": "lenet300", "data": own.model_dump(), "settings": other},
     ]
-    runs = listed("made_up", MadeUp, _profile(cells=cells))
+    runs = listed("made_up", MadeUp, _profile(cells=cells, training={"momentum": 0.5}))
     first, second = ([run for run in runs if run.architecture == name] for name in ("mlp", "lenet300"))
     assert [(run.variant, run.target, run.seed) for run in first] == [
         (name, target, seed)
@@ -195,7 +197,9 @@ def test_a_cell_changes_the_settings_as_a_profile_changes_another():
     ]
     (run,) = second
     assert (run.seed, run.job.cell.data.train) == (7, 60)
-    assert run.job.training == RECIPE.changed(epochs=4) and first[0].job.cell.options == {"hidden": [8]}
+    assert run.job.training == RECIPE.changed(epochs=4, momentum=0.5) and first[0].job.cell.options == {
+        "hidden": [8]
+    }
 
 
 def test_a_profile_says_of_a_recipe_what_is_other_than_by_default():

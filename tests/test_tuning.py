@@ -1,5 +1,7 @@
 """Tuning: validation chooses, what diverges loses, and nothing else that fails is passed over."""
 
+import re
+
 import pytest
 
 from common.core.failures import Diverged, OutOfMemory, Unreachable
@@ -92,14 +94,16 @@ def test_an_arm_fails_with_all_its_trials_or_with_one_that_says_nothing_of_its_o
     options, failure, reason, tmp_path
 ):
     record = _record(_arm(*options, tuning_seeds=(1000, 1001)), tmp_path)
-    assert record.failure == failure
-    assert pytest.importorskip("re").search(reason, record.reason)
+    assert record.failure == failure and not record.is_lost_trial
+    assert re.search(reason, record.reason)
 
 
 def test_a_need_that_is_no_trial_may_not_fail(tmp_path):
     start = Start(variant="start", cell=CELL, seed=1000, option="diverges")
     trial = Trial(variant="arm", cell=CELL, seed=1000, option="0.5", start=start)
-    assert _record(trial, tmp_path).failure == "needs"
+    record = _record(trial, tmp_path)
+    assert record.failure == "needs" and not record.is_lost_trial
+    assert record.model_copy(update={"variant": "tuning-arm-0"}).is_lost_trial
 
 
 def test_every_option_has_a_trial_for_each_seed_of_tuning():
