@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS_FILE = "params.yaml"
@@ -84,13 +84,53 @@ def _distinct(values: tuple) -> tuple:
     return values
 
 
+def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
+    if list(values) != sorted(set(values)):
+        raise ValueError("must rise")
+    return values
+
+
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 Targets = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_distinct)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class SeedSettings(Strict):
+    """With which seeds a profile's papers are run, and how many of them are judged at once."""
+
+    first: Seed
+    count: Count
+    looks: Annotated[tuple[Count, ...], AfterValidator(_rising)] = ()
+    """Numbers of seeds after which is judged, as far as `count` goes; where absent, all at once."""
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """The seeds."""
+        return tuple(range(self.first, self.first + self.count))
+
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """The numbers of seeds after which is judged; the last is `count`."""
+        return (*(look for look in self.looks if look < self.count), self.count)
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return SeedSettings.model_validate(value).all
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise ValueError("; ".join(wrong)) from None
+
+
+Seeds = Annotated[
+    tuple[Seed, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_distinct)
+]
+"""A list, or as of SeedSettings."""
 
 
 class AugmentationSettings(Strict):
@@ -114,7 +154,7 @@ class DatasetSettings(Strict):
     path: str | None = None
     """File (`npz`) or folder (`folder`; for a torchvision source, where its files are or go)."""
     size: Annotated[int, Field(ge=4, le=512)] | None = None
-    """Height and width in pixels to which images of a folder or of Caltech-101 are averaged down."""
+    """Height and width in pixels to which images are resized by averaging; not of `digits` and `npz`."""
     streamed: Annotated[bool, Field(exclude_if=lambda streamed: not streamed)] = False
     """Of a folder that memory cannot hold: images stay on disk. Training sees random crops of them resized to `size`,
     mirrored with `augmentation.flip`; all else sees centre crops."""
@@ -126,7 +166,10 @@ class DatasetSettings(Strict):
     """Number of test images, stratified by class: of the source's own test split (all when absent), or held out."""
     train_per_class: Count | None = None
     """In place of `test`: images of each class that are for training and validation, the rest is for test."""
+    split: Literal["per_seed", "shared"] = "per_seed"
+    """`per_seed`: training and validation images are drawn anew for each seed; `shared`: once for all. Test images stay."""
     split_seed: Seed = 0
+    """Of the draws, and of test images that the source does not set apart."""
     augmentation: AugmentationSettings = AugmentationSettings()
 
     @model_validator(mode="after")
@@ -141,6 +184,12 @@ class DatasetSettings(Strict):
             raise ValueError("streamed needs source 'folder' and a size")
         if self.streamed and self.augmentation.crop_padding:
             raise ValueError("streamed images are cropped anyway: augmentation.crop_padding must be 0")
+        return self
+
+    @model_validator(mode="after")
+    def _size_is_possible(self) -> DatasetSettings:
+        if self.size and self.source in ("digits", "npz"):
+            raise ValueError(f"images of source {self.source!r} keep their size: size must be absent")
         return self
 
     @property
@@ -275,6 +324,8 @@ class Profile(Strict):
     name: str
     dataset: DatasetSettings
     execution: ExecutionSettings
+    seeds: SeedSettings | None = None
+    """Of all papers that do not say others."""
     paper: Any
     """The settings object of the paper."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -22,8 +23,13 @@ DIGITS_TEST = 1000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load(settings: DatasetSettings) -> Dataset:
-    """The data set that the settings name, split and ready to train on (on the CPU).
+def load(settings: DatasetSettings, seed: int = 0) -> Dataset:
+    """The data set that the settings name, split and ready to train on (on the CPU); see `read` and `Source.drawn`."""
+    return read(settings).drawn(seed)
+
+
+def read(settings: DatasetSettings) -> Source:
+    """The images that the settings name.
 
     A local `.npz` is read as it is; all else but the embedded digits from the file that `common.stage.prepare` made.
     Raises DataError naming what is missing, damaged, wrongly shaped or wrongly labelled.
@@ -31,6 +37,37 @@ def load(settings: DatasetSettings) -> Dataset:
     if settings.source == "digits":
         return _digits(settings)
     return _split(settings, _local(settings) if settings.source == "npz" else _prepared(settings))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The images of a data set, before training and validation images are drawn from them.
+
+    images: uint8 [N, H, W, C], or the files. labels: int64 [N]. train, validation, test: sorted indices; the first two
+    by `split_seed`. rest: of all images that are not for test.
+    """
+
+    settings: DatasetSettings
+    images: np.ndarray | ImageFiles
+    labels: np.ndarray
+    classes: int
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    rest: np.ndarray
+    scale: float = 255.0
+
+    def drawn(self, seed: int) -> Dataset:
+        """The data set as the runs of a seed see it: with training and validation images of its own, or shared ones."""
+        settings = self.settings
+        train, validation = self.train, self.validation
+        if settings.split == "per_seed":
+            draw = stream(settings.split_seed, "split", settings.source, seed)
+            counts = [len(train), len(validation)]
+            train, validation = (self.rest[i] for i in stratified(self.labels[self.rest], counts, draw))
+        parts = dict(zip(SPLITS, (train, validation, self.test)))
+        what = settings.source, parts, self.images, self.labels, self.classes
+        return make_dataset(*what, self.scale, settings.augmentation)
 
 
 @functools.lru_cache(maxsize=64)
@@ -56,7 +93,7 @@ def prepared_file(settings: DatasetSettings) -> Path:
     return Path("data/prepared") / f"{settings.source}-{digest(what)[:12]}.npz"
 
 
-def _digits(settings: DatasetSettings) -> Dataset:
+def _digits(settings: DatasetSettings) -> Source:
     """The 1,797 handwritten 8x8 digits that scikit-learn carries (UCI optical recognition, test part)."""
     from sklearn.datasets import load_digits
 
@@ -71,30 +108,33 @@ def _digits(settings: DatasetSettings) -> Dataset:
     test = settings.test or DIGITS_TEST
     train = settings.train or len(labels) - test - settings.validation
     parts = stratified(labels, [train, settings.validation, test], stream(settings.split_seed, "digits"))
-    return make_dataset("digits", dict(zip(SPLITS, parts)), images, labels, 10, 16.0, settings.augmentation)
+    rest = np.setdiff1d(np.arange(len(labels)), parts[2])
+    return Source(settings, images, labels, 10, *parts, rest, scale=16.0)
 
 
 def make_dataset(
     name: str,
     parts: dict[str, np.ndarray],
-    images: np.ndarray,
+    images: np.ndarray | ImageFiles,
     labels: np.ndarray,
     classes: int,
     scale: float,
     augmentation: AugmentationSettings,
 ) -> Dataset:
-    """A Dataset from index sets into one array [N, H, W, C]; mean and std are those of the training images."""
-    pixels = images[parts["train"]].astype(np.float64) / scale
-    return Dataset(
-        name=name,
-        images={split: torch.from_numpy(images[index]) for split, index in parts.items()},
-        labels={split: torch.from_numpy(labels[index].astype(np.int64)) for split, index in parts.items()},
-        classes=classes,
-        scale=scale,
-        mean=tuple(pixels.mean((0, 1, 2)).round(6).tolist()),
-        std=tuple(pixels.std((0, 1, 2)).round(6).tolist()),
-        augmentation=augmentation,
-    )
+    """A Dataset from index sets into one array [N, H, W, C]; mean and std are those of the training images.
+
+    Files are normalised as is usual for ImageNet.
+    """
+    split: dict[str, torch.Tensor | ImageFiles]
+    if isinstance(images, ImageFiles):
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        split = {part: images[index] for part, index in parts.items()}
+    else:
+        pixels = images[parts["train"]].astype(np.float64) / scale
+        mean, std = (tuple(found((0, 1, 2)).round(6).tolist()) for found in (pixels.mean, pixels.std))
+        split = {part: torch.from_numpy(images[index]) for part, index in parts.items()}
+    found = {part: torch.from_numpy(labels[index].astype(np.int64)) for part, index in parts.items()}
+    return Dataset(name, split, found, classes, scale, mean, std, augmentation)
 
 
 def _opened(path: str | Path, settings: DatasetSettings, *keys: str) -> Arrays:
@@ -175,8 +215,8 @@ def _prepared(settings: DatasetSettings) -> Arrays:
     return arrays
 
 
-def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
-    labels = np.concatenate([arrays["y_train"], arrays["y_test"]])
+def _split(settings: DatasetSettings, arrays: Arrays) -> Source:
+    labels = np.concatenate([arrays["y_train"], arrays["y_test"]]).astype(np.int64)
     count = len(arrays["y_train"])
     train = settings.train or count - settings.validation
     if train < 1:
@@ -188,19 +228,18 @@ def _split(settings: DatasetSettings, arrays: Arrays) -> Dataset:
     )
     test = settings.test or len(labels) - count
     (tested,) = stratified(arrays["y_test"], [test], stream(settings.split_seed, "test-subset"))
-    parts = dict(zip(SPLITS, [*kept, count + tested]))
-    classes = len(arrays["classes"])
+    images: np.ndarray | ImageFiles
     if settings.streamed:
-        return _streamed(settings, arrays, parts, labels, classes)
-    images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+        images = _files(settings, arrays)
+    else:
+        images = np.concatenate([arrays["x_train"], arrays["x_test"]])
     scale = float(arrays.get("scale", 255.0))
-    return make_dataset(settings.source, parts, images, labels, classes, scale, settings.augmentation)
+    classes, rest = len(arrays["classes"]), np.arange(count)
+    return Source(settings, images, labels, classes, *kept, count + tested, rest, scale)
 
 
-def _streamed(
-    settings: DatasetSettings, index: Arrays, parts: dict[str, np.ndarray], labels: np.ndarray, classes: int
-) -> Dataset:
-    """The images of a prepared index; normalised as is usual for ImageNet."""
+def _files(settings: DatasetSettings, index: Arrays) -> ImageFiles:
+    """The images of a prepared index."""
     root, size = Path(settings.local), settings.size
     assert size is not None  # a rule of the settings
     if not root.is_dir():
@@ -208,13 +247,4 @@ def _streamed(
     paths, digests = (
         np.concatenate([index[f"{name}_train"], index[f"{name}_test"]]) for name in ("paths", "sha256")
     )
-    files = ImageFiles(root, paths, digests, size)
-    return Dataset(
-        name=settings.source,
-        images={split: files[chosen] for split, chosen in parts.items()},
-        labels={split: torch.from_numpy(labels[chosen]) for split, chosen in parts.items()},
-        classes=classes,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        augmentation=settings.augmentation,
-    )
+    return ImageFiles(root, paths, digests, size)

@@ -241,10 +241,14 @@ class Context:
         return network
 
     def dataset(self, settings: DatasetSettings | Mapping[str, Any]) -> Dataset:
-        """The data set on this run's device; loaded once per process."""
+        """The data set on this run's device, with the training and validation images of its seed.
+
+        It is loaded once per process.
+        """
         if not isinstance(settings, DatasetSettings):
             settings = DatasetSettings.model_validate(settings)
-        return _dataset(settings, self.compute.device)
+        seed = self.run.seed if settings.split == "per_seed" else 0
+        return _dataset(settings, seed, self.compute.device)
 
     def trainer(
         self,
@@ -305,5 +309,10 @@ class Context:
 
 
 @functools.lru_cache(maxsize=8)
-def _dataset(settings: DatasetSettings, device: torch.device) -> Dataset:
-    return loading.load(settings).to(device)
+def _dataset(settings: DatasetSettings, seed: int, device: torch.device) -> Dataset:
+    return _source(settings).drawn(seed).to(device)
+
+
+@functools.lru_cache(maxsize=2)
+def _source(settings: DatasetSettings) -> loading.Source:
+    return loading.read(settings)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from common.core import experiment
 from common.core.loading import prepared_file
@@ -15,8 +17,10 @@ from common.settings import (
     DatasetSettings,
     ExecutionSettings,
     Profile,
+    SeedSettings,
     SettingsError,
     hint,
+    merged,
     parts,
     profile_chain,
     validated,
@@ -51,19 +55,29 @@ def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None 
     if paper not in known:
         raise SettingsError(f"unknown paper {paper!r}; {hint(paper, known)}")
     settings = protocol(paper).Settings
-    allowed = ["extends", "dataset", "execution", *known]
+    allowed = ["extends", "dataset", "execution", "seeds", *known]
     for name, block in profile_chain(file, profile):  # so an error is named where it is written
         where = f"{file}: profiles.{name}"
         for key in block:
             if key not in allowed:
                 raise SettingsError(f"{where}.{key}: unknown key; {hint(key, allowed)}")
+        seeds = block.get("seeds")
         loaded = Profile(
             name=name,
+            seeds=seeds and validated(SeedSettings, seeds, f"{where}.seeds"),
             dataset=validated(DatasetSettings, block.get("dataset") or {}, f"{where}.dataset"),
             execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
-            paper=validated(settings, block.get(paper) or {}, f"{where}.{paper}"),
+            paper=validated(settings, written(block, paper), f"{where}.{paper}"),
         )
     return loaded
+
+
+def written(block: Mapping[str, Any], paper: str) -> Any:
+    """What a profile, with all that it inherits, says of a paper: its own settings, and the seeds of all papers."""
+    own = block.get(paper) or {}
+    if "seeds" not in block or not isinstance(own, Mapping):
+        return own
+    return {**own, "seeds": merged(block["seeds"], own.get("seeds", {}))}
 
 
 def profile_datasets(

@@ -59,6 +59,8 @@ def prepare(settings: DatasetSettings) -> Arrays:
     See `common.core.loading.checked`; for streamed images paths and SHA-256 of the files stand in place of pixels.
     """
     arrays = canonical(_SOURCES[settings.source](settings))
+    if settings.size and settings.source in _OF_ONE_SIZE:
+        arrays |= {key: _resized(value, settings.size) for key, value in arrays.items() if key[:2] == "x_"}
     if "y_all" in arrays:
         arrays = _without_test(arrays, settings)
     return arrays if settings.streamed else checked(arrays, settings.origin)
@@ -268,6 +270,12 @@ def _squared(image: Image.Image, size: int | None) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side)))
 
 
+def _resized(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [N, size, size, ...] of [N, H, W, ...], by averaging."""
+    pictures = (Image.fromarray(image).resize((size, size), Image.Resampling.BOX) for image in images)
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
 def _without_test(arrays: Arrays, settings: DatasetSettings) -> Arrays:
     """Hold out `settings.test` images, or all but `train_per_class` of each class, as the test split."""
     labels, seed = arrays["y_all"], stream(settings.split_seed, "test", settings.source)
@@ -291,6 +299,8 @@ def _without_test(arrays: Arrays, settings: DatasetSettings) -> Arrays:
     return split | {"classes": arrays["classes"]}
 
 
+_OF_ONE_SIZE = ("mnist", "cifar10", "cifar100", "svhn")
+"""Sources whose images are squares of one size."""
 _SOURCES: dict[str, Callable[[DatasetSettings], Arrays]] = {
     "mnist": _mnist,
     "cifar10": _cifar,

@@ -25,7 +25,7 @@ from common.settings import (
     SettingsError,
     profile_chain,
 )
-from common.stage.papers import load, papers, profile_datasets, protocol
+from common.stage.papers import load, papers, profile_datasets, protocol, written
 from common.stage.store import code_files, code_prints
 
 FOLDER = Path(".settings")
@@ -49,7 +49,7 @@ def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, A
             "dataset": complete.dataset.model_dump(mode="json"),
             "execution": complete.execution.model_dump(mode="json", exclude={"workers"}),
             # as it is written: the paper's own defaults are code, on which its stage depends
-            paper: block.get(paper),
+            paper: written(block, paper) or None,
             "defaults": defaults,
         }
         if more := getattr(protocol(paper), "code", None):
