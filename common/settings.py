@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS_FILE = "params.yaml"
@@ -127,9 +135,7 @@ def _listed(value: Any) -> Any:
         raise ValueError("; ".join(wrong)) from None
 
 
-Seeds = Annotated[
-    tuple[Seed, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_distinct)
-]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_distinct)]
 """A list, or as of SeedSettings."""
 
 

@@ -122,6 +122,9 @@ def changed(**fields):
             {"test": "diversity", "control": {"variant": "old", "minus": {"target": 0}}},
             ["vectors are not subtracted"],
         ),
+        ({"role": "headline"}, ["H1.source: missing; a headline needs it"]),
+        ({"role": "headline", "source": "abstract"}, ["H1.matters_from: missing"]),
+        ({"role": "supporting", "deviation": "ties"}, ["H1.deviation: only of a probe"]),
     ],
 )
 def test_a_wrong_claim_is_named_with_file_claim_and_field(tmp_path, fields, parts):
@@ -138,11 +141,12 @@ def test_a_wrong_claim_is_named_with_file_claim_and_field(tmp_path, fields, part
     ("content", "parts"),
     [
         ("paper: [", ["line 2", "not valid YAML"]),
-        ("", ["must be a table with the keys paper, claims"]),
+        ("", ["must be a table with the keys paper, seen, claims, arithmetic"]),
         ("paper: demo", ["claims = None: must be a list of claims"]),
         ("claims: [{id: A}]", ["paper = None"]),
         ("paper: demo\nclaims: []", ["claims = []"]),
         ("paper: demo\nclaim: []", ["claim: unknown key", "did you mean 'claims'?"]),
+        ("paper: demo\nseen: first\nclaims: [all good]", ["seen = 'first': must be the highest seed"]),
         ("paper: demo\nclaims: [all good]", ["claim number 1 = 'all good': must be a table"]),
         ("paper: demo\npaper: demo", ["'paper' is given twice"]),
     ],
@@ -154,6 +158,20 @@ def test_a_wrong_file_is_named(tmp_path, content, parts):
         claims.read(file)
     for part in [str(file), *parts]:
         assert part in str(error.value)
+
+
+def test_numbers_that_settings_fix_are_read_and_have_ids_of_their_own(tmp_path):
+    entry = {"id": "cost", "statement": "scoring takes so much", "variant": "new", "metric": "scoring_cost"}
+    file = tmp_path / "claims.yaml"
+    whole = {"paper": "demo", "seen": 15, "claims": [GOOD, {**GOOD, "id": "later", "seen": 20}]}
+    file.write_text(yaml.safe_dump({**whole, "arithmetic": [entry]}))
+    found = claims.read(file)
+    assert [one.metric for one in found.arithmetic] == ["scoring_cost"]
+    assert [claim.seen for claim in found.claims] == [15, 20]
+    for wrong, message in ((GOOD["id"], "arithmetic H1: another entry"), ("later", "arithmetic later")):
+        file.write_text(yaml.safe_dump({**whole, "arithmetic": [{**entry, "id": wrong}]}))
+        with pytest.raises(SettingsError, match=message):
+            claims.read(file)
 
 
 def test_two_claims_of_one_id_and_two_files_of_one_paper_are_errors(tmp_path):
@@ -194,6 +212,8 @@ def test_every_form_of_a_claim_is_read(tmp_path):
         changed(
             id="g",
             role="headline",
+            source="abstract",
+            matters_from="a reader's need",
             matters={"digits": 0, "other": 0.01},
             bounds=[None, 1],
             meant_to_fail="old",

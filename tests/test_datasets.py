@@ -35,6 +35,45 @@ def test_the_split_is_fixed_and_follows_its_seed():
     assert one.digest == same.digest != other.digest
 
 
+def test_a_seed_draws_training_and_validation_images_and_the_test_images_stay():
+    """Contents are compared as sets of rows, so that no order of the images hides that they are the same."""
+    settings = DatasetSettings(train=600)
+    one, again, other = (load(settings, seed) for seed in (100, 100, 101))
+    rows = [
+        {split: {image.numpy().tobytes() for image in images} for split, images in data.images.items()}
+        for data in (one, again, other)
+    ]
+    assert one.digest == again.digest and rows[0] == rows[1]
+    assert torch.equal(one.images["test"], other.images["test"])
+    assert not rows[2]["test"] & (rows[2]["train"] | rows[2]["validation"])
+    assert rows[0]["train"] | rows[0]["validation"] == rows[2]["train"] | rows[2]["validation"]
+    common = len(rows[0]["train"] & rows[2]["train"]) / 600
+    assert 0.7 < common < 0.8  # 600 of 797
+    assert one.mean != other.mean  # normalised by the training images in use
+
+
+def test_a_shared_split_is_that_of_all_seeds():
+    settings = DatasetSettings(train=600, split="shared")
+    assert load(settings, 1).digest == load(settings, 2).digest != load(DatasetSettings(train=600), 1).digest
+
+
+def test_other_sources_draw_from_their_training_images_alone(tmp_path):
+    images = np.arange(40 * 4 * 4, dtype=np.uint16).reshape(40, 4, 4).astype(np.uint8)
+    images[:, 0, 0] = np.arange(40)
+    labels = np.arange(40) % 2
+    file = tmp_path / "own.npz"
+    np.savez(file, x_train=images[:30], y_train=labels[:30], x_test=images[30:], y_test=labels[30:])
+    settings = DatasetSettings(source="npz", path=str(file), train=10, validation=6)
+    drawn = [
+        {split: set(found[:, 0, 0, 0].tolist()) for split, found in load(settings, seed).images.items()}
+        for seed in range(3)
+    ]
+    for data in drawn:
+        assert data["train"] | data["validation"] <= set(range(30)) and not data["train"] & data["validation"]
+        assert data["test"] == set(range(30, 40))
+    assert drawn[0]["train"] != drawn[1]["train"] != drawn[2]["train"]
+
+
 def test_changed_digits_are_noticed(monkeypatch):
     monkeypatch.setattr(loading, "DIGITS_SHA256", "0" * 64)
     with pytest.raises(DataError, match="damaged or changed"):

@@ -109,7 +109,7 @@ def _digits(settings: DatasetSettings) -> Source:
     train = settings.train or len(labels) - test - settings.validation
     parts = stratified(labels, [train, settings.validation, test], stream(settings.split_seed, "digits"))
     rest = np.setdiff1d(np.arange(len(labels)), parts[2])
-    return Source(settings, images, labels, 10, *parts, rest, scale=16.0)
+    return Source(settings, images, labels, 10, parts[0], parts[1], parts[2], rest, scale=16.0)
 
 
 def make_dataset(
@@ -223,7 +223,7 @@ def _split(settings: DatasetSettings, arrays: Arrays) -> Source:
         raise DataError(
             f"{settings.origin}: {settings.validation} validation images leave none of {count} for training"
         )
-    kept = stratified(
+    first, second = stratified(
         arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source)
     )
     test = settings.test or len(labels) - count
@@ -235,7 +235,7 @@ def _split(settings: DatasetSettings, arrays: Arrays) -> Source:
         images = np.concatenate([arrays["x_train"], arrays["x_test"]])
     scale = float(arrays.get("scale", 255.0))
     classes, rest = len(arrays["classes"]), np.arange(count)
-    return Source(settings, images, labels, classes, *kept, count + tested, rest, scale)
+    return Source(settings, images, labels, classes, first, second, count + tested, rest, scale)
 
 
 def _files(settings: DatasetSettings, index: Arrays) -> ImageFiles:

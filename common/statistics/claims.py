@@ -46,11 +46,15 @@ _EVERY_TEST = {
     "id",
     "statement",
     "role",
+    "source",
+    "seen",
+    "deviation",
     "treatment",
     "where",
     "metric",
     "test",
     "matters",
+    "matters_from",
     "bounds",
     "require",
     "precondition",
@@ -147,6 +151,12 @@ class Claim(Strict):
     statement: Name
     role: Literal["headline", "supporting", "probe"] = "supporting"
     """The abstract's, the paper's, or ours: the families of Holm's correction; probes stand alone."""
+    source: Name | None = None
+    """Where the paper says it."""
+    seen: Annotated[int, Field(ge=-1)] = -1
+    """The highest seed whose results had been seen when the claim was made: only higher ones judge it."""
+    deviation: Name | None = None
+    """What of the replication differs from the paper, of a probe that measures how much it moves."""
     treatment: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)]
     control: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
     where: Where = Where()
@@ -156,6 +166,8 @@ class Claim(Strict):
     direction: Literal["higher", "lower"] | None = None
     matters: Effects | None = None
     """The smallest effect that matters, in units of the metric, by data set."""
+    matters_from: Name | None = None
+    """Why it is that effect: the paper's own differences, or a reader's need."""
     margin: Margins | None = None
     """An older word for `matters`, which in test superiority also shifts the null."""
     value: float | None = None
@@ -214,6 +226,19 @@ def _entry(table: Mapping[str, Any] | None, dataset: str) -> Any:
     return None if table is None else table.get(dataset, table.get(OTHER))
 
 
+class Arithmetic(Strict):
+    """A number that settings fix before anything is trained: shown beside the claims, never judged."""
+
+    id: Name
+    statement: Name
+    variant: Name
+    target: Target | None = None
+    """All that were run, where absent."""
+    metric: Name
+    scale: Literal["points", "none"] = "none"
+    note: str | None = None
+
+
 @dataclass(frozen=True)
 class ClaimsFile:
     """The claims of one paper."""
@@ -223,6 +248,7 @@ class ClaimsFile:
     digest: str
     """SHA-256 of the file's bytes, 64 hexadecimal characters."""
     path: Path
+    arithmetic: tuple[Arithmetic, ...] = ()
 
 
 def read_all(paths: list[Path]) -> list[ClaimsFile]:
@@ -257,7 +283,7 @@ def _files(paths: list[Path]) -> Iterator[Path]:
 def read(path: Path) -> ClaimsFile:
     """The claims of one file. Raises SettingsError naming file, claim and field."""
     content = read_yaml(path)
-    top = ["paper", "claims"]
+    top = ["paper", "seen", "claims", "arithmetic"]
     if not isinstance(content, Mapping):
         raise SettingsError(f"{path}: must be a table with the keys {', '.join(top)}")
     for key in content:
@@ -268,13 +294,24 @@ def read(path: Path) -> ClaimsFile:
         raise SettingsError(f"{path}: paper = {paper!r}: must be the paper's name")
     if not isinstance(entries, list) or not entries:
         raise SettingsError(f"{path}: claims = {entries!r}: must be a list of claims")
+    seen = content.get("seen", -1)
+    if not isinstance(seen, int) or isinstance(seen, bool) or seen < -1:
+        raise SettingsError(f"{path}: seen = {seen!r}: must be the highest seed that has been seen")
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(entries, start=1):
         claim = _claim(entry, path, number)
         if claim.id in claims:
             raise SettingsError(f"{path}: claim {claim.id}: two claims have this id")
-        claims[claim.id] = claim
-    return ClaimsFile(paper, tuple(claims.values()), hashlib.sha256(path.read_bytes()).hexdigest(), path)
+        claims[claim.id] = claim.model_copy(update={"seen": max(seen, claim.seen)})
+    arithmetic = content.get("arithmetic") or []
+    if not isinstance(arithmetic, list):
+        raise SettingsError(f"{path}: arithmetic = {arithmetic!r}: must be a list")
+    fixed = [validated(Arithmetic, entry, f"{path}: arithmetic[{n}]") for n, entry in enumerate(arithmetic)]
+    for number, one in enumerate(fixed):
+        if one.id in {*claims, *(other.id for other in fixed[:number])}:
+            raise SettingsError(f"{path}: arithmetic {one.id}: another entry has this id")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return ClaimsFile(paper, tuple(claims.values()), digest, path, tuple(fixed))
 
 
 def _claim(entry: Any, path: Path, number: int) -> Claim:
@@ -310,6 +347,12 @@ def _check(claim: Claim, where: str) -> None:
     for key in sorted(needed):
         if getattr(claim, key) is None:
             raise SettingsError(f"{where}.{key}: missing; test {claim.test} needs it")
+    if claim.role == "headline":
+        for key in ("source", "matters_from"):
+            if getattr(claim, key) is None and not (key == "matters_from" and claim.test == "count"):
+                raise SettingsError(f"{where}.{key}: missing; a headline needs it")
+    if claim.deviation and claim.role != "probe":
+        raise SettingsError(f"{where}.deviation: only of a probe")
     if claim.matters and claim.margin:
         raise SettingsError(f"{where}.margin: not beside matters; it is the older word for it")
     if claim.test in _NEEDS_MATTERS:

@@ -79,7 +79,10 @@ class Comparison:
 
 
 def find(claim: Claim, records: Records) -> list[Comparison]:
-    """What the claim compares in these records, not yet tested. Never empty."""
+    """What the claim compares in these records, not yet tested. Never empty.
+
+    Seeds that had been seen when the claim was made are left out.
+    """
     found = [
         comparison
         for treatment, control in claim.pairs()
@@ -97,23 +100,24 @@ def _of_pair(
 ) -> Iterator[Comparison]:
     variants = {treatment.variant} if treatment.variant else set()
     variants |= {step.variant for step in claim.steps or () if step.variant}
+    unseen = records.above(claim.seen)
     run = [
         (dataset, architecture)
-        for dataset, architecture in records.cells(variants)
+        for dataset, architecture in unseen.cells(variants)
         if treatment.dataset in (None, dataset) and treatment.architecture in (None, architecture)
     ]
     covered = [cell for cell in run if claim.covers(*cell)]
     if not covered:
-        nowhere = _Cell(claim, treatment, control, records, None, None)
+        nowhere = _Cell(claim, treatment, control, unseen, None, None)
         names = " or ".join(sorted(variants))
-        problem = (
-            f"{names} was run only where the claim is not made: {_cells(run)}"
-            if run
-            else f"no run of {names}"
-        )
+        problem = f"no run of {names}"
+        if run:
+            problem = f"{names} was run only where the claim is not made: {_cells(run)}"
+        elif records.cells(variants):
+            problem += f" with a seed above {claim.seen}; the others had been seen when the claim was made"
         yield nowhere.comparison(nowhere.points(treatment.target), problem)
     for dataset, architecture in covered:
-        yield from _Cell(claim, treatment, control, records, dataset, architecture).comparisons()
+        yield from _Cell(claim, treatment, control, unseen, dataset, architecture).comparisons()
 
 
 def _cells(cells: list[tuple[str, str]]) -> str:

@@ -56,7 +56,7 @@ def judge_claims(claims: Sequence[Claim], records: Records, terms: Terms) -> lis
     for number, (size, share) in enumerate(zip(terms.sizes, terms.shares, strict=True)):
         for claim in judged:
             if not claim.decided:
-                _look(claim, records, terms, number, size, share)
+                _look(claim, records.above(claim.claim.seen), terms, number, size, share)
         for family in together:
             family.judge()
     for family in together:

@@ -133,17 +133,23 @@ class Records:
         self._dense: dict[tuple[str, str], dict[int, float]] = {}
         self._images: dict[tuple[str, str], int | None] = {}
         self._ends: dict[tuple[str, str, str], set[float]] = {}
-        self._until: dict[int, Records] = {}
+        self._parts: dict[tuple[int, float], Records] = {}
         self._settings: dict[tuple[_Place, int], str] = {}
 
     def until(self, seed: int) -> Records:
         """The records of all seeds up to this one, all that a look knows."""
-        if seed not in self._until:
-            known = [
-                record for runs in self._runs.values() for record in runs.values() if record.seed <= seed
-            ]
-            self._until[seed] = Records(known, self._chances)
-        return self._until[seed]
+        return self._part(-1, seed)
+
+    def above(self, seed: int) -> Records:
+        """The records of the seeds above this one, all that may judge a claim made when it had been seen."""
+        return self if seed < 0 else self._part(seed, math.inf)
+
+    def _part(self, above: int, until: float) -> Records:
+        if (above, until) not in self._parts:
+            every = (record for runs in self._runs.values() for record in runs.values())
+            known = [record for record in every if above < record.seed <= until]
+            self._parts[above, until] = Records(known, self._chances, self._predictions)
+        return self._parts[above, until]
 
     def cells(self, variants: set[str]) -> list[tuple[str, str]]:
         """(dataset, architecture) pairs in which one of the variants was run, sorted."""

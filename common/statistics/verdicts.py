@@ -9,8 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from common.statistics import opening, words
-from common.statistics.claims import ClaimsFile
-from common.statistics.comparisons import Comparison
+from common.statistics.arithmetic import values
+from common.statistics.claims import Claim, ClaimsFile
+from common.statistics.comparisons import Comparison, find
 from common.statistics.deciding import (
     CONTRADICTED,
     NOT_TESTED,
@@ -46,8 +47,9 @@ def judge(
     papers = {}
     for file in files:
         found = records.get(file.paper, Records([]))
-        judged = judge_claims(file.claims, found, terms)
-        again = stability_of(file.claims, judged, found, terms) if checks else None
+        claims = [claim for claim in file.claims if claim.deviation is None or _run(claim, found)]
+        judged = judge_claims(claims, found, terms)
+        again = stability_of(claims, judged, found, terms) if checks else None
         papers[file.paper] = _paper(file, judged, found, terms, again)
     counts: Counter[str] = Counter()
     for paper in papers.values():
@@ -59,6 +61,11 @@ def judge(
     return _plain({"alpha": terms.alpha, "looks": plan, "counts": _counts(counts), "papers": papers})
 
 
+def _run(claim: Claim, records: Records) -> bool:
+    """Whether what the claim compares was run; deviations are measured in profiles of their own."""
+    return any(comparison.problem is None for comparison in find(claim, records))
+
+
 def _paper(
     file: ClaimsFile,
     judged: Sequence[Judged],
@@ -68,6 +75,7 @@ def _paper(
 ) -> dict[str, Any]:
     claims = [_claim(one, records, terms, stability) for one in judged]
     return {
+        "arithmetic": [values(entry, records) for entry in file.arithmetic],
         "claims": claims,
         "claims_digest": file.digest,
         "counts": _counts(Counter(claim["verdict"] for claim in claims)),
@@ -102,7 +110,8 @@ def _claim(
     deciding = _deciding(judged)
     why = opening.why_claim(judged, deciding)
     in_family = claim.test != "count"
-    held = {"role", "id", "statement", "test", "metric", "direction", "scale", "require", "note"}
+    held = {"role", "id", "statement", "source", "matters_from", "deviation", "seen", "test", "metric"}
+    held |= {"direction", "scale", "require", "note"}
     return {
         **claim.model_dump(include=held),
         "paper_value": claim.paper_value.model_dump() if claim.paper_value else None,
