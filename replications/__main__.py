@@ -1,6 +1,7 @@
 """`python -m replications run PAPER`: the stage of a paper, from settings to records; what `dvc repro` calls.
 
-Beside it, `plan` says what a profile will cost on this machine, and `import` takes in the results of another one.
+Beside it, `plan` says what a profile will cost on this machine, `claims` what each claim will compare there, and `import`
+takes in the results of another machine.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
         default=60.0,
         help="how long the rehearsal may take; 0 only counts runs (default: %(default)s)",
     )
+    check = known.add_parser(
+        "claims", help="what each claim will compare, and the smallest effect that the seeds can show"
+    )
+    check.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    check.add_argument("--profile", help="profile to use in place of the one that the file selects")
     take = known.add_parser("import", help="take in the results of another machine without training")
     take.add_argument("folder", type=Path, help="a copy of its folder `results`")
     take.add_argument("--paper", action="append", default=[], help="only this one; may be repeated")
@@ -68,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     o = options
     command = {
         "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget),
+        "claims": lambda: commands.print_claims(o.params, o.profile),
         "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
         "import": lambda: commands.import_results(o.folder, o.paper, o.params, o.partial),
     }

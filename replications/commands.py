@@ -48,6 +48,13 @@ def print_plan(params: str, profile_name: str | None, seconds: float) -> None:
     print(plan.plan(params, profile_name, seconds, RESULTS))
 
 
+def print_claims(params: str, profile_name: str | None) -> None:
+    """Print what each claim will compare in a profile. Raises SettingsError."""
+    from common.stage import foreseen  # needs scipy, which training does not
+
+    print(foreseen.table(params, profile_name))
+
+
 def run_paper(paper: str, params: str, profile_name: str | None, ends: float) -> None:
     """Execute all runs of a paper in a profile, write its records and log them.
 

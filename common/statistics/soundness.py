@@ -181,6 +181,17 @@ def gates(comparison: Comparison, records: Records) -> list[Quantity]:
     return [side for side in found if records.seeds(side)]
 
 
+def absent(comparison: Comparison, records: Records) -> list[str]:
+    """What preconditions would read and no run has, so that they could not be met."""
+    return [
+        f"its precondition reads {place(side)}, which is not run"
+        for condition in comparison.claim.precondition or ()
+        for sides in _sides(condition, comparison, records)
+        for side in sides
+        if not records.seeds(side)
+    ]
+
+
 def _sides(condition: Precondition, comparison: Comparison, records: Records) -> list[list[Quantity]]:
     """Both variants of a precondition, in each place where something is compared."""
     places = dict.fromkeys(
