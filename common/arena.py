@@ -7,7 +7,6 @@ network's parameters, and returns `contest.outcome(trainer)`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,75 +14,69 @@ from typing import Any
 
 from torch import nn
 
-from common.core import schedules
 from common.core.data import Dataset
 from common.core.failures import Unreachable
-from common.core.identity import stream
-from common.core.models import Network, build
+from common.core.models import Network
 from common.core.pruning.counting import cost
 from common.core.pruning.masks import prunable
-from common.core.run import Context, Outcome, Run
+from common.core.recipe import Recipe
+from common.core.run import Cell, Context, Outcome
 from common.core.trainer import Hooks, Trainer
-from common.settings import Count, Rate, Share, Strict
 
 _BACKWARD_AND_FORWARD = 3  # training costs about three forward passes
 
 
-class Arena(Strict):
-    """What all contenders share."""
-
-    architecture: str = "vgg_t8"
-    epochs: Count = 20
-    batch_size: Count = 64
-    learning_rate: Rate = 0.1
-    milestones: tuple[Share, ...] = (0.5, 0.75)
-    """When the dense learning rate drops to a tenth, as shares of the epochs."""
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-
-
 @dataclass(frozen=True)
 class Contest:
-    """One run of a contender: its seed and target, and the means that all contenders share."""
+    """One run of a contender: its seed and target, and the means that all contenders share.
 
-    run: Run
+    arena: optimiser, epochs and learning rates of the dense network.
+    """
+
     context: Context
-    arena: Arena
+    arena: Recipe
+
+    @property
+    def cell(self) -> Cell:
+        """The network and its images."""
+        return self.context.job.cell
+
+    @property
+    def target(self) -> float:
+        """Share of the dense network's parameters that must go."""
+        return self.context.job.target
 
     @property
     def keep(self) -> float:
         """Share of the dense network's parameters that may stay."""
-        return 1 - self.run.target
-
-    @cached_property
-    def data(self) -> Dataset:
-        """The data set on the run's device."""
-        return self.context.dataset(self.run.settings["data"])
+        return 1 - self.target
 
     @property
-    def per_epoch(self) -> int:
-        """Iterations in an epoch."""
-        return math.ceil(len(self.data.labels["train"]) / self.arena.batch_size)
+    def seed(self) -> int:
+        """Of the run; what a method draws comes from a stream of it."""
+        return self.context.job.seed
+
+    @property
+    def data(self) -> Dataset:
+        """The data set on the run's device."""
+        return self.context.data
 
     def network(self, widths: Sequence[int] | None = None) -> Network:
         """The network of the arena, or one of other widths, freshly initialised from the run's seed, on its device."""
-        return self.context.compute.place(self._build(widths, seed=stream(self.run.seed, "init")))
+        return self.context.network(widths=widths)
 
     def shape_of(self, widths: Sequence[int] | None = None) -> Network:
         """As `network`, without memory or values, for counting."""
-        return self._build(widths, device="meta")
+        return self.cell.build(self.data, widths=widths, device="meta")
 
-    def _build(self, widths: Sequence[int] | None, **options: Any) -> Network:
-        shape = self.data.image_shape
-        return build(
-            self.arena.architecture, classes=self.data.classes, image_shape=shape, widths=widths, **options
-        )
+    def size_of(self, widths: Sequence[int] | None = None) -> int:
+        """Parameters of the network of these widths; of the dense one by default."""
+        return sum(parameter.numel() for parameter in self.shape_of(widths).parameters())
 
     @cached_property
     def parameters(self) -> int:
         """Parameters of the dense network."""
-        return sum(parameter.numel() for parameter in self.shape_of().parameters())
+        return self.size_of()
 
     def sparsity(self, model: nn.Module) -> float:
         """Share of the prunable weights that must be zero so that `keep` of all parameters are left.
@@ -91,31 +84,21 @@ class Contest:
         Raises Unreachable when the parameters that cannot be pruned are too many for that.
         """
         candidates = sum(weight.numel() for weight in prunable(model).values())
-        share = self.run.target * self.parameters / candidates
+        share = self.target * self.parameters / candidates
         if share >= 1:
             most = candidates / self.parameters
             raise Unreachable(
-                f"only a share of {most:.3f} of the parameters are prunable weights; {self.run.target} must go"
+                f"only a share of {most:.3f} of the parameters are prunable weights; {self.target} must go"
             )
         return share
 
     def trainer(self, model: nn.Module, hooks: Hooks | Sequence[Hooks] = ()) -> Trainer:
         """A Trainer with the optimiser of the arena."""
-        arena = self.arena
-        return self.context.trainer(
-            model,
-            self.data,
-            arena.batch_size,
-            hooks,
-            momentum=arena.momentum,
-            nesterov=arena.nesterov,
-            weight_decay=arena.weight_decay,
-        )
+        return self.arena.trainer(self.context, model, hooks)
 
-    def dense_rates(self, epochs: int) -> list[float]:
-        """The dense learning rates for a training of `epochs` epochs, one per iteration."""
-        milestones = [share * epochs for share in self.arena.milestones]
-        return schedules.multistep(self.arena.learning_rate, epochs, self.per_epoch, milestones)
+    def rates(self, epochs: int) -> list[float]:
+        """The arena's course of the learning rate in a training of `epochs` epochs, one per iteration."""
+        return self.arena.changed(epochs=epochs).rates(self.arena.per_epoch(self.data))
 
     def outcome(self, trainer: Trainer, forward_macs: float | None = None, **details: Any) -> Outcome:
         """Scores, cost and curves of the trained network.
@@ -133,7 +116,7 @@ class Contest:
             forward_macs = costs["macs"] * trainer.epochs_done
         images = len(self.data.labels["train"])
         costs["training_macs"] = int(_BACKWARD_AND_FORWARD * forward_macs * images)
-        return Outcome(self.context.scores(trainer, self.data), costs, trainer.history, details=details)
+        return self.context.measured(trainer, costs=costs, details=details)
 
 
 Contender = Callable[[Contest], Outcome]

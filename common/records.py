@@ -51,6 +51,11 @@ class Identity(_Line):
         """These fields alone."""
         return {name: getattr(self, name) for name in Identity.model_fields}
 
+    @property
+    def name(self) -> str:
+        """What messages call the run."""
+        return f"{self.paper}/{self.variant} {self.architecture} target {self.target:g} seed {self.seed}"
+
 
 class Cause(Identity):
     """The run at the root of a failure: the one that failed by itself."""

@@ -247,15 +247,6 @@ class PaperSettings(Strict):
         return validated(type(self), merged(self.model_dump(), changes), where)
 
 
-class CellSettings(Strict):
-    """A part of a paper's experiment with data and settings of its own; each paper adds its own fields."""
-
-    data: DatasetSettings | None = None
-    """In place of the profile's data set."""
-    settings: dict[str, Any] = {}
-    """Settings of the paper that are others here; tables are merged, as in a profile that extends another."""
-
-
 def hint(name: str, known: list[str]) -> str:
     """What is allowed in place of `name`, nearest match first."""
     near = difflib.get_close_matches(str(name), known, n=1)

@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from common import settings as common_settings
-from common.arena import Arena, Contest
+from common.arena import Contest
 from common.core.compute import Compute
 from common.core.data import FixedBatches
 from common.core.experiment import listed
 from common.core.failures import RunFailed
 from common.core.models import build
 from common.core.pruning import channels
-from common.core.run import Context, Run
+from common.core.recipe import Recipe
+from common.core.run import Cell, Context
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
+from replications.equal_footing.protocol import Contend
 from replications.feature_relevance import baselines, method, protocol
 from replications.feature_relevance.contender import contend
 from replications.feature_relevance.costs import CostTable, forward_macs
@@ -483,17 +485,10 @@ def test_scoring_images_are_balanced_and_fixed():
 
 @pytest.mark.parametrize("architecture", ["vgg_t8", "resnet8"])
 def test_contender_ends_with_few_enough_parameters(architecture):
-    arena = Arena(architecture=architecture, epochs=4)
-    run = Run(
-        "equal_footing",
-        "feature relevance",
-        "digits",
-        architecture,
-        0.75,
-        0,
-        {"data": DIGITS.model_dump(mode="json")},
-    )
-    contest = Contest(run, _context(run), arena)
+    arena = Recipe(epochs=4, batch_size=64, learning_rate=0.1, schedule="linear")
+    cell, name = Cell(architecture=architecture, data=DIGITS), "feature relevance"
+    job = Contend(variant=name, cell=cell, target=0.75, seed=0, method=name, arena=arena)
+    contest = Contest(_context(job.run), arena)
     outcome = contend(contest)
     assert outcome.cost["parameters"] <= 0.25 * contest.parameters
     assert outcome.cost["parameters"] > 0.2 * contest.parameters

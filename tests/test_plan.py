@@ -2,20 +2,19 @@
 
 import json
 import shutil
-import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from made_up_jobs import MadeUp, made_up
 from project import add_example, copy, params, run
 from torch import nn
 
 from common.core.data import FixedBatches
 from common.core.failures import RunFailed
 from common.core.pruning.counting import cost
-from common.core.run import Outcome, Run
+from common.core.run import Outcome
 from common.core.trainer import Hooks, Trainer
 from common.settings import ExecutionSettings
 from common.stage import rehearsal
@@ -29,16 +28,12 @@ pytestmark = pytest.mark.slow
 EPOCHS, PER_EPOCH = 6, 1000
 
 
-def _run(variant, seed, needs=(), **settings):
-    return Run("fake", variant, "made up", "linear", 0.0, seed, settings, tuple(needs))
-
-
 def test_runs_that_differ_in_the_seed_alone_are_of_one_kind():
     listed = []
     for seed in (3, 4):
-        tuning = [_run("tuning", 1000 + trial, rate=0.1) for trial in range(2)]
-        listed.append(_run("pruned", seed, [_run("dense", seed, rate=0.1), *tuning], rate=0.1))
-    listed.append(_run("dense", 5, rate=0.2))
+        tuning = [made_up("tuning", 1000 + trial, rate=0.1) for trial in range(2)]
+        listed.append(made_up("pruned", seed, (made_up("dense", seed, rate=0.1), *tuning), rate=0.1))
+    listed.append(made_up("dense", 5, rate=0.2))
     found = kinds(listed)
     assert [(kind.run.variant, [run.seed for run in kind.members]) for kind in found] == [
         ("dense", [3, 4]),
@@ -74,15 +69,14 @@ class _Shrinking(Hooks):
 
 @pytest.fixture
 def performed(monkeypatch, tmp_path):
-    """Rehearse one run of a made-up paper in this process: a function of its `execute` and the time to measure."""
+    """Rehearse one run of a made-up job in this process: a function of what it does and the time to measure."""
     monkeypatch.setattr(rehearsal, "_known", {})
 
     def rehearse(execute, measured=True):
-        protocol = SimpleNamespace(execute=execute)
-        monkeypatch.setitem(sys.modules, "replications.fake.protocol", protocol)
+        monkeypatch.setattr(MadeUp, "does", staticmethod(execute), raising=False)
         execution = ExecutionSettings(device="cpu", precision="float32")
         store = rehearsal._Rehearsal(tmp_path, execution, time.time() + (60 if measured else -1))
-        return perform(_run("dense", 0), store, execution, True)
+        return perform(made_up(), store, execution, True)
 
     yield rehearse
     rehearsal._restore()
@@ -105,7 +99,7 @@ def test_a_rehearsal_has_all_epochs_and_few_iterations(performed, monkeypatch):
     monkeypatch.setattr(rehearsal, "TIMED_SECONDS", 0.0)  # two iterations a shape, and one to warm up
     hook = _Shrinking()
     trainer = _trainer(hook)
-    entry = performed(lambda run, context: _outcome(trainer))
+    entry = performed(lambda context: _outcome(trainer))
     assert entry.cost.epochs == EPOCHS and not entry.cost.from_macs
     assert hook.epochs == [(epoch, (epoch + 1) * PER_EPOCH) for epoch in range(EPOCHS)]
     assert hook.steps == 2 * 3  # the network had two shapes
@@ -117,7 +111,7 @@ def test_a_rehearsal_has_all_epochs_and_few_iterations(performed, monkeypatch):
 
 
 def test_iterations_that_are_left_out_are_reckoned(performed):
-    def execute(run, context):
+    def execute(context):
         trainer = _trainer(_Slow())
         trainer.fit([0.01] * (EPOCHS * PER_EPOCH))
         return Outcome({}, {}, trainer.history)
@@ -133,10 +127,10 @@ class _Slow(Hooks):
 
 
 def test_what_is_unknown_when_time_is_over_is_reckoned_from_macs(performed):
-    performed(lambda run, context: _outcome(_trainer()))
+    performed(lambda context: _outcome(_trainer()))
     (known,) = (timing for key, timing in rehearsal._known.items() if key[0] == "train")
     hook = _Counting()
-    entry = performed(lambda run, context: _outcome(_trainer(hook, width=32)), measured=False)
+    entry = performed(lambda context: _outcome(_trainer(hook, width=32)), measured=False)
     assert entry.cost.from_macs and hook.steps == 0 and len(entry.curves) == EPOCHS
     assert entry.cost.seconds > EPOCHS * 2 * known.seconds
 
@@ -147,7 +141,7 @@ class _Counting(_Shrinking):
 
 
 def test_a_run_that_fails_says_why(performed):
-    def execute(run, context):
+    def execute(context):
         raise RunFailed("made to fail")
 
     assert performed(execute).cost.problem == "made to fail"
@@ -155,8 +149,8 @@ def test_a_run_that_fails_says_why(performed):
 
 def test_kinds_without_a_cost_count_as_the_mean_of_the_others():
     rates = {"dense": 0.1, "failed": 0.2, "late": 0.3}
-    runs = [_run(name, seed, rate=rate) for name, rate in rates.items() for seed in (0, 1)]
-    dense, failed, late = kinds([*runs, _run("dense", 2, rate=0.1)])
+    runs = [made_up(name, seed, rate=rate) for name, rate in rates.items() for seed in (0, 1)]
+    dense, failed, late = kinds([*runs, made_up("dense", 2, rate=0.1)])
     stage = Stage("fake", [dense, failed, late], done={runs[0].settings_hash, runs[2].settings_hash})
     costs = {
         dense.run.settings_hash: Cost(3.0, 10, 100),

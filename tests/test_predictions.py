@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from made_up import failed, record
+from made_up_jobs import MadeUp, made_up
 
 from common.core.compute import Compute
 from common.core.data import Batches
 from common.core.identity import stream
-from common.core.run import Context, Outcome, Run
+from common.core.run import Context, Outcome
 from common.predictions import SUFFIX, Predictions, check, packed, predictions_file, unpacked
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, SettingsError
 from common.stage import scheduler
@@ -106,10 +107,6 @@ def test_a_record_and_its_predictions_agree():
 DATA = DatasetSettings(source="digits", train=200, validation=100, test=300)
 
 
-def _run(variant="dense", needs=()):
-    return Run("example", variant, "digits", "linear", 0.0, 0, {"data": DATA.model_dump(mode="json")}, needs)
-
-
 def _trainer(context):
     data = context.dataset(DATA)
     linear = torch.nn.Linear(64, data.classes)
@@ -117,8 +114,8 @@ def _trainer(context):
     return context.trainer(torch.nn.Sequential(torch.nn.Flatten(), linear), data, 50), data
 
 
-def _context(run=None, needs=()):
-    return Context(run or _run(), Compute.choose("cpu", "float32"), needs)
+def _context():
+    return Context(made_up(data=DATA), Compute.choose("cpu", "float32"), ())
 
 
 def test_a_run_keeps_those_of_the_network_whose_accuracy_it_reports(tmp_path):
@@ -150,21 +147,19 @@ def test_a_network_without_a_finite_loss_has_predictions_too(tmp_path):
 
 
 def test_a_run_that_takes_over_the_results_of_another_has_its_predictions(tmp_path, monkeypatch):
-    def execute(run, context):
-        if run.needs:
-            return Outcome(context.needs[1].record.metrics, {})
+    def execute(context):
+        if context.job.needs:
+            return Outcome(context.of(context.job.needs[1]).record.metrics, {})
         trainer, data = _trainer(context)
-        trainer.fit([0.1] * len(trainer.batches) * (1 + run.seed))
+        trainer.fit([0.1] * len(trainer.batches))
         return Outcome(context.scores(trainer, data), {}, trainer.history)
 
-    monkeypatch.setattr(
-        scheduler, "protocol", lambda paper: type("P", (), {"execute": staticmethod(execute)})
-    )
+    monkeypatch.setattr(MadeUp, "does", staticmethod(execute), raising=False)
     execution = ExecutionSettings(device="cpu", precision="float32")
     store = Store(tmp_path, execution)
-    first, second = _run("first"), _run("second")
+    first, second = made_up("first", data=DATA), made_up("second", seed=1, data=DATA)
     entries = [scheduler.perform(run, store, execution, False) for run in (first, second)]
-    chosen = scheduler.perform(_run("chosen", (first, second)), store, execution, False)
+    chosen = scheduler.perform(made_up("chosen", needs=(first, second), data=DATA), store, execution, False)
     assert chosen.record.predictions == entries[1].record.predictions != None  # noqa: E711
     assert chosen.predictions == entries[1].predictions
     check([chosen.record], unpacked(packed([Predictions.from_text(chosen.predictions)]), FILE), FILE)

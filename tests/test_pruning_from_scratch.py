@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from common.arena import Arena, Contest
+from common.arena import Contest
 from common.core import loading
 from common.core.compute import Compute
 from common.core.data import Batches
 from common.core.experiment import listed
-from common.core.run import Context
+from common.core.recipe import Recipe
+from common.core.run import Cell, Context
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
+from replications.equal_footing.protocol import Contend
 from replications.pruning_from_scratch import bpcp, method, protocol
 from replications.pruning_from_scratch.contender import contend
 from replications.pruning_from_scratch.structure import (
@@ -635,10 +637,10 @@ def test_the_larger_recipe_trains(tmp_path):
 
 
 def test_the_contender_spends_the_epochs_of_the_arena():
-    run = runs_of(profile())[0]
-    run = type(run)(run.paper, "pruning from scratch", run.dataset, "vgg_t8", 0.5, 0, run.settings)
-    context = Context(run, Compute.choose("cpu", "float32"), ())
-    outcome = contend(Contest(run, context, Arena(epochs=4)))
+    arena = Recipe(epochs=4, batch_size=64, learning_rate=0.1, schedule="linear")
+    cell, name = Cell(architecture="vgg_t8", data=profile().dataset), "pruning from scratch"
+    job = Contend(variant=name, cell=cell, target=0.5, seed=0, method=name, arena=arena)
+    outcome = contend(Contest(Context(job.run, Compute.choose("cpu", "float32"), ()), arena))
     cost = outcome.cost
     assert cost["parameters"] / cost["dense_parameters"] == pytest.approx(0.5, abs=0.02)
     assert [row["phase"] for row in outcome.curves] == ["train"] * 3

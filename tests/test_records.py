@@ -2,40 +2,37 @@
 
 import ast
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
+from made_up_jobs import DATA, MadeUp, made_up
 from project import ROOT
+from pydantic_core import to_jsonable_python
 
 from common import records
 from common.core import loading
 from common.core.failures import Diverged, OutOfMemory, RunFailed, Unreachable
 from common.core.identity import canonical
 from common.core.pruning.masks import Infeasible
-from common.core.run import Outcome, Run
+from common.core.run import Outcome
 from common.records import Cause, Curves, Failure, Record
 from common.report.evidence import finite
-from common.settings import DatasetSettings, ExecutionSettings, SettingsError
-from common.stage import scheduler
+from common.settings import ExecutionSettings, SettingsError
 from common.stage.scheduler import perform
 from common.stage.store import Store
 from common.statistics.records import Lost, Quantity, Records
 
-DATA = {"source": "digits", "train": 200, "validation": 100}
 IDENTITY = {"paper": "example", "variant": "v", "dataset": "d", "architecture": "a", "target": 0.5, "seed": 3}
 MINIMAL = {**IDENTITY, "status": "ok"}
 
 
-def _run(variant, needs=(), **settings):
-    return Run("example", variant, "digits", "linear", 0.5, 0, {"data": DATA, **settings}, needs)
-
-
 @pytest.fixture
 def performed(tmp_path, monkeypatch):
-    """A function that performs runs whose execution is given; returns the last one's record."""
+    """A function that performs runs of made-up jobs that do what is given; returns the last one's record."""
 
     def performed(execute, *runs, precision="float32"):
-        monkeypatch.setattr(scheduler, "protocol", lambda paper: type("", (), {"execute": execute}))
+        monkeypatch.setattr(MadeUp, "does", staticmethod(execute), raising=False)
         execution = ExecutionSettings(device="cpu", precision=precision)
         store = Store(tmp_path, execution)
         for run in runs:
@@ -47,10 +44,10 @@ def performed(tmp_path, monkeypatch):
 
 
 def _raises(error):
-    def execute(run, context):
+    def execute(context):
         raise error
 
-    return staticmethod(execute)
+    return execute
 
 
 # ------------------------------------------------------------------------------------------ what a record says
@@ -60,9 +57,9 @@ def test_a_finished_run_says_chance_and_what_it_was_executed_with(performed):
     import torch
 
     outcome = Outcome({"test_accuracy": 0.5, "bad": float("nan")}, {"macs": 1})
-    run = _run("dense")
-    record = performed(lambda run, context: outcome, run)
-    labels = loading.load(DatasetSettings(**DATA)).labels["test"].tolist()
+    run = made_up()
+    record = performed(lambda context: outcome, run)
+    labels = loading.load(DATA).labels["test"].tolist()
     assert record.chance == max(map(labels.count, labels)) / len(labels) and 0.1 <= record.chance < 0.11
     assert (record.device, record.precision, record.torch) == ("cpu", "float32", torch.__version__)
     assert record.identity == run.identity and record.settings_hash == run.settings_hash
@@ -73,19 +70,19 @@ def test_a_finished_run_says_chance_and_what_it_was_executed_with(performed):
 
 def test_records_of_another_number_format_differ_in_nothing_else(performed):
     first, second = (
-        performed(
-            lambda run, context: Outcome({"test_accuracy": 0.5}, {}), _run("dense"), precision=name
-        ).content()
+        performed(lambda context: Outcome({"test_accuracy": 0.5}, {}), made_up(), precision=name).content()
         for name in ("float32", "bfloat16")
     )
     assert {key for key in first if first[key] != second[key]} == {"precision"} and set(first) == set(second)
 
 
 @pytest.mark.parametrize(
-    ("data", "known"), [(DATA, True), ([DATA, DATA | {"test": 10}], True), (None, False)]
+    ("data", "known"),
+    [(DATA, True), ([DATA, DATA.model_copy(update={"test": 10})], True), (None, False)],
 )
 def test_chance_is_that_of_the_data_a_run_is_tested_on(performed, data, known):
-    record = performed(lambda run, context: Outcome({}, {}), _run("dense", data=data))
+    run = replace(made_up(), settings={"data": to_jsonable_python(data)})
+    record = performed(lambda context: Outcome({}, {}), run)
     assert record.chance == pytest.approx(0.1, abs=0.01) if known else record.chance is None
 
 
@@ -105,15 +102,15 @@ def test_chance_is_that_of_the_data_a_run_is_tested_on(performed, data, known):
     ],
 )
 def test_a_failure_has_its_kind_and_chance(performed, error, kind):
-    record = performed(_raises(error), _run("dense"))
+    record = performed(_raises(error), made_up())
     assert (record.status, record.failure, record.cause) == ("failed", kind, None)
     assert record.chance == pytest.approx(0.1, abs=0.01) and record.reason and record.device == "cpu"
 
 
 def test_a_chain_of_needs_names_the_run_that_failed_first(performed):
-    dense = _run("dense")
-    pruned = _run("pruned", (dense,))
-    tuned = _run("tuned", (pruned,))
+    dense = made_up()
+    pruned = made_up("pruned", needs=(dense,))
+    tuned = made_up("tuned", needs=(pruned,))
     record = performed(_raises(Diverged("nan")), dense, pruned, tuned)
     root = Cause(**dense.identity, settings_hash=dense.settings_hash, failure="diverged")
     assert (record.failure, record.cause) == ("needs", root)

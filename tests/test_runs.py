@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up_jobs import made_up
 from project import add_example, copy, environment, params, run
 
 from common.core.data import Batches
 from common.core.loading import load
-from common.core.run import Run
+from common.core.recipe import Recipe
+from common.core.run import Cell
 from common.core.trainer import Trainer
 from common.predictions import unpacked
 from common.settings import DatasetSettings, ExecutionSettings
@@ -30,6 +32,7 @@ from common.stage.store import (
     load_checked,
     save_checked,
 )
+from replications.equal_footing.protocol import Dense
 
 pytestmark = pytest.mark.slow
 
@@ -271,18 +274,18 @@ def test_wrong_settings_stop_before_anything_trains(project):
 
 
 def test_runs_are_ordered_by_need_and_names_must_be_distinct():
-    dense = Run("p", "dense", "d", "a", 0.0, 0, {})
-    pruned = Run("p", "pruned", "d", "a", 0.5, 0, {}, (dense,))
+    dense = made_up()
+    pruned = made_up("pruned", needs=(dense,), target=0.5)
     assert in_order([pruned, dense]) == [dense, pruned]
-    again = Run("p", "dense", "d", "a", 0.0, 0, {})
+    again = made_up()
     assert len(in_order([dense, again])) == 1 and dense.settings_hash == again.settings_hash
-    with pytest.raises(ValueError, match="two different runs are called p/dense"):
-        in_order([dense, Run("p", "dense", "d", "a", 0.0, 0, {"epochs": 3})])
+    with pytest.raises(ValueError, match="two different runs are called .*/dense"):
+        in_order([dense, made_up(epochs=3)])
 
 
 def test_what_a_run_needs_is_part_of_its_identity():
-    one, other = (Run("p", "dense", "d", "a", 0.0, 0, {"epochs": n}) for n in (1, 2))
-    hashes = {Run("p", "pruned", "d", "a", 0.5, 0, {}, (need,)).settings_hash for need in (one, other)}
+    one, other = (made_up(epochs=n) for n in (1, 2))
+    hashes = {made_up("pruned", needs=(need,)).settings_hash for need in (one, other)}
     assert len(hashes) == 2
 
 
@@ -353,18 +356,15 @@ def test_a_spent_time_budget_stops_inside_a_run_which_goes_on_later(tmp_path):
     assert torch.equal(resumed.model[1].weight, unbroken.model[1].weight)
 
 
-def _example_runs(count, **settings):
-    """Dense runs of halo's smallest network on few digits."""
-    data = DatasetSettings(train=200, validation=100).model_dump(mode="json")
-    return [
-        Run("equal_footing", "dense", "digits", "digits_cnn", 0.0, seed, {"data": data, **settings})
-        for seed in range(count)
-    ]
+def _example_runs(count):
+    """Dense runs on equal footing, of a small network on few digits."""
+    cell = Cell(architecture="vgg_t8", data=DatasetSettings(train=200, validation=100))
+    arena = Recipe(epochs=2, batch_size=64, learning_rate=0.1, schedule="linear")
+    return [Dense(variant="dense", cell=cell, seed=seed, arena=arena).run for seed in range(count)]
 
 
 def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, monkeypatch):
     """On a GPU several runs train in threads of one process; here the same threads train on the CPU."""
-    arena = {"architecture": "vgg_t8", "epochs": 2}
     results = []
     for place in ("processes", "threads"):
         if place == "threads":
@@ -373,14 +373,14 @@ def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, m
             )
             monkeypatch.setattr("common.stage.scheduler._start_thread", lambda devices: None)
         store = Store(tmp_path / place)
-        entries = execute(_example_runs(4, arena=arena), store, ExecutionSettings(device="cpu"), "test")
+        entries = execute(_example_runs(4), store, ExecutionSettings(device="cpu"), "test")
         results.append([(entry.record, entry.curves) for entry in entries])
     assert results[0] == results[1]
     assert len({json.dumps(curves) for _, curves in results[0]}) == 4
 
 
 def test_a_kept_run_of_another_schema_is_done_again(tmp_path, capsys):
-    run = Run("example", "dense", "digits", "linear", 0.0, 0, {})
+    run = made_up()
     store = Store(tmp_path)
     save_checked(tmp_path / f"{store.key(run)}.json", b'{"record": {"paper": 7}}')
     assert store.load(run) is None

@@ -8,14 +8,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-import common.settings
 from common.core import loading
 from common.core.data import Dataset
 from common.core.identity import canonical
 from common.core.models import ArchitectureName
 from common.core.recipe import Recipe
 from common.core.run import Cell, Job, Run
-from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Targets
+from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Strict, Targets
 
 
 def _above_0(targets: tuple[float, ...]) -> tuple[float, ...]:
@@ -28,12 +27,16 @@ Cuts = Annotated[Targets, AfterValidator(_above_0)]
 """Targets of pruned networks."""
 
 
-class CellSettings(common.settings.CellSettings):
+class CellSettings(Strict):
     """A network and its images, and what is other there than elsewhere in the paper."""
 
     architecture: ArchitectureName
     options: dict[str, Any] = {}
     """As of `common.core.run.Cell`."""
+    data: DatasetSettings | None = None
+    """In place of the profile's data set."""
+    settings: dict[str, Any] = {}
+    """Settings of the paper that are others here; tables are merged, as in a profile that extends another."""
 
 
 Cells = Annotated[tuple[CellSettings, ...], Field(min_length=1)]

@@ -20,7 +20,7 @@ from common.core.identity import digest, stream
 from common.core.models import ArchitectureName, Network
 from common.core.pruning.counting import cost
 from common.core.trainer import Checkpoints, Decays, Hooks, Trainer
-from common.records import Record
+from common.records import Identity, Record
 from common.settings import DatasetSettings, Part, Strict, parts
 
 
@@ -30,8 +30,8 @@ class Run:
 
     settings: everything else that determines the run, as JSON values; its entry `data` (a dump of DatasetSettings, or
     a list of them) names what the run reads. needs: runs whose record and state this one starts from.
-    code: files and folders of the project, relative to it, whose code the run executes beside the core and its paper.
-    job: what it is derived from; None for a paper that lists its runs and executes them itself.
+    job: what it is derived from, and what executes it. code: files and folders of the project, relative to it, whose
+    code the run executes beside the core and its paper.
     """
 
     paper: str
@@ -41,9 +41,9 @@ class Run:
     target: float
     seed: int
     settings: Mapping[str, Any]
+    job: Job
     needs: tuple[Run, ...] = ()
     code: tuple[str, ...] = ()
-    job: Job | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Run:
         return digest({**self.identity, "settings": self.settings, "needs": needs})
 
     def __str__(self) -> str:
-        return f"{self.paper}/{self.variant} {self.architecture} target {self.target:g} seed {self.seed}"
+        return Identity(**self.identity).name
 
 
 class Cell(Strict):
@@ -137,9 +137,9 @@ class Job(Strict):
             self.target,
             self.seed,
             settings,
+            self,
             tuple(need.run for need in self.needs),
             self.code,
-            self,
         )
 
     @model_serializer
@@ -213,9 +213,7 @@ class Context:
 
     @property
     def job(self) -> Job:
-        """The job that is executed. Raises ValueError for a run that has none."""
-        if self.run.job is None:
-            raise ValueError(f"{self.run} has no job")
+        """The job that is executed."""
         return self.run.job
 
     def of(self, need: Job) -> Needed:
@@ -240,13 +238,11 @@ class Context:
         network: Network = self.compute.place(self.job.cell.build(self.data, **{**seed, **options}))
         return network
 
-    def dataset(self, settings: DatasetSettings | Mapping[str, Any]) -> Dataset:
+    def dataset(self, settings: DatasetSettings) -> Dataset:
         """The data set on this run's device, with the training and validation images of its seed.
 
         It is loaded once per process.
         """
-        if not isinstance(settings, DatasetSettings):
-            settings = DatasetSettings.model_validate(settings)
         seed = self.run.seed if settings.split == "per_seed" else 0
         return _dataset(settings, seed, self.compute.device)
 

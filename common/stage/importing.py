@@ -307,7 +307,7 @@ def _problems(records: Sequence[Record], runs: Sequence[Run], whole: bool) -> It
     for record in records:
         run = listed.pop(tuple(record.identity.values()), None)
         if run is None:
-            yield f"{Run(**record.identity, settings={})} is given twice or not listed here"
+            yield f"{record.name} is given twice or not listed here"
             continue
         ours = json.loads(canonical(run.settings))
         if differences := list(_differences("settings", record.settings, ours)):

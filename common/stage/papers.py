@@ -33,17 +33,13 @@ def papers() -> list[str]:
 
 
 def protocol(paper: str) -> ModuleType:
-    """The module with the paper's `Settings` and `Experiment`, or in its place `runs` and `execute`."""
+    """The module with the paper's `Settings` and `Experiment`."""
     return importlib.import_module(f"replications.{paper}.protocol")
 
 
 def runs(paper: str, profile: Profile) -> list[Run]:
-    """The runs that the paper's protocol lists; what they need may be left out. Raises SettingsError, DataError."""
-    module = protocol(paper)
-    if hasattr(module, "Experiment"):
-        return experiment.listed(paper, module.Experiment, profile)
-    listed: list[Run] = module.runs(profile)
-    return listed
+    """The runs of the paper's experiment; what they need may be left out. Raises SettingsError, DataError."""
+    return experiment.listed(paper, protocol(paper).Experiment, profile)
 
 
 def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None = None) -> Profile:

@@ -32,7 +32,6 @@ from common.core.run import Context, Run
 from common.core.trainer import BatchSource, Trainer
 from common.records import Entry
 from common.settings import ExecutionSettings
-from common.stage.papers import protocol
 from common.stage.scheduler import execute, in_order
 from common.stage.store import SCRATCH, OutOfTime, RunCheckpoints, StageError, Store, TimeBudget
 
@@ -131,7 +130,6 @@ class _Rehearsal(Store):
         _own.tally = _Tally(self._measure_until)
         with _own.tally.instead():
             # what each process does once, when it first gets there
-            protocol(run.paper)
             torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0).step()
         return super().checkpoints(run, budget)
 

@@ -19,7 +19,6 @@ from pydantic import BaseModel
 from common.settings import (
     PARAMS_FILE,
     AugmentationSettings,
-    CellSettings,
     DatasetSettings,
     PaperSettings,
     SettingsError,
@@ -30,7 +29,7 @@ from common.stage.store import code_files, code_prints
 
 FOLDER = Path(".settings")
 # settings whose defaults come from outside a paper's folder
-_SHARED: tuple[type[BaseModel], ...] = (PaperSettings, CellSettings, DatasetSettings, AugmentationSettings)
+_SHARED: tuple[type[BaseModel], ...] = (PaperSettings, DatasetSettings, AugmentationSettings)
 
 
 def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Executes runs, several at once, each as soon as what it needs is finished.
 
-A protocol lists runs. Each is executed by a worker and leaves one record. Work that several runs share is itself a run,
-which the others list in `needs`.
+A protocol lists jobs. The run of each is executed by a worker and leaves one record. Work that several runs share is
+itself a run, which the others list in `needs`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from common.core.run import Context, Needed, Outcome, Run
 from common.records import Entry
 from common.settings import ExecutionSettings
 from common.stage import processes
-from common.stage.papers import protocol
 from common.stage.records import Failed, entry_of, predictions_of, record_of
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 
@@ -86,12 +85,12 @@ def _ended(context: Context) -> Outcome | Failed:
     """What a run comes to. Raises OutOfTime."""
     run, job = context.run, context.run.job
     for number, (need, left) in enumerate(zip(run.needs, context.needs, strict=True)):
-        if left.record.status == "ok" or (job and tuning.lost(job, job.needs[number], left.record)):
+        if left.record.status == "ok" or tuning.lost(job, job.needs[number], left.record):
             continue
         reason = f"it starts from {need}, which failed: {left.record.reason}"
         return Failed("needs", reason, left.record.root)
     try:
-        return job.execute(context) if job else protocol(run.paper).execute(run, context)
+        return job.execute(context)
     except RunFailed as error:
         return Failed(error.failure, str(error))
     except (RuntimeError, MemoryError) as error:

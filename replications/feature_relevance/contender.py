@@ -35,7 +35,7 @@ def contend(contest: Contest) -> Outcome:
     events = {epoch: Goal(until_at_most(table.parameters, most)) for epoch, most in goals.items()}
     hook = GradualPruning(pruner, events)
     trainer = contest.trainer(model, hook)
-    trainer.fit(contest.dense_rates(arena.epochs))
+    trainer.fit(contest.rates(arena.epochs))
     return contest.outcome(trainer, sum(forward_macs(hook.log, table, arena.epochs)), events=hook.log)
 
 

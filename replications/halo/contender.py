@@ -13,7 +13,7 @@ from its initial 1. There is no tuning on equal footing."""
 def contend(contest: Contest) -> Outcome:
     """Train weights and lambdas together with the intended learning rates, then mask to the contest's share."""
     arena = contest.arena
-    rates = contest.dense_rates(arena.epochs)
+    rates = contest.rates(arena.epochs)
     psi = PULL * (1 - arena.momentum) / sum(rates)
     model = contest.network()
     training = LambdaTraining(rates, momentum=arena.momentum, weight_decay=arena.weight_decay)

@@ -10,7 +10,7 @@ def contend(contest: Contest) -> Outcome:
     """Train, prune by global magnitude to the contest's share of parameters, retrain with SLR."""
     after = max(1, contest.arena.epochs // 4)
     before = contest.arena.epochs - after
-    rates = contest.dense_rates(before)
+    rates = contest.rates(before)
     model = contest.network()
     masks = Masks.dense(model)
     trainer = contest.trainer(model, KeepMasked(masks))

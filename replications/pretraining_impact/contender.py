@@ -20,22 +20,19 @@ def contend(contest: Contest) -> Outcome:
     model = contest.network()
     original = filter_widths(model)
 
-    def parameters(widths: list[int]) -> int:
-        return sum(parameter.numel() for parameter in contest.shape_of(widths).parameters())
-
-    reductions = [contest.run.target * (step + 1) / STEPS for step in range(STEPS)]
-    fractions = fractions_for_reductions(parameters, original, reductions)
+    reductions = [contest.target * (step + 1) / STEPS for step in range(STEPS)]
+    fractions = fractions_for_reductions(contest.size_of, original, reductions)
     dense = contest.arena.epochs // 2
     parts = iter(torch.arange(contest.arena.epochs - dense).tensor_split(STEPS))
     trainer = contest.trainer(model)
-    trainer.fit(contest.dense_rates(dense), "dense")
+    trainer.fit(contest.rates(dense), "dense")
     shape = contest.data.image_shape
 
     def retrain(fraction: float) -> float:
         epochs = len(next(parts))
         # as in the paper's loop, the optimiser starts anew after each removal
         trainer.fresh_optimizer()
-        trainer.fit(contest.dense_rates(epochs), f"after removing {fraction:.2f}")
+        trainer.fit(contest.rates(epochs), f"after removing {fraction:.2f}")
         return cost(model, shape)["macs"] * epochs
 
     spent = cost(model, shape)["macs"] * dense

@@ -1,7 +1,5 @@
 """Pruning from scratch on equal footing: gates on random weights, then the structure that they lead to."""
 
-from collections.abc import Sequence
-
 from common.arena import Contest
 from common.core.failures import Unreachable
 from common.core.identity import stream
@@ -13,23 +11,20 @@ from replications.pruning_from_scratch.structure import Layout, Ranking, search
 
 def contend(contest: Contest) -> Outcome:
     """Gates on random weights for a quarter of the epochs, then training of the structure they lead to."""
-    arena, data = contest.arena, contest.data
+    arena, data, cell = contest.arena, contest.data, contest.cell
     epochs = max(1, arena.epochs // 4)
-    wide = Layout.of(arena.architecture, data.classes, data.image_shape).expanded(EXPANSION)
-    model = wide.build(seed=stream(contest.run.seed, "widened network"))
+    wide = Layout.of(cell.architecture, data.classes, data.image_shape, cell.options).expanded(EXPANSION)
+    model = wide.build(seed=stream(contest.seed, "widened network"))
     options = GateSettings(epochs=epochs, level=contest.keep)
     _, gates, _ = learned(contest.context, data, wide.gated, model, options)
 
-    def parameters(widths: Sequence[int]) -> int:
-        return sum(parameter.numel() for parameter in contest.shape_of(widths).parameters())
-
-    found = search(Ranking.of(gates.layers()), parameters, contest.parameters, contest.run.target)
+    found = search(Ranking.of(gates.layers()), contest.size_of, contest.parameters, contest.target)
     if found.status == "unreachable":
         raise Unreachable(
-            f"{contest.run.target:g} of the parameters must go; at most {found.floor:.4f} can be removed"
+            f"{contest.target:g} of the parameters must go; at most {found.floor:.4f} can be removed"
         )
     trainer = contest.trainer(contest.network(found.candidate.widths))
-    trainer.fit(contest.dense_rates(arena.epochs - epochs))
+    trainer.fit(contest.rates(arena.epochs - epochs))
     macs = counting.cost(trainer.model, data.image_shape)["macs"]
     spent = wide.cost()["macs"] * epochs + macs * trainer.epochs_done
     return contest.outcome(trainer, spent, widths=list(found.candidate.widths))
