@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -39,33 +37,6 @@ def relative_distance(model: nn.Module, sparsity: float) -> float:
     return distance_to_pruned(model, sparsity) / math.sqrt(squared_norm(prunable(model).values()))
 
 
-def saturation_epochs(epochs: Sequence[float], gains: Sequence[float], share: float = 0.9) -> float | None:
-    """Epochs of retraining until `share` of the final gain, by the curve a * (1 - exp(-epochs / tau)).
-
-    gains: accuracy above that before retraining. Fitted by least squares: for each tau the best a is known,
-    and tau is looked for between a hundredth of the shortest and ten times the longest retraining. None
-    without a gain.
-    """
-    if max(gains) <= 0:
-        return None
-    x, y = np.asarray(epochs, dtype=float), np.asarray(gains, dtype=float)
-    taus = np.geomspace(x.min() / 100, x.max() * 10, 5000)
-    curves = 1 - np.exp(-x / taus[:, None])
-    heights = (curves @ y) / (curves**2).sum(1)
-    misfits = ((y - heights[:, None] * curves) ** 2).sum(1)
-    return float(-math.log(1 - share) * taus[misfits.argmin()])
-
-
-def gain_shares(epochs: Sequence[int], gains: Sequence[float], dense_epochs: int) -> dict[str, float | None]:
-    """How much of the gain of the longest retraining the shorter ones reach, and how long 90 % of it takes.
-
-    epochs, gains: as of `saturation_epochs`, the longest last. The time is a share of the dense epochs. None where the
-    longest gained nothing.
-    """
-    *shorter, longest = gains
-    found = {
-        f"gain_share_{percent(length, dense_epochs)}": gain / longest if longest > 0 else None
-        for length, gain in zip(epochs, shorter)
-    }
-    needed = saturation_epochs(epochs, gains)
-    return found | {"saturation_share": None if needed is None else needed / dense_epochs}
+def accuracy_at_gain(pruned_accuracy: float, retrained_accuracy: float, share: float) -> float:
+    """The accuracy at which retraining has reached a share of what it gained from right after the pruning on."""
+    return pruned_accuracy + share * (retrained_accuracy - pruned_accuracy)

@@ -20,7 +20,7 @@ from common.core.pruning.masks import Allocation, KeepMasked, Masks, norm_drop, 
 from common.core.schedules import linear
 from common.core.trainer import Trainer
 
-Schedule = Literal["FT", "LRW", "SLR", "CLR", "LLR", "ALLR", "LLR_min", "LC", "LCT", "LCN"]
+Schedule = Literal["FT", "LRW", "SLR", "SLR-Le-Hua", "CLR", "LLR", "ALLR", "LLR_min", "LC", "LCT", "LCN"]
 Tunable = Literal["constant", "stepped", "cosine", "linear", "linear_min"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 TUNABLES: tuple[str, ...] = get_args(Tunable)
@@ -90,14 +90,19 @@ def retraining_rates(
     *,
     start: float | None = None,
     warmup_share: float = WARMUP_SHARE,
+    per_epoch: int = 1,
 ) -> list[float]:
     """Learning rates of one retraining phase of `length` iterations.
 
     start: the rate right after the warm-up; required by the adaptive and the tunable kinds, unused by the
-    others. warmup_share: share of the iterations that rise from 0 along a cosine; none for FT and LRW.
+    others. warmup_share: share of the iterations that rise from 0 along a cosine; none for FT and LRW. per_epoch:
+    iterations in an epoch, for SLR-Le-Hua, whose rate stands still in an epoch.
     Raises ValueError for an unknown kind, for a missing start, and Unreachable when LRW would rewind beyond the
     beginning of dense training.
     """
+    if kind == "SLR-Le-Hua":
+        by_epoch = slr_of_le_and_hua(history, length // per_epoch)
+        return [rate for rate in by_epoch for _ in range(per_epoch)]
     if kind == "FT":
         return [history.eta_min] * length
     if kind == "LRW":
@@ -117,6 +122,18 @@ def retraining_rates(
     # the first rate after a warm-up is its end point, also where a compressed schedule would begin lower
     first = 1 if warmup and main_length else 0
     return rising + [top] * first + [main(j, main_length) for j in range(first, main_length)]
+
+
+def slr_of_le_and_hua(history: History, epochs: int) -> list[float]:
+    """SLR by its source (Le & Hua, ICLR 2021; lehduong/NPTM, weight-level/cifar_finetune.py): one rate an epoch.
+
+    A cosine from the lowest dense rate up to the highest for int(.1 E) epochs, then a tenth at int(.45 E) and again at
+    int(.675 E) epochs after the warm-up, whatever the milestones of dense training were.
+    """
+    low, top, warmup = history.eta_min, history.eta_max, int(WARMUP_SHARE * epochs)
+    drops = int(0.45 * epochs), int(0.675 * epochs)
+    rising = [low + (top - low) * (1 - math.cos(math.pi * e / warmup)) / 2 for e in range(warmup)]
+    return rising + [top * 0.1 ** sum(e >= drop for drop in drops) for e in range(epochs - warmup)]
 
 
 def _main_phase(kind: str, history: History, top: float) -> Callable[[int, int], float]:
@@ -256,6 +273,7 @@ def prune_and_retrain(
             count * len(trainer.batches),
             start=start,
             warmup_share=retraining.warmup_share,
+            per_epoch=len(trainer.batches),
         )
         cycle = Cycle(fraction, count, drop, prunable_drop, start, rates)
         if pruned is not None:

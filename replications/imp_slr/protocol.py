@@ -1,8 +1,8 @@
 """The experiments of the IMP paper: pruning and retraining after dense training, against pruning during training.
 
 One dense network per seed is shared by everything that prunes after training. Methods that prune during training start
-from the same initial weights and train for as many epochs as dense training and retraining together. Learning rates are
-chosen on validation, from the same grid for all.
+from the same initial weights and train for as many epochs as dense training and retraining together. Each has one
+learning rate, chosen on validation from the same grid and over the same targets.
 """
 
 from __future__ import annotations
@@ -28,19 +28,27 @@ from replications.imp_slr.during import Baseline, DuringSettings, Preparing, Swe
 from replications.imp_slr.measures import percent
 from replications.imp_slr.retraining import Pruning, RetrainingSettings, TunableSettings
 
-ExperimentName = Literal["schedules", "during", "allocations", "lengths", "cycles", "short", "bimp"]
+ExperimentName = Literal[
+    "schedules", "during", "allocations", "lengths", "cycles", "short", "bimp", "deviations"
+]
 DENSE, BASE = "dense", "slr"
 """The network that all start from which prune after training, and what most are compared with."""
+AS_RELEASED = {"conv_init": "torch", "linear_init": "torch"}
+"""How the release starts its networks: as torch does."""
+HE = {"conv_init": "fan_out"}
+"""The deviation from it that is measured: convolutions by He et al., normal with variance 2 / (k*k*outputs)."""
+MOST = 0.9
+"""Of the gain of retraining: what "most" means."""
 
 # ------------------------------------------------------------------------------------------ settings
 
 
 class BIMPSettings(Strict):
-    shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.5, 0.7, 0.9)
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.7,)
     """Of the total epochs, for dense training with a linear schedule."""
     cycles: Count = 1
-    reading: Literal["2023", "2022"] = "2023"
-    """Dense training followed by IMP with ALLR, or one run with prunings every `interval` epochs."""
+    readings: Annotated[tuple[Literal["2023", "2022"], ...], Field(min_length=1)] = ("2023",)
+    """Dense training followed by IMP with ALLR, or one run with prunings every `interval` epochs (`bimp-<n>pct-2022`)."""
     interval: Count = 4
 
 
@@ -48,37 +56,37 @@ class Settings(ExperimentSettings, TuningSettings):
     cells: Cells = (
         CellSettings(
             architecture="mlp",
-            settings={"experiments": [name for name in get_args(ExperimentName) if name != "allocations"]},
+            settings={"experiments": ["schedules", "during", "lengths", "cycles", "short", "bimp"]},
         ),
         CellSettings(
             architecture="digits_cnn_strided",
+            options=AS_RELEASED,
             settings={"experiments": ["allocations"], "learning_rates": []},
         ),
     )
     targets: Cuts = (0.9, 0.95, 0.98)
-    experiments: Annotated[tuple[ExperimentName, ...], Field(min_length=1)] = get_args(ExperimentName)
-    """What is run; each has its list or table below."""
+    experiments: Annotated[tuple[ExperimentName, ...], Field(min_length=1)] = get_args(ExperimentName)[:-1]
+    """What is run; all but `deviations` have their list or table below."""
+    at: dict[ExperimentName, Cuts] = {}
+    """The targets of an experiment that is run at other ones."""
     training: Recipe = Recipe(epochs=30, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=5e-4)
     """Of dense networks."""
     retrain_epochs: Count = 10
     """Of retraining; methods that prune during training have these on top of those of `training`."""
     learning_rates: tuple[Rate, ...] = (0.03, 0.1, 0.3)
-    """Tried in place of that of `training`, which holds where there are none.
-
-    A method that prunes during training has a rate for each target, dense training one for all targets.
-    """
+    """Tried in place of that of `training`, which holds where there are none; each method has one for all targets."""
     tuning_seeds: Seeds = (1000, 1001)
-    schedules: tuple[method.Schedule, ...] = ("SLR", "FT", "LRW", "ALLR")
+    schedules: tuple[method.Schedule, ...] = ("SLR", "FT", "LRW")
     tunables: tuple[TunableSettings, ...] = ()
     during: DuringSettings = DuringSettings()
-    allocations: tuple[Allocation, ...] = ("uniform", "uniform_plus", "ERK", "LAMP")
+    allocations: tuple[Allocation, ...] = ("uniform_plus", "ERK", "LAMP")
     """Compared with global."""
-    lengths: tuple[Count, ...] = (1, 3, 6, 18, 30)
+    lengths: tuple[Count, ...] = (6, 30)
     """Epochs of retraining, beside `retrain_epochs`."""
     cycles: tuple[Annotated[int, Field(ge=2)] | Literal["20%"], ...] = (3,)
     """Compared with one; `20%` takes as many as it needs to prune that share in each."""
     short_schedules: tuple[method.Schedule, ...] = ("SLR", "LLR", "ALLR")
-    short_lengths: tuple[Count, ...] = (1, 3)
+    short_lengths: tuple[Count, ...] = (3,)
     bimp: BIMPSettings = BIMPSettings()
     retraining: RetrainingSettings = RetrainingSettings()
 
@@ -86,10 +94,9 @@ class Settings(ExperimentSettings, TuningSettings):
     def total_epochs(self) -> int:
         return self.training.epochs + self.retrain_epochs
 
-    @property
-    def longest(self) -> int:
-        """Epochs of the longest retraining among the `lengths`."""
-        return max([*self.lengths, self.retrain_epochs])
+    def cuts(self, experiment: ExperimentName) -> Cuts:
+        """The targets of an experiment."""
+        return self.at.get(experiment, self.targets)
 
     def pruning(self, **changes: Any) -> Pruning:
         """One pruning by global magnitude, and SLR; with `changes`."""
@@ -126,10 +133,11 @@ class Settings(ExperimentSettings, TuningSettings):
             "schedules": self.retrained(self.schedules, [self.retrain_epochs]) | tunables,  # H1
             "during": base,  # H2, against methods that are no pruning of a dense network
             "allocations": base | allocations,  # H3
-            "lengths": self.retrained(["SLR"], sorted([*self.lengths, self.retrain_epochs])),  # H4
+            "lengths": self.retrained(["SLR"], self.lengths),  # H4
             "cycles": base | cycles,  # H5
             "short": self.retrained(self.short_schedules, self.short_lengths),  # H6
             "bimp": {},  # H7, from dense networks of its own
+            "deviations": base | {f"{BASE}-no-recalibration": self.pruning(recalibrate=False)},
         }
 
     @model_validator(mode="after")
@@ -164,7 +172,7 @@ class Settings(ExperimentSettings, TuningSettings):
             raise ValueError(f"bimp.shares must leave some of the {self.total_epochs} epochs on either side")
         if len({percent(share, 1) for share in self.bimp.shares}) < len(dense):
             raise ValueError("bimp.shares must differ by at least a percent")
-        if self.bimp.reading == "2022" and self.total_epochs - max(dense) < self.bimp.interval:
+        if "2022" in self.bimp.readings and self.total_epochs - max(dense) < self.bimp.interval:
             raise ValueError("bimp.interval must fit into the epochs after dense training")
 
 
@@ -215,15 +223,11 @@ class PruneDuring(Job):
 
 
 class PruneAndRetrain(Job):
-    """IMP from a dense network.
-
-    like: a run whose sparsity is the target. shorter: the same with shorter retraining, with which this is compared.
-    """
+    """IMP from a dense network. like: a run whose sparsity is the target."""
 
     start: Train
     pruning: Pruning
     like: PruneDuring | None = None
-    shorter: tuple[PruneAndRetrain, ...] = ()
 
     def execute(self, context: Context) -> Outcome:
         start, recipe = context.of(self.start), self.start.recipe(context)
@@ -238,8 +242,8 @@ class PruneAndRetrain(Job):
         cycles, metrics = self.pruning.done(context, trainer, masks, sparsity, recipe, before)
         metrics["distance_to_pruned"] = distance
         outcome = _measured(context, trainer, recipe, None, cycles, metrics)
-        if self.shorter:
-            outcome.metrics |= self.gain_shares(context, outcome.metrics, recipe.epochs)
+        ends = metrics["pruned_accuracy"], outcome.metrics["test_accuracy"]
+        outcome.metrics[f"accuracy_at_{percent(MOST, 1)}_gain"] = measures.accuracy_at_gain(*ends, MOST)
         return outcome
 
     def sparsity(self, context: Context) -> float:
@@ -252,13 +256,6 @@ class PruneAndRetrain(Job):
                 f"{self.like.variant} reached a sparsity of {reached:g}: nothing to compare with"
             )
         return reached
-
-    def gain_shares(self, context: Context, own: Mapping[str, float], dense_epochs: int) -> dict[str, Any]:
-        """How much of this run's gain by retraining the shorter ones reach."""
-        scores = [context.of(job).record.metrics["test_accuracy"] for job in self.shorter]
-        gains = [score - own["pruned_accuracy"] for score in (*scores, own["test_accuracy"])]
-        lengths = [job.pruning.epochs for job in (*self.shorter, self)]
-        return measures.gain_shares(lengths, gains, dense_epochs)
 
 
 class BIMPInOneRun(Job):
@@ -320,38 +317,55 @@ class Experiment(experiment.Experiment[Settings]):
             raise SettingsError(str(error)) from None
 
     def _check(self) -> None:
-        """Raise an error if the network cannot be built or an allocation cannot reach a target in it."""
+        """Raise an error if an allocation cannot reach a target in the network, or two schedules are the same one."""
         shapes = [weight.shape for weight in prunable(self.network).values()]
         sizes = [shape.numel() for shape in shapes]
         for pruning in self.settings.prunings["allocations"].values():
             if "allocations" in self.settings.experiments and pruning.allocation in ("ERK", "uniform_plus"):
-                for target in self.settings.targets:
+                for target in self.settings.cuts("allocations"):
                     layer_counts(shapes, sizes, target, pruning.allocation)
+        schedules = self.settings.schedules if "schedules" in self.settings.experiments else ()
+        if {"FT", "LRW"} <= set(schedules) and self._rewinds_to_the_last_rate():
+            raise ValueError(
+                f"retrain_epochs = {self.settings.retrain_epochs}: must reach back beyond the last drop of the learning "
+                f"rate in the {self.settings.training.epochs} epochs of training, or LRW is FT; or leave one out of schedules"
+            )
+
+    def _rewinds_to_the_last_rate(self) -> bool:
+        """Whether rewinding the learning rates finds the last one only, so that LRW would be FT."""
+        per_epoch = self.settings.training.per_epoch(self.data)
+        rates = self.settings.training.rates(per_epoch)
+        return len(set(rates[-self.settings.retrain_epochs * per_epoch :])) == 1
 
     def jobs(self, seed: int) -> Iterator[Job]:
         for name in self.settings.experiments:
-            for target in self.settings.targets:
-                jobs: list[PruneAndRetrain] = []
+            for target in self.settings.cuts(name):
                 for variant, pruning in self.settings.prunings[name].items():
-                    # the longest retraining reports which share of its gain the others reach
-                    longest = name == "lengths" and pruning.epochs == self.settings.longest
-                    more = {"shorter": tuple(jobs)} if longest else {}
-                    jobs.append(self.pruned(variant, target, self.dense(seed), pruning, **more))
-                yield from jobs
+                    yield self.pruned(variant, target, self.dense(seed), pruning)
         if "during" in self.settings.experiments:
             yield from self.during(seed)
         if "bimp" in self.settings.experiments:
             yield from self.bimp(seed)
+        if "deviations" in self.settings.experiments:
+            yield from self.started_by_he(seed)
 
     def _dense(self, seed: int) -> Train:
         return Train(variant=DENSE, cell=self.cell, seed=seed, training=self.chosen_by_imp(seed))
 
+    def started_by_he(self, seed: int) -> Iterator[PruneAndRetrain]:
+        """The criteria on networks that start otherwise than the release's, at the same learning rate."""
+        cell = Cell(**{**dict(self.cell), "options": {**self.cell.options, **HE}})
+        dense = Train(variant=f"{DENSE}-he", cell=cell, seed=seed, training=self.chosen_by_imp(seed))
+        for target in self.settings.cuts("deviations"):
+            for variant, pruning in self.settings.prunings["allocations"].items():
+                yield self.pruned(f"{variant}-he", target, dense, pruning)
+
     def pruned(
-        self, variant: str, target: float, start: Train, pruning: Pruning, **more: Any
+        self, variant: str, target: float, start: Train, pruning: Pruning, like: PruneDuring | None = None
     ) -> PruneAndRetrain:
-        """A dense network, pruned and retrained. more: further fields of the job."""
-        identity = {"variant": variant, "cell": self.cell, "target": target, "seed": start.seed}
-        return PruneAndRetrain(**identity, start=start, pruning=pruning, **more)
+        """A dense network, pruned and retrained."""
+        identity = {"variant": variant, "cell": start.cell, "target": target, "seed": start.seed}
+        return PruneAndRetrain(**identity, start=start, pruning=pruning, like=like)
 
     def during(self, seed: int) -> Iterator[Job]:
         """Methods that prune during training, at equal total epochs."""
@@ -359,20 +373,22 @@ class Experiment(experiment.Experiment[Settings]):
             if isinstance(options, Swept):
                 yield from self.swept(name, options, seed)
             else:
-                yield from (self.trained(name, options, target, seed) for target in self.settings.targets)
+                yield from self.trained(name, options, seed)
 
-    def trained(self, name: str, options: Baseline, target: float, seed: int) -> PruneDuring:
-        """One with a target, at the learning rate that is best there."""
-        shared = {"cell": self.cell, "target": target, "method": name, "method_options": options}
-        epochs = self.settings.total_epochs
+    def trained(self, name: str, options: Baseline, seed: int) -> Iterator[PruneDuring]:
+        """One with a target, at the learning rate that is best over all targets."""
+        shared = {"cell": self.cell, "method": name, "method_options": options}
+        epochs, cuts = self.settings.total_epochs, self.settings.cuts("during")
         if isinstance(options, Preparing):
             shared["pruning"], epochs = self.settings.pruning(), self.settings.training.epochs
 
-        def trial(variant: str, recipe: Recipe, seed: int) -> Job:
-            return PruneDuring(variant=variant, seed=seed, training=Tuned((recipe,)), **shared)
+        def trial(variant: str, recipe: Recipe, seed: int) -> tuple[Job, ...]:
+            identity = {"variant": variant, "seed": seed, "training": Tuned((recipe,))}
+            return tuple(PruneDuring(**identity, target=target, **shared) for target in cuts)
 
         training = tuned(self.settings, seed, name, self.recipes(epochs=epochs), trial)
-        return PruneDuring(variant=name, seed=seed, training=training, **shared)
+        for target in cuts:
+            yield PruneDuring(variant=name, target=target, seed=seed, training=training, **shared)
 
     def swept(self, name: str, options: Swept, seed: int) -> Iterator[Job]:
         """One without a target with each of its values, and IMP at the sparsity that it reached."""
@@ -394,12 +410,12 @@ class Experiment(experiment.Experiment[Settings]):
             shared["training"] = self.chosen_by_imp(seed, epochs=epochs, **linear)
             dense = Train(variant=f"{name}-{DENSE}", **shared)
             pruning = self.settings.pruning(schedule="ALLR", epochs=total - epochs, cycles=own.cycles)
-            for target in self.settings.targets:
-                if own.reading == "2023":
+            for target in self.settings.cuts("bimp"):
+                if "2023" in own.readings:
                     yield self.pruned(name, target, dense, pruning)
-                else:
+                if "2022" in own.readings:
                     shape = {"epochs": total, "interval": own.interval}
-                    yield BIMPInOneRun(variant=name, target=target, **shared, **shape)
+                    yield BIMPInOneRun(variant=f"{name}-2022", target=target, **shared, **shape)
 
     # -------------------------------------------------------------------------------------- learning rates
 
@@ -409,12 +425,15 @@ class Experiment(experiment.Experiment[Settings]):
         return tuple(recipe.changed(learning_rate=rate) for rate in self.settings.learning_rates) or (recipe,)
 
     def chosen_by_imp(self, seed: int, **changes: Any) -> Tuned[Recipe]:
-        """That recipe at the learning rate of dense training after which IMP ends best, over all targets."""
+        """That recipe at the learning rate of dense training after which IMP ends best.
+
+        On average over the targets at which it is compared with methods that prune during training.
+        """
 
         def trial(name: str, option: Recipe, seed: int) -> tuple[Job, ...]:
             recipe = self.settings.training.changed(learning_rate=option.learning_rate)
             dense = Train(variant=f"{name}-{DENSE}", cell=self.cell, seed=seed, training=Tuned((recipe,)))
             pruning = self.settings.pruning()
-            return tuple(self.pruned(name, target, dense, pruning) for target in self.settings.targets)
+            return tuple(self.pruned(name, target, dense, pruning) for target in self.settings.cuts("during"))
 
         return tuned(self.settings, seed, "imp", self.recipes(**changes), trial)
