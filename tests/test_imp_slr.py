@@ -8,9 +8,18 @@ from torch import nn
 
 from common.core.data import FixedBatches
 from common.core.failures import RunFailed
+from common.core.models import build
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.trainer import Hooks, Trainer
-from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.settings import (
+    ROOT,
+    DatasetSettings,
+    ExecutionSettings,
+    Profile,
+    SettingsError,
+    read_yaml,
+    validated,
+)
 from common.stage import papers
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
@@ -89,11 +98,24 @@ def test_cycles_meet_the_goal_and_share_the_epochs():
             method.cycle_epochs(3, **options)
 
 
-def test_a_saturating_curve_is_read_off_its_own_points():
-    epochs = [1, 3, 6, 9, 30]
-    gains = [0.2 * (1 - 2.718281828 ** (-e / 2.0)) for e in epochs]
-    assert measures.saturation_epochs(epochs, gains) == pytest.approx(2.0 * 2.302585, rel=1e-3)
-    assert measures.saturation_epochs(epochs, [-0.1] * 5) is None
+def test_most_of_a_gain_is_counted_from_right_after_the_pruning():
+    assert measures.accuracy_at_gain(0.4, 0.9, 0.9) == pytest.approx(0.85)
+    assert measures.accuracy_at_gain(0.9, 0.8, 0.9) == pytest.approx(0.81)  # nine tenths of a loss
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "drops"), [(40, 4, (22, 31)), (72, 7, (39, 55)), (152, 15, (83, 117))]
+)
+def test_slr_of_le_and_hua_drops_when_their_scripts_do(epochs, warmup, drops):
+    """Their budgets of retraining, after a dense training whose rates are .1, .01 and .001."""
+    history = method.History([0.1] * 160 + [0.01] * 80 + [0.001] * 80)
+    rates = method.retraining_rates("SLR-Le-Hua", history, 2 * epochs, per_epoch=2)
+    assert rates[::2] == rates[1::2]  # one rate an epoch
+    by_epoch = rates[::2]
+    assert by_epoch[0] == pytest.approx(0.001) and by_epoch[:warmup] == sorted(by_epoch[:warmup])
+    assert by_epoch[warmup - 1] < by_epoch[warmup] == 0.1
+    assert tuple(e for e in range(warmup, epochs) if by_epoch[e] < by_epoch[e - 1]) == drops
+    assert by_epoch[-1] == pytest.approx(0.001)
 
 
 # ------------------------------------------------------------------------------------------ prune and retrain
@@ -464,18 +486,12 @@ def test_arms_of_a_seed_start_from_the_same_weights(tiny):
     assert first["dense"] == pytest.approx(first["gmp"], abs=1e-6)
 
 
-def test_the_longest_retraining_reports_what_the_shorter_ones_reach(tiny):
-    metrics = tiny["slr-100pct"]["record"]["metrics"]
-    short, main = tiny["slr-25pct"]["record"]["metrics"], tiny["slr"]["record"]["metrics"]
-    gain = metrics["test_accuracy"] - metrics["pruned_accuracy"]
-    assert gain > 0
-    assert metrics["gain_share_25pct"] == pytest.approx(
-        (short["test_accuracy"] - metrics["pruned_accuracy"]) / gain
-    )
-    assert metrics["gain_share_50pct"] == pytest.approx(
-        (main["test_accuracy"] - metrics["pruned_accuracy"]) / gain
-    )
-    assert metrics["saturation_share"] > 0
+def test_a_run_says_at_which_accuracy_most_of_its_gain_is_reached(tiny):
+    for name in ("slr-100pct", "slr-25pct"):
+        metrics = tiny[name]["record"]["metrics"]
+        gain = metrics["test_accuracy"] - metrics["pruned_accuracy"]
+        assert gain != 0
+        assert metrics["accuracy_at_90pct_gain"] == pytest.approx(metrics["test_accuracy"] - 0.1 * gain)
 
 
 def test_learning_rates_are_chosen_by_validation_accuracy_alone(tmp_path):
@@ -514,6 +530,114 @@ def test_a_learning_rate_is_tuned_with_each_seed_where_the_profile_says_so():
         assert {need.seed for need in run.needs} <= {run.seed}
 
 
+def test_each_method_is_tuned_with_as_many_pruned_networks_over_the_same_targets():
+    settings = {"targets": [0.5, 0.7, 0.9], "at": {"during": [0.5, 0.7]}, "during": {}}
+    settings |= {"learning_rates": [0.01, 0.1, 0.3], "tuning_seeds": [50]}
+    planned = in_order(listed(profile(**(DURING | settings))))
+    for name in ("imp", "gmp", "dpf"):
+        trials = [run for run in planned if run.variant.startswith(f"tuning-{name}-") and run.target]
+        expected = [(f"tuning-{name}-{number}", target) for number in range(3) for target in (0.5, 0.7)]
+        assert sorted((run.variant, run.target) for run in trials) == expected
+    for variant in ("gmp", "dpf", "slr"):
+        assert [run.target for run in planned if run.variant == variant] == [0.5, 0.7]
+    # one rate for all targets: all wait for the same trials
+    needs = [[need.settings_hash for need in run.needs] for run in planned if run.variant == "gmp"]
+    assert needs[0] == needs[1] and len(needs[0]) == 6
+
+
+def test_an_experiment_runs_at_its_own_targets_where_it_has_some():
+    settings = TINY | {"targets": [0.5, 0.9], "at": {"lengths": [0.9], "bimp": [0.7]}}
+    targets = {}
+    for run in listed(profile(**settings)):
+        targets.setdefault(run.variant, set()).add(run.target)
+    assert targets["slr-100pct"] == {0.9} and targets["bimp-50pct"] == {0.7}
+    assert targets["slr"] == targets["gmp"] == {0.5, 0.9}
+
+
+DEVIATIONS = TINY | {
+    "cells": [
+        {"architecture": "digits_cnn_strided", "options": protocol.AS_RELEASED | {"widths": [4, 6, 8]}}
+    ],
+    "experiments": ["schedules", "allocations", "bimp", "deviations"],
+    "schedules": ["SLR", "SLR-Le-Hua"],
+    "bimp": {"shares": [0.5], "readings": ["2023", "2022"], "interval": 1},
+}
+
+
+def test_a_deviation_differs_from_its_variant_in_nothing_else():
+    runs = {run.variant: run for run in in_order(listed(profile(**DEVIATIONS)))}
+
+    def differing(one, other):
+        one, other = (runs[name].settings for name in (one, other))
+        return {key for key in one if one[key] != other[key]}
+
+    assert differing("slr-le-hua", "slr") == differing("slr-no-recalibration", "slr") == {"pruning"}
+    assert runs["slr-no-recalibration"].settings["pruning"]["recalibrate"] is False
+    for name in ("slr", "slr-erk", "slr-random"):
+        # the network that it starts from is another one, as its needs say
+        assert differing(f"{name}-he", name) == {"options", "start"}
+        assert [need.settings_hash for need in runs[f"{name}-he"].needs] == [runs["dense-he"].settings_hash]
+    assert differing("dense-he", "dense") == {"options"}
+    assert runs["dense-he"].settings["options"]["conv_init"] == "fan_out"
+    assert runs["bimp-50pct-2022"].settings["job"] == "BIMPInOneRun"
+    assert runs["bimp-50pct"].settings["job"] == "PruneAndRetrain"
+
+
+def test_deviations_change_what_is_trained(tmp_path):
+    found = outcomes(profile(**DEVIATIONS), tmp_path)
+    pairs = {f"slr-{change}": "slr" for change in ("no-recalibration", "le-hua", "he")}
+    for name, other in (pairs | {"slr-erk-he": "slr-erk", "bimp-50pct-2022": "bimp-50pct"}).items():
+        one, two = (found[variant]["record"] for variant in (name, other))
+        assert one["metrics"]["test_loss"] != two["metrics"]["test_loss"], name
+        assert one["cost"]["sparsity"] == pytest.approx(0.5, abs=0.02), name
+
+
+# ------------------------------------------------------------------------------------------ profiles
+
+PARAMS = ROOT / "params.yaml"
+PROFILES = sorted(read_yaml(PARAMS)["profiles"])
+
+
+def cells(name):
+    """Each cell of a profile with the paper's settings there."""
+    paper = papers.load("imp_slr", PARAMS, name).paper
+    return [(cell, paper.changed(cell.settings, cell.architecture)) for cell in paper.cells]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_networks_start_as_the_release_starts_them(name):
+    for cell, _ in cells(name):
+        shape = (1, 8, 8) if name.startswith("digits") else (3, 32, 32)
+        network = build(cell.architecture, classes=10, image_shape=shape, **cell.options)
+        for layer in network.modules():
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
+            weight = layer.weight.detach()
+            if cell.architecture == "resnet50" and isinstance(layer, nn.Conv2d):  # torchvision's
+                outputs = weight.shape[0] * weight[0, 0].numel()
+                assert float(weight.std()) == pytest.approx((2 / outputs) ** 0.5, rel=0.1)
+                continue
+            bound = weight[0].numel() ** -0.5
+            assert 0.9 * bound < float(weight.abs().max()) < 1.0001 * bound, (cell.architecture, layer)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_rewinding_is_not_fine_tuning_in_any_profile(name):
+    for cell, settings in cells(name):
+        if {"FT", "LRW"} <= set(settings.schedules) and "schedules" in settings.experiments:
+            last = settings.training.epochs * (1 - settings.training.milestones[-1])
+            assert settings.retrain_epochs > last + 1e-6, cell.architecture
+
+
+def test_retraining_that_rewinds_to_the_last_rate_only_is_an_error():
+    # dense training drops after 4 and 6 epochs
+    settings = TINY | {"training": {"epochs": 8}, "lengths": [1, 8], "schedules": ["FT", "LRW"]}
+    with pytest.raises(SettingsError, match="retrain_epochs = 2: must reach back beyond the last drop"):
+        listed(profile(**settings))
+    listed(profile(**(settings | {"schedules": ["SLR", "LRW"]})))
+    listed(profile(**(settings | {"retrain_epochs": 3})))
+
+
 @pytest.mark.slow
 def test_all_optional_arms_run(tmp_path):
     settings = TINY | {
@@ -540,13 +664,13 @@ def test_all_optional_arms_run(tmp_path):
             "recalibrate": False,
             "cycle_epochs": "each",
         },
-        "bimp": {"reading": "2022", "interval": 1, "shares": [0.5]},
+        "bimp": {"readings": ["2022"], "interval": 1, "shares": [0.5]},
     }
     found = outcomes(profile(**settings), tmp_path)
     assert {
         name: e["record"].get("reason") for name, e in found.items() if e["record"]["status"] != "ok"
     } == {}
-    for name in ("ft", "gsm", "lc", "dnw", "gmp", "slr-20pct-cycles", "bimp-50pct", "stepped-0.05-0.1"):
+    for name in ("ft", "gsm", "lc", "dnw", "gmp", "slr-20pct-cycles", "bimp-50pct-2022", "stepped-0.05-0.1"):
         assert found[name]["record"]["cost"]["sparsity"] == pytest.approx(0.5, abs=0.02), name
     # four cycles of 20 % each with two epochs
     assert found["slr-20pct-cycles"]["record"]["metrics"]["epochs"] == 4 + 4 * 2
@@ -562,15 +686,28 @@ def test_a_method_that_pruned_nothing_leaves_nothing_to_compare_with(tmp_path):
     assert record["status"] == "failed" and "nothing to compare with" in record["reason"]
 
 
-def test_the_default_profile_runs_all_that_the_claims_compare():
-    planned = {(run.variant, run.architecture) for run in in_order(listed(profile()))}
-    variants = {variant for variant, _ in planned}
-    claims = read(ROOT / "replications/imp_slr/claims.yaml").claims
-    for claim in claims:
-        for selection in (*claim.treatment, *(claim.control or ())):
-            assert selection.variant in variants, claim.id
-            assert claim.where.architecture is not None
-            assert any((selection.variant, a) in planned for a in claim.where.architecture), claim.id
+def planned_in(name):
+    """The variant, architecture and target of each run of one seed."""
+    loaded = papers.load("imp_slr", PARAMS, name)
+    one = loaded.model_copy(update={"paper": loaded.paper.model_copy(update={"seeds": (0,)})})
+    return {(run.variant, run.architecture, run.target) for run in in_order(papers.runs("imp_slr", one))}
+
+
+def test_what_a_claim_compares_is_run_in_one_cell_at_the_same_targets():
+    """By profile digits, and what only the ledger compares by its own."""
+    planned = {name: planned_in(name) for name in ("digits", "digits-deviations")}
+    for claim in read(ROOT / "replications/imp_slr/claims.yaml").claims:
+        found = planned["digits-deviations" if claim.deviation else "digits"]
+        sides = [side for pair in claim.pairs() for side in pair]
+        variants = {part.variant for side in sides for part in (side, side.minus) if part}
+        architectures = {a for _, a, _ in found if claim.covers("digits", a)}
+        targets = [
+            [{t for v, a, t in found if (v, a) == (variant, architecture)} for variant in variants]
+            for architecture in architectures
+        ]
+        complete = [own for own in targets if all(own)]
+        assert complete, claim.id
+        assert all(one == own[0] for own in complete for one in own), claim.id
 
 
 @pytest.mark.parametrize(
@@ -586,7 +723,7 @@ def test_the_default_profile_runs_all_that_the_claims_compare():
         ({"during": {"gmp": {"interval": 21}}}, "during.gmp.interval must fit twice"),
         ({"bimp": {"shares": [0.99]}}, "bimp.shares must leave some"),
         ({"bimp": {"shares": [0.5, 0.501]}}, "bimp.shares must differ"),
-        ({"bimp": {"reading": "2022", "interval": 30}}, "bimp.interval must fit"),
+        ({"bimp": {"readings": ["2022"], "interval": 30}}, "bimp.interval must fit"),
         ({"training": {"warmup_epochs": 30}}, "warmup_epochs must be fewer"),
         (
             {"training": {"milestones": [0.3, 0.77]}},
