@@ -631,7 +631,7 @@ def test_rewinding_is_not_fine_tuning_in_any_profile(name):
 
 def test_retraining_that_rewinds_to_the_last_rate_only_is_an_error():
     # dense training drops after 4 and 6 epochs
-    settings = TINY | {"training": {"epochs": 8}, "lengths": [1, 8], "schedules": ["FT", "LRW"]}
+    settings = TINY | {"training": {"epochs": 8}, "experiments": ["schedules"], "schedules": ["FT", "LRW"]}
     with pytest.raises(SettingsError, match="retrain_epochs = 2: must reach back beyond the last drop"):
         listed(profile(**settings))
     listed(profile(**(settings | {"schedules": ["SLR", "LRW"]})))

@@ -334,7 +334,10 @@ class Experiment(experiment.Experiment[Settings]):
     def _rewinds_to_the_last_rate(self) -> bool:
         """Whether rewinding the learning rates finds the last one only, so that LRW would be FT."""
         per_epoch = self.settings.training.per_epoch(self.data)
-        rates = self.settings.training.rates(per_epoch)
+        try:
+            rates = self.settings.training.rates(per_epoch)
+        except SettingsError:
+            return False  # the recipe is refused by its own name
         return len(set(rates[-self.settings.retrain_epochs * per_epoch :])) == 1
 
     def jobs(self, seed: int) -> Iterator[Job]:
