@@ -297,12 +297,14 @@ class Blockwise(Trained):
 
 
 def largest_norms(model: Network, widths: Sequence[int]) -> dict[str, Tensor]:
-    """The channels of each group with the largest L1 norm of their weights, so many as `widths` says, ascending.
+    """The channels of each gated layer with the largest L1 norm of their weights, so many as `widths` says, ascending.
 
     Source: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. Of equal norms the first stays.
     """
     kept = {}
-    for group, width in zip(model.channel_groups(), widths, strict=True):
+    # the outputs of residual branches, which no gate is for, have no norm of their own
+    groups = [group for group in model.channel_groups() if group.norm]
+    for group, width in zip(groups, widths, strict=True):
         norms = weight_of(model, group.name).detach().abs().flatten(1).sum(1)
         kept[group.name] = norms.argsort(descending=True, stable=True)[:width].sort().values
     return kept
