@@ -584,7 +584,6 @@ SWITCHED = {
     "pfs-level-0.2-e": {},
     "pfs-expansion-1-e": {"expansion": 1.0},
     "pfs-expansion-1.5-e": {"expansion": 1.5},
-    "pfs-one-channel-e": {"search": {"min_share": 0.0}},
     "trained-gates-one-channel-e": {"search": {"min_share": 0.0}},
     "l1-fine-tuned-low-rate-e": {"fine_tuning": {"learning_rate": 0.001, "milestones": []}},
 }

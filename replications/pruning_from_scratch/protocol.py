@@ -53,7 +53,7 @@ Variant = Literal[
     "pfs-e", "pfs-b", "trained-gates-e", "trained-gates-b", "random-gates-e", "random-gates-b",
     "constant-gates-e", "constant-gates-b", "uniform-e", "uniform-b", "l1-fine-tuned-e", "l1-fine-tuned-b", "bpcp-e",
     "pfs-last-e", "pfs-random-ties-e", "pfs-level-0.2-e", "pfs-expansion-1-e", "pfs-expansion-1.5-e",
-    "pfs-one-channel-e", "trained-gates-one-channel-e", "l1-fine-tuned-low-rate-e",
+    "trained-gates-one-channel-e", "l1-fine-tuned-low-rate-e",
 ]  # fmt: skip
 
 SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,7 +62,6 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfs-level-0.2": ("pfs", {"gates": {"level": 0.2}}),
     "pfs-expansion-1": ("pfs", {"expansion": 1.0}),
     "pfs-expansion-1.5": ("pfs", {"expansion": 1.5}),
-    "pfs-one-channel": ("pfs", {"search": {"min_channels": 1, "min_share": 0.0}}),
     "trained-gates-one-channel": ("trained-gates", {"search": {"min_channels": 1, "min_share": 0.0}}),
     "l1-fine-tuned-low-rate": ("l1-fine-tuned", {"fine_tuning": {"learning_rate": 0.001, "milestones": []}}),
 }
