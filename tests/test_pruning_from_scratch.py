@@ -580,7 +580,6 @@ def test_gates_are_shared_between_budgets_unless_their_level_follows_the_budget(
 
 SWITCHED = {
     "pfs-last-e": {"search": {"returned": "last"}},
-    "pfs-random-ties-e": {"search": {"ties": "random"}},
     "pfs-level-0.2-e": {},
     "pfs-expansion-1-e": {"expansion": 1.0},
     "pfs-expansion-1.5-e": {"expansion": 1.5},

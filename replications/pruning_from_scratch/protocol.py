@@ -52,13 +52,12 @@ from replications.pruning_from_scratch.structure import (
 Variant = Literal[
     "pfs-e", "pfs-b", "trained-gates-e", "trained-gates-b", "random-gates-e", "random-gates-b",
     "constant-gates-e", "constant-gates-b", "uniform-e", "uniform-b", "l1-fine-tuned-e", "l1-fine-tuned-b", "bpcp-e",
-    "pfs-last-e", "pfs-random-ties-e", "pfs-level-0.2-e", "pfs-expansion-1-e", "pfs-expansion-1.5-e",
+    "pfs-last-e", "pfs-level-0.2-e", "pfs-expansion-1-e", "pfs-expansion-1.5-e",
     "trained-gates-one-channel-e", "l1-fine-tuned-low-rate-e",
 ]  # fmt: skip
 
 SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfs-last": ("pfs", {"search": {"returned": "last"}}),
-    "pfs-random-ties": ("pfs", {"search": {"ties": "random"}}),
     "pfs-level-0.2": ("pfs", {"gates": {"level": 0.2}}),
     "pfs-expansion-1": ("pfs", {"expansion": 1.0}),
     "pfs-expansion-1.5": ("pfs", {"expansion": 1.5}),
