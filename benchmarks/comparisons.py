@@ -33,8 +33,8 @@ from common.stage.scheduler import execute
 from common.stage.store import Store
 from replications.feature_relevance.method import Relevance, prunable_layers, scoring_batches
 from replications.halo.method import HALO, LambdaTraining, penalised
-from replications.pruning_from_scratch.method import Gates
-from replications.pruning_from_scratch.protocol import Dense, Training
+from replications.pruning_from_scratch.jobs import Dense
+from replications.pruning_from_scratch.method import Gates, Training
 
 SPARSITY = 0.9
 KEPT_CHANNELS = 0.5

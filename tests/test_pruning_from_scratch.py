@@ -13,6 +13,8 @@ from common.core import loading
 from common.core.compute import Compute
 from common.core.data import Batches
 from common.core.experiment import listed
+from common.core.identity import canonical
+from common.core.pruning import channels
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context
 from common.core.trainer import Trainer
@@ -22,9 +24,11 @@ from common.stage.store import Store
 from replications.equal_footing.protocol import Contend
 from replications.pruning_from_scratch import bpcp, method, protocol
 from replications.pruning_from_scratch.contender import contend
+from replications.pruning_from_scratch.jobs import largest_norms
 from replications.pruning_from_scratch.structure import (
     Layout,
     Ranking,
+    SearchSettings,
     largest_reduction,
     noise_gates,
     search,
@@ -169,6 +173,57 @@ def test_search_meets_budgets_of_either_unit(unit, target):
     assert best.reduction == pytest.approx(target, abs=0.02)
     assert best.cost == wide.cost(best.widths)[unit] == round((1 - best.reduction) * base.cost()[unit])
     assert [int(mask.sum()) for mask in found["best"].masks] == list(best.widths)
+
+
+def test_every_layer_keeps_its_least_width_and_the_search_goes_round_it():
+    options = SearchSettings(min_channels=3, min_share=0.2)
+    assert options.least([20, 8, 41]) == [4, 3, 9]
+    base = digits_layout()
+    wide = base.expanded(1.25)
+    gates = noise_gates(wide.widths, 4)
+    gates[2] = gates[2] * 1e-3
+    found = [
+        search(Ranking.of(gates), wide.spends("macs"), base.cost()["macs"], 0.7, min_channels=least)
+        for least in (1, options.least(wide.widths))
+    ]
+    assert found[0].candidate.widths[2] == 1
+    assert found[1].candidate.widths[2] == 8
+    for structure in found:
+        assert structure.candidate.reduction == pytest.approx(0.7, abs=0.02)
+    assert found[1].floor == largest_reduction(
+        wide.widths, wide.spends("macs"), base.cost()["macs"], (4, 4, 8, 8)
+    )
+
+
+@pytest.mark.parametrize("name", ["digits_vgg", "resnet8", "mobilenet_t8"])
+def test_channels_of_least_l1_norm_leave(name):
+    model = digits_layout(name).build(seed=3)
+    widths = [max(1, width // 3) for width in model.widths]
+    norms = {
+        group.name: [filters.abs().sum().item() for filters in model.get_parameter(f"{group.name}.weight")]
+        for group in model.channel_groups()
+        if group.norm
+    }
+    kept = largest_norms(model, widths)
+    for (group, all_of_it), width in zip(norms.items(), widths, strict=True):
+        stays = kept[group].tolist()
+        assert len(stays) == width and stays == sorted(stays)
+        gone = set(range(len(all_of_it))) - set(stays)
+        assert min(all_of_it[c] for c in stays) >= max(all_of_it[c] for c in gone)
+    channels.remove(model, kept)
+    assert model.widths == widths
+
+
+def test_of_equal_norms_the_first_stays():
+    model = digits_layout().build()
+    for group in model.channel_groups():
+        model.get_parameter(f"{group.name}.weight").data.fill_(0.1)
+    assert [kept.tolist() for kept in largest_norms(model, [2, 1, 3, 1]).values()] == [
+        [0, 1],
+        [0],
+        [0, 1, 2],
+        [0],
+    ]
 
 
 def test_an_unreachable_budget_is_a_status_with_its_floor():
@@ -400,6 +455,8 @@ def test_channels_leave_until_the_cost_is_nearest_to_the_budget():
         ({"variants": {"pfs": [0.5]}}, ["pfs", "pfs-e"]),
         ({"search": {"min_channels": 0}}, ["min_channels", "0", "greater than or equal to 1"]),
         ({"search": {"returned": "first"}}, ["returned", "'best' or 'last'"]),
+        ({"search": {"min_share": 1.0}}, ["min_share", "1.0", "less than 1"]),
+        ({"fine_tuning": {"epochs": 3}}, ["fine_tuning.epochs"]),
         ({"expansion": 0.5}, ["expansion", "0.5"]),
         ({"gates": {"level": 1.5}}, ["level", "1.5"]),
         ({"training": {"epoch": 3}}, ["epoch", "did you mean 'epochs'"]),
@@ -437,18 +494,19 @@ def profile(**values):
     [
         ("pfs-e", 0.999, {}),
         ("trained-gates-b", 0.5, {"min_channels": 20}),
+        ("pfs-b", 0.6, {"min_share": 0.6}),
         ("uniform-e", 0.999, {"budget": "parameters"}),
+        ("l1-fine-tuned-e", 0.999, {}),
     ],
 )
 def test_a_budget_that_no_structure_meets_is_an_error_before_training(variant, target, options):
     with pytest.raises(SettingsError, match=f"variants.{variant}: a reduction of {target}") as error:
         runs_of(profile(variants={variant: [target]}, search=options))
     base = digits_layout()
-    layout = base if variant == "uniform-e" else base.expanded(1.25)
+    layout = base if variant in ("uniform-e", "l1-fine-tuned-e") else base.expanded(1.25)
     unit = options.get("budget", "macs")
-    floor = largest_reduction(
-        layout.widths, layout.spends(unit), base.cost()[unit], options.get("min_channels", 1)
-    )
+    least = SearchSettings(**options).least(layout.widths)
+    floor = largest_reduction(layout.widths, layout.spends(unit), base.cost()[unit], least)
     assert f"saves {floor:.4f} of the {unit}" in str(error.value)
     runs_of(profile(variants={variant: [floor]}, search=options))
 
@@ -520,14 +578,54 @@ def test_gates_are_shared_between_budgets_unless_their_level_follows_the_budget(
     ]
 
 
+SWITCHED = {
+    "pfs-last-e": {"search": {"returned": "last"}},
+    "pfs-level-0.2-e": {},
+    "pfs-expansion-1-e": {"expansion": 1.0},
+    "pfs-expansion-1.5-e": {"expansion": 1.5},
+    "trained-gates-one-channel-e": {"search": {"min_share": 0.0}},
+    "l1-fine-tuned-low-rate-e": {"fine_tuning": {"learning_rate": 0.001, "milestones": []}},
+}
+
+
+def test_a_switch_changes_one_setting_and_runs_share_all_that_it_leaves_alone():
+    assert {f"{name}-e" for name in protocol.SWITCHES} == SWITCHED.keys()
+    plain = ("pfs-e", "trained-gates-e", "l1-fine-tuned-e")
+    options = {"min_channels": 1, "min_share": 0.2}
+    variants = dict.fromkeys((*plain, *SWITCHED), [0.5])
+    planned = in_order(runs_of(profile(variants=variants, search=options)))
+    by_name = {run.variant: run for run in planned}
+    assert len({canonical(run.identity) for run in planned}) == len(planned) == len(by_name)
+    for variant, changes in SWITCHED.items():
+        run, other = by_name[variant], next(by_name[name] for name in plain if variant.startswith(name[:-2]))
+        assert run.settings == other.settings | {
+            name: {**other.settings[name], **value} if isinstance(value, dict) else value
+            for name, value in changes.items()
+        } | ({"gates": run.settings["gates"]} if "gates" in run.settings else {})
+        own = {need.settings_hash for need in run.needs} - {need.settings_hash for need in other.needs}
+        assert bool(own) == variant.startswith(("pfs-level", "pfs-expansion"))
+    levels = [by_name[f"gates-on-random-weights{end}"].settings for end in ("", "-pfs-level-0.2")]
+    assert [settings["gates"]["level"] for settings in levels] == [0.5, 0.2]
+    wide = by_name["gates-on-random-weights-pfs-expansion-1.5"].settings
+    assert wide == levels[0] | {"expansion": 1.5}
+
+
+def test_the_switch_of_a_variant_counts_for_what_it_can_reach():
+    options = {"min_share": 0.6}
+    runs_of(profile(variants={"trained-gates-one-channel-e": [0.8]}, search=options))
+    with pytest.raises(SettingsError, match="variants.pfs-last-e: a reduction of 0.8 cannot be reached"):
+        runs_of(profile(variants={"pfs-last-e": [0.8]}, search=options))
+
+
 # ---------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     """The records of every kind of variant, each run for an epoch or two, by variant and target."""
-    everything = ("pfs", "trained-gates", "random-gates", "constant-gates", "uniform")
-    variants = {f"{source}-e": [0.6] for source in everything} | {"pfs-b": [0.6], "uniform-b": [0.6]}
+    everything = ("pfs", "trained-gates", "random-gates", "constant-gates", "uniform", "l1-fine-tuned")
+    variants = {f"{source}-e": [0.6] for source in everything}
+    variants |= dict.fromkeys(("pfs-b", "uniform-b", "l1-fine-tuned-b", "pfs-expansion-1.5-e"), [0.6])
     store = Store(tmp_path_factory.mktemp("runs"))
     done = {}
     for run in in_order(runs_of(profile(variants=variants))):
@@ -555,6 +653,42 @@ def test_equal_epochs_or_equal_macs(records):
     assert dense == records["pfs-e", 0.6]["details"]["epochs"] == 1
     assert records["pfs-b", 0.6]["details"]["epochs"] == math.floor(dense / 0.4)
     assert records["pfs-b", 0.6]["details"]["widths"] == records["pfs-e", 0.6]["details"]["widths"]
+
+
+def test_the_whole_of_either_pipeline_costs_the_same(records):
+    def spent(variant):
+        return records[variant, 0.6]["metrics"]["training_cost"]
+
+    def epochs(variant):
+        return records[variant, 0.6]["details"]["epochs"]
+
+    # one epoch of base training and two of gates on 1.55 times the MACs, in this profile
+    assert epochs("pfs-e") + 2 == epochs("l1-fine-tuned-e") + 1 == 3
+    assert epochs("l1-fine-tuned-b") == math.floor(2 * 1.5546 / 0.4)
+    assert spent("pfs-b") == pytest.approx(2 * 1.5546 + 2 * 0.4, abs=0.05)
+    assert spent("l1-fine-tuned-b") == pytest.approx(1 + 7 * 0.4, abs=0.05)
+    assert spent("trained-gates-e") == pytest.approx(spent("pfs-e") + 1.5546, abs=0.1)
+    assert spent("uniform-e") == pytest.approx(0.4, abs=0.03)
+    tuned = records["l1-fine-tuned-e", 0.6]
+    assert tuned["details"]["widths"] == records["uniform-e", 0.6]["details"]["widths"]
+
+
+def test_fine_tuning_goes_on_with_the_weights_of_the_trained_network(tmp_path):
+    rate = {"learning_rate": 1e-30, "milestones": []}
+    plan = profile(variants={"l1-fine-tuned-e": [0.5]}, fine_tuning=rate)
+    store = Store(tmp_path)
+    dense, tuned = runs = in_order(runs_of(plan))
+    entries = [perform(run, store, CPU, keep_state=True).model_dump() for run in runs]
+    assert [(row["epoch"], row["phase"]) for row in entries[1]["curves"]] == [
+        (1, "fine-tuning"),
+        (2, "fine-tuning"),
+    ]
+    model = digits_layout().build()
+    model.load_state_dict(store.state(dense))
+    channels.remove(model, largest_norms(model, entries[1]["record"]["details"]["widths"]))
+    left = store.state(tuned)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(left[name], value.detach())
 
 
 def test_what_the_records_tell_about_search_and_structure(records):

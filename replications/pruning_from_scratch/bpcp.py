@@ -18,7 +18,9 @@ from common.core.identity import stream
 from common.core.models import ChannelGroup, module_of
 from common.core.models.resnet import Block, PaddedShortcut, ResNet
 from common.core.pruning.channels import Keep, remove
+from common.core.recipe import NotNegative
 from common.core.trainer import Hooks, Trainer
+from common.settings import Count, Rate, Strict
 
 NetworkCost = Callable[[nn.Module], int]
 
@@ -31,6 +33,18 @@ def applies(model: nn.Module) -> TypeGuard[ResNet]:
 
 
 # ---------------------------------------------------------------------------------------------- blocks
+
+
+class BlockSettings(Strict):
+    """The search for blocks that `bpcp-e` removes; weights are trained along with it as `training` says."""
+
+    weight: NotNegative = 0.05
+    """Gamma, the weight of the penalty on each open gate."""
+    learning_rate: Rate = 0.1
+    """Of the gates' probabilities; constant."""
+    recovery_epochs: Count = 10
+    """Of training between the removal of blocks and that of channels."""
+    recovery_learning_rate: Rate = 0.001
 
 
 class BlockGates(Hooks):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.core import schedules
 from common.core.data import Dataset
 from common.core.models import Network, module_of
+from common.core.recipe import Recipe
 from common.core.run import Context
 from common.core.trainer import Hooks, Trainer
 from common.settings import Count, Rate, Share, Strict
@@ -44,6 +45,27 @@ class GateSettings(Strict):
         if isinstance(self.level, str):
             raise ValueError(f"gates of level {self.level!r} are learned for a target")
         return self.level
+
+
+class Training(Recipe):
+    """As the paper's release has it: the rate changes between epochs alone, milestones are rounded down to an epoch.
+
+    For `cosine` the learning rate is stated for a batch of 256 and grows with the batch size.
+    """
+
+    schedule: Literal["multistep", "cosine"] = "multistep"
+
+    def rates(self, per_epoch: int) -> list[float]:
+        course = self.schedule, self.learning_rate, self.epochs, per_epoch
+        return learning_rates(*course, drops=self.milestones, batch_size=self.batch_size)
+
+
+class FineTuning(Strict):
+    """What is other in the training that follows the removal of channels from a trained network."""
+
+    learning_rate: Rate = 0.1
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    """Shares of its epochs at which the rate drops; none for a constant one."""
 
 
 class Gates(Hooks):
@@ -142,8 +164,8 @@ def learned(
     return trainer, gates, {"epoch": epoch, "eligible": eligible}
 
 
-def budget_epochs(base: int, target: float) -> int:
-    """Epochs in which a network that is `target` cheaper costs what the base network's take; rounded down."""
+def budget_epochs(base: float, target: float) -> int:
+    """Epochs in which a network that is `target` cheaper costs what `base` of the base network do; rounded down."""
     return int((1 / (1 - target)) * base)
 
 

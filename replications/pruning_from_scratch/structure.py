@@ -16,10 +16,12 @@ from common.core.models.chain import ConvNet
 from common.core.models.mobilenet import MobileNetV2
 from common.core.models.resnet import BasicBlock
 from common.core.pruning import counting
-from common.settings import SettingsError
+from common.settings import Count, SettingsError, Share, Sparsity, Strict
 
 Status = Literal["converged", "nearest", "unreachable"]
 Unit = Literal["macs", "parameters"]
+Least = int | Sequence[int]
+"""Channels that stay in a layer at least: of every one, or of each."""
 WidthsCost = Callable[[Sequence[int]], int]
 """Cost of a network from the widths of its gated layers."""
 
@@ -31,6 +33,28 @@ _OPTIONS: dict[type, dict[str, Any]] = {
     ConvNet: {"norm_scale": 0.5, "final_pool": "average"},
     MobileNetV2: {"outer_relu6": False},
 }
+
+
+class SearchSettings(Strict):
+    """How gates become widths."""
+
+    budget: Literal["macs", "parameters"] = "macs"
+    """What a target is a reduction of."""
+    iterations: Count = 10
+    tolerance: Share = 0.001
+    """Relative to the target."""
+    min_channels: Count = 1
+    """How many channels a layer keeps at least."""
+    min_share: Sparsity = 0.0
+    """Which share of its channels a gated layer keeps at least, rounded up."""
+    returned: Literal["best", "last"] = "best"
+    """Which of the tried structures: the nearest to the budget, or the last as in the paper's release."""
+    ties: Literal["first", "random"] = "first"
+    """Which of equal gates is kept first: the earlier one, or one drawn for each seed."""
+
+    def least(self, sizes: Sequence[int]) -> list[int]:
+        """The channels that gated layers of these sizes keep at least."""
+        return [max(self.min_channels, math.ceil(self.min_share * size)) for size in sizes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +177,10 @@ class Ranking:
         place = torch.cat([part.argsort().argsort() for part in rank.split(sizes)])
         return cls(values, sizes, rank, place)
 
-    def masks(self, keep: int, min_channels: int = 1) -> list[Tensor]:
+    def masks(self, keep: int, min_channels: Least = 1) -> list[Tensor]:
         """Boolean masks: the `keep` first gates and the `min_channels` first of each layer, or all it has."""
-        return list(((self.rank < keep) | (self.place < min_channels)).split(self.sizes))
+        least = torch.tensor(_each(min_channels, self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        return list(((self.rank < keep) | (self.place < least)).split(self.sizes))
 
     def tied_share(self, keep: int) -> float:
         """The share of the `keep` kept gates that equal a dropped one: what the tie rule alone has chosen."""
@@ -216,7 +241,7 @@ def search(
     *,
     iterations: int = 10,
     tolerance: float = 0.001,
-    min_channels: int = 1,
+    min_channels: Least = 1,
     returned: Literal["last", "best"] = "best",
 ) -> Structure:
     """Bisect the share of dropped gates until the cost is `target` below `reference`, the base network's.
@@ -251,9 +276,14 @@ def search(
     )
 
 
-def largest_reduction(sizes: Sequence[int], cost: WidthsCost, reference: int, min_channels: int) -> float:
+def largest_reduction(sizes: Sequence[int], cost: WidthsCost, reference: int, min_channels: Least) -> float:
     """The reduction of the smallest structure: `min_channels` of each layer, or all it has."""
-    return 1 - cost([min(min_channels, size) for size in sizes]) / reference
+    least = [min(pair) for pair in zip(_each(min_channels, sizes), sizes, strict=True)]
+    return 1 - cost(least) / reference
+
+
+def _each(least: Least, sizes: Sequence[int]) -> list[int]:
+    return [least] * len(sizes) if isinstance(least, int) else list(least)
 
 
 def beyond(target: float, floor: float, tolerance: float) -> bool:

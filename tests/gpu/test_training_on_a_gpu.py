@@ -21,8 +21,8 @@ from common.settings import AugmentationSettings, DatasetSettings, ExecutionSett
 from common.stage.scheduler import execute, prepare_process
 from common.stage.store import Store
 from replications.halo.method import HALO, LambdaTraining, penalised
-from replications.pruning_from_scratch.method import Gates
-from replications.pruning_from_scratch.protocol import Dense, Training
+from replications.pruning_from_scratch.jobs import Dense
+from replications.pruning_from_scratch.method import Gates, Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
