@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from fontTools.ttLib import TTFont
+from project import ROOT
 from torch import nn
 
 from common.core import loading, models
 from common.core.data import Batches
 from common.core.pruning import channels
+from common.core.pruning.masks import Masks, prunable
 from common.core.trainer import Trainer
-from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
+from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, read_yaml, validated
 from common.stage import papers
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
@@ -33,6 +35,7 @@ from replications.pretraining_impact import (
     protocol,
     training,
     transfer,
+    weights,
 )
 
 DATA = DatasetSettings(train=120, validation=60, test=200)
@@ -369,6 +372,61 @@ def test_the_last_event_is_at_the_end_of_the_window_and_exact():
     assert gradual.event_steps(0, 100, 30, final=False) == [30, 60, 90]
 
 
+# ---------------------------------------------------------------------------------------- single weights
+
+
+def pruned_weights(context, levels=(0.5, 0.8), layers="conv+linear"):
+    """The masks of each level, of networks that are not trained in between."""
+    model, kept = network(), []
+    masks = Masks.dense(model, layers)
+    weights.prune_and_retrain(
+        model,
+        masks,
+        levels,
+        weights.WeightSelection(context=context, layers=layers),
+        lambda sparsity: kept.append((sparsity, dict(masks.kept))),
+    )
+    for name, mask in masks.kept.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask), name
+    return kept
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_the_smallest_weights_go_level_by_level(context):
+    values = {name: value.abs() for name, value in network().named_parameters()}
+    (_, before), (_, after) = levels = pruned_weights(context)
+    assert [sparsity for sparsity, _ in levels] == [0.5, 0.8]
+    for sparsity, kept in levels:
+        left, size = (sum(count(mask) for mask in kept.values()) for count in (torch.sum, torch.numel))
+        assert abs(1 - int(left) / size - sparsity) < 1e-3
+        shares = [1 - float(mask.float().mean()) for mask in kept.values() if mask.numel() > 500]
+        assert (max(shares) - min(shares) < 0.01) == (context == "local"), shares
+        # one ranking: no weight that goes is larger than one that stays; in each layer, if they are ranked there
+        for names in [list(kept)] if context == "global" else [[name] for name in kept]:
+            gone, stays = (torch.cat([values[n][kept[n] == keep] for n in names]) for keep in (False, True))
+            assert gone.max() <= stays.min()
+    assert all(not (after[name] & ~mask).any() for name, mask in before.items())
+
+
+def test_linear_layers_may_stay_whole():
+    ((_, kept),) = pruned_weights("global", [0.8], "conv")
+    assert kept and not any("classifier" in name for name in kept)
+
+
+def test_a_reduction_of_the_parameters_is_a_larger_share_of_the_weights():
+    assert weights.sparsities_for_reductions(1000, 800, [0.4, 0.7]) == [0.5, 0.875]
+    with pytest.raises(SettingsError, match=r"target 0.8: only 0.8000 of the parameters"):
+        weights.sparsities_for_reductions(1000, 800, [0.4, 0.8])
+
+
+def test_the_share_needed_lies_between_the_last_level_and_the_whole():
+    curve = {"accuracy": [0.95, 0.93, 0.9], "parameters": [1000, 500, 90]}
+    needed = partial(measures.share_needed, curve, floor=0.1)
+    assert needed(0.96) == 1 and needed(0.95) == pytest.approx(1)
+    assert needed(0.93) == pytest.approx(0.5) and 0.5 < needed(0.935) < 1
+    assert needed(0.9) == needed(0.5) == 0.1
+
+
 # ---------------------------------------------------------------------------------------- transfer
 
 
@@ -451,6 +509,8 @@ def test_shuffling_keeps_values_and_loses_places():
             r"scratch = \[0.8\]: must be the first of the targets \[0.5, 0.8\]",
         ),
         ({"variants": {"scratch-random": [0.8]}}, "scratch-random = .*must be the first of the targets"),
+        ({"variants": {"scratch-weights": [0.8]}}, "scratch-weights = .*must be the first of the targets"),
+        ({"weights": {"context": "layer"}}, "here.weights.context"),
         ({"variants": {"finetuned": "all"}}, "unknown variant 'finetuned'.*did you mean 'fine-tuned'"),
         ({"per_class": 3}, "labels and per_class exclude each other"),
         ({"selection": {"criterion": "l1"}}, "here.selection.criterion"),
@@ -478,6 +538,14 @@ def test_wrong_settings_are_one_clear_line(changes, message):
             "option 'depth' of .*'vgg_t8': unknown",
         ),
         ({"cells": [{"architecture": "vgg_t8", "options": {"head": "max"}}]}, r"\(vgg_t8\): head = 'max'"),
+        (
+            {
+                "cells": [{"architecture": "mobilenet_t8"}],
+                "variants": {"scratch-weights-conv": "all"},
+                "targets": [0.5, 0.9],
+            },
+            r"\(mobilenet_t8\): target 0.9: only 0.8955 of the parameters",
+        ),
         ({"checkpoint": {"source": "nowhere.pt"}}, "nowhere.pt: cannot be read"),
         ({"corpus": None}, "corpus: needed where there is no checkpoint"),
         (
@@ -514,6 +582,7 @@ def test_the_listed_runs_share_work():
         "fine-tuned-shuffled",
         "small-scratch",
         "fine-tuned-random",
+        "fine-tuned-weights",
     )
     runs = listed(variants)
     names = [(run.variant, run.target) for run in runs]
@@ -522,11 +591,50 @@ def test_the_listed_runs_share_work():
     assert ("fine-tuned-random", 0.0) not in names and ("fine-tuned-random", 0.8) in names
     jobs = {name: run.job for name, run in zip(names, runs)}
     assert jobs["fine-tuned", 0.8].start == jobs["fine-tuned", 0.5]
-    assert jobs["fine-tuned", 0.8].scratch == jobs["scratch", 0.8]
+    assert jobs["fine-tuned-weights", 0.5].start == jobs["fine-tuned", 0.0]
+    for name in ("fine-tuned", "scratch", "fine-tuned-weights"):
+        assert jobs[name, 0.8].reference == jobs["scratch", 0.0] and jobs[name, 0.5].reference is None
     assert jobs["fine-tuned-random", 0.5].start == jobs["fine-tuned", 0.0]
     assert jobs["small-scratch", 0.8].pruned == jobs["fine-tuned", 0.8]
     longer = [jobs[name, 0.0].training.options[0].epochs for name in ("scratch-long", "scratch")]
     assert longer == [3, 1]
+
+
+def test_a_deviation_is_one_change():
+    names = [name for name in protocol.LOOPS if protocol.LOOPS[name][1]]
+    runs = listed(["scratch", "scratch-weights", *(f"scratch{name}" for name in names)])
+    chosen = {run.variant: run.job.selection.model_dump() for run in runs if run.target == 0.8}
+    for name in names:
+        loop, changes = protocol.LOOPS[name]
+        usual = chosen["scratch-weights" if loop == "weights" else "scratch"]
+        assert chosen[f"scratch{name}"] == usual | changes != usual
+    fractions = {
+        run.variant: run.job.fraction for run in runs if run.target == 0.8 and "weights" not in run.variant
+    }
+    others = {name for name, fraction in fractions.items() if fraction != fractions["scratch"]}
+    assert others == {"scratch-legacy-rule"}
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-deviations"])
+def test_a_profile_runs_what_its_claims_read(name):
+    """And, but for the way there and the ledger's common ground, nothing else."""
+    paper = papers.load("pretraining_impact", ROOT / "params.yaml", name).paper
+    cells = [paper.changed(cell.settings, "here").wanted for cell in paper.cells]
+    wanted = {variant: targets for cell in cells for variant, targets in cell.items()}
+    claims = read_yaml(ROOT / "replications/pretraining_impact/claims.yaml")["claims"]
+    needed = {}
+    for claim in claims:
+        if ("deviation" in claim) == (name == "digits-deviations"):
+            for side in ("treatment", "control"):
+                for entry in claim[side] if isinstance(claim[side], list) else [claim[side]]:
+                    for part in (entry, entry.get("minus", entry)):
+                        targets = [part["target"]] if "target" in part else claim["targets"]
+                        needed.setdefault(part["variant"], set()).update(targets)
+    assert needed.keys() == wanted.keys() <= protocol.VARIANTS.keys()
+    ground = ("fine-tuned", "scratch", "fine-tuned-weights", "scratch-weights")
+    for variant, targets in needed.items():
+        assert targets <= {0.0, *wanted[variant]}, variant
+        assert max(targets) == max(wanted[variant]) or name != "digits" and variant in ground, variant
 
 
 ALL_AT_ONCE = ("scratch-one-shot", "scratch-gradual", "small-scratch")
@@ -602,33 +710,71 @@ def test_arms_differ_in_their_trunk_alone(tmp_path):
 
 
 def test_every_variant_leaves_its_record(tmp_path):
-    suffixes = ("-random", "-one-shot", "-gradual", "-one-cycle")
+    suffixes = protocol.LOOPS.keys() - {""}
     variants = ["fine-tuned", "scratch", "small-scratch", *(f"fine-tuned{suffix}" for suffix in suffixes)]
     found = records(tmp_path, variants, gradual={"span": 1})
+    found = {key: record for key, record in found.items() if "weights" not in key[0]}
     dense, last, scratch = found["fine-tuned", 0.0], found["fine-tuned", 0.8], found["scratch", 0.8]
     parameters = dense["cost"]["parameters"]
-    for (_, target), record in found.items():
+    for (variant, target), record in found.items():
         assert 0 <= record["metrics"]["test_accuracy"] <= 1
         if target:
             cost = record["cost"]
             assert cost["dense_parameters"] == parameters
-            assert cost["parameters"] <= (1 - target) * parameters
+            assert cost["parameters"] == cost["nonzero_parameters"]
             assert record["metrics"]["reduction"] == pytest.approx(1 - cost["parameters"] / parameters)
-            assert record["metrics"]["trunk_reduction"] > record["metrics"]["reduction"]
-            assert cost["compression"] >= 1 / (1 - target)
+            if variant != "fine-tuned-global":  # as many filters, of which the smaller ones may go
+                assert cost["parameters"] <= (1 - target) * parameters
+                assert record["metrics"]["trunk_reduction"] > record["metrics"]["reduction"]
     assert found["small-scratch", 0.8]["details"]["filters"] == last["details"]["filters"]
     curve = last["details"]["curve"]
     assert curve["accuracy"] == [found["fine-tuned", t]["metrics"]["test_accuracy"] for t in (0.0, 0.5, 0.8)]
     drop = measures.accuracy_drop(curve["reduction"], curve["accuracy"], 0.8)
     assert last["metrics"]["accuracy_drop"] == pytest.approx(drop)
     assert 0 <= last["metrics"]["r_star_1"] <= last["metrics"]["r_star_2"] <= curve["reduction"][-1]
-    assert 0 < last["metrics"]["iso_share"] <= 1 and "iso_share" not in scratch["metrics"]
+    wanted = found["scratch", 0.0]["metrics"]["test_accuracy"] - 0.01
+    assert last["metrics"]["share_needed"] == measures.share_needed(curve, wanted, 1 - 0.8)
+    assert scratch["metrics"]["share_needed"] == scratch["metrics"]["share_needed_own"]
+    assert "share_needed" not in found["fine-tuned", 0.5]["metrics"]
     assert "r_star_1" in scratch["metrics"] and "r_star_1" not in found["fine-tuned", 0.5]["metrics"]
     # training costs: pre-training counts for the fine-tuned network, pruning while training makes it cheaper
     macs = {key: record["details"]["training_macs"] for key, record in found.items()}
     assert macs["fine-tuned", 0.0] == macs["pre-trained", 0.0] + macs["scratch", 0.0]
     longer = macs["pre-trained", 0.0] + 3 * macs["scratch", 0.0]
     assert macs["fine-tuned", 0.5] < macs["fine-tuned-gradual", 0.8] < longer
+
+
+@pytest.mark.parametrize("changes", [{}, {"context": "local"}])
+def test_single_weights_go_and_stay_away(tmp_path, changes):
+    runs = listed(["scratch", "scratch-weights"], weights=changes, level=FAST | {"epochs": 3})
+    store = Store(tmp_path)
+    found, states = {}, {}
+    for run in runs:
+        found[run.variant, run.target] = perform(run, store, CPU, True).record.content()
+        states[run.variant, run.target] = store.state(run)
+    dense = found["scratch", 0.0]
+    parameters, previous = dense["cost"]["parameters"], None
+    for target in (0.5, 0.8):
+        record, state = found["scratch-weights", target], states["scratch-weights", target]
+        cost, filters = record["cost"], found["scratch", target]
+        assert cost["parameters"] == cost["dense_parameters"] == parameters
+        assert cost["nonzero_parameters"] == pytest.approx((1 - target) * parameters, abs=6)
+        assert record["metrics"]["reduction"] == 1 - cost["nonzero_parameters"] / parameters
+        assert record["details"]["curve"]["parameters"][-1] == cost["nonzero_parameters"]
+        assert cost["sparse_macs"] < cost["macs"] == dense["cost"]["macs"]
+        assert record["details"]["training_macs"] > filters["details"]["training_macs"]
+        # what is gone at one level is gone at the next
+        zeros = {name: state["model"][name] == 0 for name in prunable(network())}
+        assert sum(int(zero.sum()) for zero in zeros.values()) == parameters - cost["nonzero_parameters"]
+        assert previous is None or all(zeros[name][gone].all() for name, gone in previous.items())
+        previous = zeros
+        # the first level's training has moved what stays
+        assert any(
+            not torch.equal(state["model"][n][~z], states["scratch", 0.0]["model"][n][~z])
+            for n, z in zeros.items()
+        )
+    last = found["scratch-weights", 0.8]["metrics"]
+    assert last["share_needed"] == last["share_needed_own"] and 0.2 - 1e-9 <= last["share_needed"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from torch import nn
 from common.core.data import Batches, Dataset
 from common.core.identity import canonical, stream
 from common.core.models import Network
+from common.core.pruning import counting
+from common.core.pruning.masks import KeepMasked, Masks
 from common.core.run import Cell, Context, Job, Needed, Outcome
-from common.core.trainer import Trainer
+from common.core.trainer import Hooks, Trainer
 from common.core.tuning import Tuned
 from common.settings import Count, DataError, Strict
-from replications.pretraining_impact import measures, method, transfer
+from replications.pretraining_impact import measures, method, transfer, weights
 from replications.pretraining_impact.filters import Shape, filter_widths, narrow
 from replications.pretraining_impact.gradual import Gradual, GradualSettings, KeepFiltersMasked
 from replications.pretraining_impact.labels import PerClass, labelled
@@ -107,25 +109,26 @@ class OnTarget(Job):
         macs: int,
         curve: measures.Curve | None = None,
         state: dict[str, Any] | None = None,
+        cost: dict[str, Any] | None = None,
         **details: Any,
     ) -> Outcome:
         """The trainer's network as it is now.
 
         macs: forward MACs of all training so far. curve: of the unpruned network and the levels before, None at the
-        unpruned network itself.
+        unpruned network itself. cost: in place of that of its shape.
         """
         model, shape = trainer.model, shape_of(self.cell, context.data)
         filters = filter_widths(model)
-        cost = shape.cost(filters)
+        cost = cost or shape.cost(filters)
         outcome = context.measured(trainer, costs=cost, state=state, details=details)
-        reduction = 1 - cost["parameters"] / cost["dense_parameters"]
+        reduction = 1 - cost["nonzero_parameters"] / cost["dense_parameters"]
         curve = measures.extended(
             curve,
             {
                 "reduction": reduction,
                 "accuracy": outcome.metrics["test_accuracy"],
                 "validation_accuracy": outcome.metrics["validation_accuracy"],
-                "parameters": cost["parameters"],
+                "parameters": cost["nonzero_parameters"],
             },
         )
         trunk, whole = (transfer.trunk_size(network) for network in (model, shape.whole))
@@ -164,27 +167,44 @@ class Dense(OnTarget):
         return next((context.of(trial) for trial in trials if trial.seed == self.seed), None)
 
 
-class Pruned(OnTarget):
-    """A network that loses filters. fraction: of those of each layer, to meet the target."""
+class OneLevel(OnTarget):
+    """One level of a loop: what the level before left is pruned, and trains on. One shot is a level by itself."""
+
+    training: Training
+    stop: StopRule | None = None
+    """At the last level, which measures the whole curve."""
+    reference: Dense | None = None
+    """The unpruned network from scratch, to whose accuracy the whole curve is held."""
+
+    def retrained(
+        self, context: Context, model: nn.Module, images: Dataset, hooks: Sequence[Hooks] = ()
+    ) -> tuple[Trainer, float]:
+        """The trainer at the end of the level, and the validation accuracy right after pruning."""
+        phase = f"level {self.target:g}"
+        trainer = self.training.phase(context, model, images, phase, hooks)
+        raw = trainer.evaluate(Batches(images, "validation"))["accuracy"]
+        trainer.fit(self.training.rates(len(trainer.batches)), phase)
+        return trainer, raw
+
+    def completed(self, context: Context, outcome: Outcome, raw: float) -> Outcome:
+        """With what is measured of a level."""
+        curve, floor = outcome.details["curve"], 1 - self.target
+        outcome.metrics["raw_validation_accuracy"] = raw
+        if self.stop:
+            outcome.metrics |= measures.along(curve, floor, self.stop.tau, self.stop.patience)
+        if self.reference:
+            unpruned = context.of(self.reference).record.metrics["test_accuracy"]
+            wanted = unpruned - measures.TAUS["1"]
+            outcome.metrics["share_needed"] = measures.share_needed(curve, wanted, floor)
+        return outcome
+
+
+class Level(OneLevel):
+    """A level that removes filters. fraction: of those of each layer, to meet the target."""
 
     fraction: float
     selection: method.FilterSelection
-    training: Training
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Of random filters."""
-        return torch.Generator().manual_seed(stream(self.seed, "filters", self.fraction))
-
-
-class Level(Pruned):
-    """One level of the loop: what `start` left loses filters, and trains on. One shot is a level by itself."""
-
     start: Dense | Level
-    stop: StopRule | None = None
-    """At the last level, which measures the whole curve."""
-    scratch: Level | None = None
-    """The last level from scratch, with whose curve this one's is compared."""
 
     def execute(self, context: Context) -> Outcome:
         start, images = context.of(self.start), self.images(context)
@@ -193,25 +213,16 @@ class Level(Pruned):
         initial = start.state["initial"] and _restored(
             context, start.state["filters"], start.state["initial"]
         )
-        validation = Batches(images, "validation")
-
-        def retrain(fraction: float) -> tuple[Trainer, float]:
-            phase = f"level {self.target:g}"
-            trainer = self.training.phase(context, model, images, phase)
-            raw = trainer.evaluate(validation)["accuracy"]
-            trainer.fit(self.training.rates(len(trainer.batches)), phase)
-            return trainer, raw
-
         # this job is the level alone, because each leaves a record
         ((trainer, raw),) = method.prune_and_retrain(
             model,
             [self.fraction],
             shape.filters,
             self.selection,
-            retrain,
+            lambda _: self.retrained(context, model, images),
             batches=Batches(images, "train"),
             initial=initial,
-            generator=self.generator,
+            generator=_for_random_filters(self.seed, self.fraction),
         )
         each = shape.cost(filter_widths(model))["macs"]
         outcome = self.measured(
@@ -223,19 +234,50 @@ class Level(Pruned):
             fraction=self.fraction,
             learning_rate=before["learning_rate"],
         )
-        outcome.metrics["raw_validation_accuracy"] = raw
-        curve = outcome.details["curve"]
-        if self.stop:
-            outcome.metrics |= measures.along(curve, self.stop.tau, self.stop.patience)
-        if self.scratch:
-            scratch = context.of(self.scratch).record.details["curve"]
-            outcome.metrics |= measures.against_scratch(curve, scratch)
-        return outcome
+        return self.completed(context, outcome, raw)
 
 
-class WhileTraining(Pruned):
-    """Pruning during one training as long as the loop."""
+class WeightLevel(OneLevel):
+    """A level that masks single weights. sparsity: of those that may be pruned, to meet the target."""
 
+    sparsity: float
+    selection: weights.WeightSelection
+    start: Dense | WeightLevel
+
+    def execute(self, context: Context) -> Outcome:
+        start, images = context.of(self.start), self.images(context)
+        before, shape = start.record.details, shape_of(self.cell, images)
+        model = _restored(context, start.state["filters"], start.state["model"])
+        # what the level before has set to zero is smallest, and goes again
+        masks = Masks.dense(model, self.selection.layers)
+        ((trainer, raw),) = weights.prune_and_retrain(
+            model,
+            masks,
+            [self.sparsity],
+            self.selection,
+            lambda _: self.retrained(context, model, images, [KeepMasked(masks)]),
+        )
+        # zeros are multiplied like other weights
+        macs = self.training.macs(images, shape.whole_cost["macs"])
+        outcome = self.measured(
+            context,
+            trainer,
+            before["training_macs"] + macs,
+            before["curve"],
+            _state(model, None),
+            counting.cost(model, images.image_shape, shape.whole_cost),
+            sparsity=self.sparsity,
+            learning_rate=before["learning_rate"],
+        )
+        return self.completed(context, outcome, raw)
+
+
+class WhileTraining(OnTarget):
+    """Filters are removed during one training as long as the loop. fraction: of those of each layer."""
+
+    fraction: float
+    selection: method.FilterSelection
+    training: Training
     start: Start
     reference: Dense
     """The unpruned network, whose learning rate is taken."""
@@ -253,7 +295,7 @@ class WhileTraining(Pruned):
             how.events(total, self.fraction),
             self.selection,
             initial=_copied(model, context) if looks_back else None,
-            generator=self.generator,
+            generator=_for_random_filters(self.seed, self.fraction),
             masks=masks,
         )
         hooks = [pruning] if masks is None else [pruning, masks]
@@ -286,6 +328,11 @@ class Small(OnTarget):
 
 Start.model_rebuild()
 Level.model_rebuild()
+WeightLevel.model_rebuild()
+
+
+def _for_random_filters(seed: int, fraction: float) -> torch.Generator:
+    return torch.Generator().manual_seed(stream(seed, "filters", fraction))
 
 
 def _network(context: Context, **options: Any) -> Network:

@@ -1,7 +1,7 @@
 """What is measured on an accuracy curve: how much can be removed, what it costs, how few parameters suffice.
 
 A curve is a sequence of parameter reductions R (ascending, from 0), the accuracies there, and for
-`iso_parameters` the parameters. Plain numbers in, plain numbers out. Records hold curves as tables with the columns
+`iso_parameters` the parameters that are left. Plain numbers in, plain numbers out. Records hold curves as tables with the columns
 `reduction`, `accuracy` (test), `validation_accuracy` and `parameters`, a row for each level from the unpruned network.
 """
 
@@ -101,27 +101,25 @@ def begun(curve: Curve) -> dict[str, list[float]]:
     return {name: list(values[:1]) for name, values in curve.items()}
 
 
-def along(curve: Curve, tau: float, patience: int) -> dict[str, float]:
-    """What needs the whole curve. tau, patience: of the stopping rule."""
+def along(curve: Curve, floor: float, tau: float, patience: int) -> dict[str, float]:
+    """What needs the whole curve. floor: as of `share_needed`. tau, patience: of the stopping rule."""
     reduction, accuracy = curve["reduction"], curve["accuracy"]
     mean = mean_accuracy(reduction, accuracy, AREA)
     stopped = stopping_level(curve["validation_accuracy"], tau, patience)
-    found = {"mean_accuracy": mean, "mean_drop": accuracy[0] - mean, "stopping_reduction": reduction[stopped]}
+    found = {
+        "mean_accuracy": mean,
+        "mean_drop": accuracy[0] - mean,
+        "stopping_reduction": reduction[stopped],
+        "share_needed_own": share_needed(curve, accuracy[0] - TAUS["1"], floor),
+    }
     return found | {f"r_star_{name}": largest_reduction(reduction, accuracy, t) for name, t in TAUS.items()}
 
 
-def against_scratch(curve: Curve, scratch: Curve) -> dict[str, float | None]:
-    """What needs both arms' curves: R* below the unpruned scratch network, and parameters at its accuracy."""
-    reduction, accuracy, parameters = curve["reduction"], curve["accuracy"], curve["parameters"]
-    reference = scratch["accuracy"][0]
-    found: dict[str, float | None] = {
-        f"r_star_absolute_{name}": largest_reduction(reduction, accuracy, tau, reference=reference)
-        for name, tau in TAUS.items()
-    }
-    enough = iso_parameters(parameters, accuracy, reference)
-    # a network that is worse than the scratch one before any pruning needs all it has
-    found["iso_share"] = 1.0 if enough is None else enough / parameters[0]
-    ours, theirs = (
-        iso_parameters(c["parameters"], c["accuracy"], reference - TAUS["1"]) for c in (curve, scratch)
-    )
-    return found | {"iso_ratio": None if ours is None or theirs is None else ours / theirs}
+def share_needed(curve: Curve, wanted: float, floor: float) -> float:
+    """The share of its parameters that a network needs for accuracy `wanted`, in [floor, 1].
+
+    floor: what the last level is to leave, below which nothing is known. 1 also where the unpruned network falls short.
+    """
+    parameters = curve["parameters"]
+    enough = iso_parameters(parameters, curve["accuracy"], wanted)
+    return 1.0 if enough is None else min(max(enough / parameters[0], floor), 1.0)

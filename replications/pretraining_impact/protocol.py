@@ -15,6 +15,7 @@ from pydantic import AfterValidator, model_validator
 from common.core import experiment, loading
 from common.core.data import Dataset
 from common.core.experiment import Cells, CellSettings, Cuts, VariantSettings
+from common.core.pruning import masks
 from common.core.run import Cell, Job
 from common.core.tuning import Tuned, TuningSettings, tuned
 from common.records import TRIAL
@@ -28,28 +29,43 @@ from replications.pretraining_impact.jobs import (
     Small,
     Start,
     StopRule,
+    WeightLevel,
     WhileTraining,
     shape_of,
 )
 from replications.pretraining_impact.labels import PerClass, labelled
 from replications.pretraining_impact.training import Training
+from replications.pretraining_impact.weights import WeightSelection, sparsities_for_reductions
 
 Arm = Literal["fine-tuned", "scratch", "scratch-long", "fine-tuned-shuffled"]
-Loop = Literal["levels", "random", "one-shot", "gradual", "one-cycle", "small"]
+Loop = Literal["filters", "weights", "one-shot", "gradual", "one-cycle", "small"]
 ARMS: tuple[Arm, ...] = ("fine-tuned", "scratch", "scratch-long", "fine-tuned-shuffled")
-LOOPS: dict[str, Loop] = {
-    "": "levels",
-    "-random": "random",
-    "-one-shot": "one-shot",
-    "-gradual": "gradual",
-    "-one-cycle": "one-cycle",
+LOOPS: dict[str, tuple[Loop, dict[str, str]]] = {
+    "": ("filters", {}),
+    "-weights": ("weights", {}),
+    # deviations, each in one respect from the two above
+    "-random": ("filters", {"criterion": "random"}),
+    "-taylor": ("filters", {"criterion": "taylor_sq_mean"}),
+    "-global": ("filters", {"criterion": "l1_mean", "context": "global"}),
+    "-group": ("filters", {"score": "group"}),
+    "-all-inputs": ("filters", {"inputs": "all"}),
+    "-legacy-rule": ("filters", {"rule": "kth_0_4_1"}),
+    "-one-shot": ("one-shot", {}),
+    "-gradual": ("gradual", {}),
+    "-one-cycle": ("one-cycle", {}),
+    "-weights-global": ("weights", {"context": "global"}),
+    "-weights-conv": ("weights", {"layers": "conv"}),
 }
-FINE_TUNED, SCRATCH, SMALL = "fine-tuned", "scratch", "small-scratch"
-VARIANTS: dict[str, tuple[Arm, Loop]] = {
-    **{arm + suffix: (arm, loop) for arm in ARMS for suffix, loop in LOOPS.items()},
-    SMALL: ("scratch", "small"),
+"""Suffix -> (how a network is pruned, what is other than the settings say in how that is chosen which goes)."""
+FINE_TUNED: Arm = "fine-tuned"
+SCRATCH: Arm = "scratch"
+SMALL = "small-scratch"
+VARIANTS: dict[str, tuple[Arm, Loop, dict[str, str]]] = {
+    **{arm + suffix: (arm, *way) for arm in ARMS for suffix, way in LOOPS.items()},
+    SMALL: ("scratch", "small", {}),
 }
-"""Variant -> (how its network starts, how it is pruned)."""
+"""Variant -> (how its network starts, how it is pruned, what is other in the choice)."""
+LEVEL_BY_LEVEL: tuple[Loop, ...] = ("filters", "weights")
 PRETRAINED = "pre-trained"
 
 # ------------------------------------------------------------------------------------------ settings
@@ -68,12 +84,10 @@ class Settings(VariantSettings, TuningSettings):
     seeds: Seeds = tuple(range(8))
     cells: Cells = (CellSettings(architecture="mobilenet_t8"),)
     targets: Cuts = (0.5, 0.7, 0.8, 0.9)
-    """Parameter reductions of the loop's levels, each met by the smallest sufficient filter fraction."""
+    """Parameter reductions of the loop's levels: of filters the smallest fraction that reaches each, of weights as many."""
     variants: dict[Variant, Cuts | Literal["all"]] = {
-        "fine-tuned": "all", "scratch": "all", "scratch-long": (0.5, 0.7, 0.8),
-        "fine-tuned-shuffled": (0.5, 0.7, 0.8), "small-scratch": (0.8,),
-        "fine-tuned-random": (0.5, 0.7, 0.8), "scratch-random": (0.5, 0.7, 0.8),
-        "fine-tuned-one-shot": (0.8,), "scratch-one-shot": (0.8,),
+        "fine-tuned": "all", "scratch": "all", "fine-tuned-weights": "all", "scratch-weights": "all",
+        "scratch-long": (0.5, 0.7, 0.8), "fine-tuned-shuffled": (0.5, 0.7, 0.8), "small-scratch": (0.8,),
     }  # fmt: skip
     """Level by level, the targets are the first ones of `targets`; else any of them."""
     labels: Count | None = 200
@@ -98,6 +112,7 @@ class Settings(VariantSettings, TuningSettings):
     long_factor: Count = 3
     """Epochs before pruning of scratch-long, in multiples of scratch."""
     selection: method.FilterSelection = method.FilterSelection()
+    weights: WeightSelection = WeightSelection()
     gradual: GradualSettings = GradualSettings()
     stop: StopRule = StopRule()
 
@@ -108,8 +123,7 @@ class Settings(VariantSettings, TuningSettings):
         if self.labels and self.per_class:
             raise ValueError("labels and per_class exclude each other")
         for name, own in self.wanted.items():
-            loop = VARIANTS[name][1]
-            if loop in ("levels", "random") and own != self.targets[: len(own)]:
+            if VARIANTS[name][1] in LEVEL_BY_LEVEL and own != self.targets[: len(own)]:
                 raise ValueError(
                     f"variants.{name} = {list(own)}: must be the first of the targets {list(self.targets)}"
                 )
@@ -134,10 +148,9 @@ class Experiment(experiment.Experiment[Settings]):
             filters = shape.filters
         except ValueError as error:
             raise SettingsError(str(error)) from None
-        fractions = method.fractions_for_reductions(
-            shape.parameters, filters, settings.targets, settings.selection.rule
-        )
-        self.fractions = dict(zip(settings.targets, fractions))
+        self.shape, self.filters = shape, filters
+        self._fractions: dict[str, dict[float, float]] = {}
+        self.fractions(settings.selection.rule)
         self.digest = settings.checkpoint and settings.checkpoint.trunk_for(shape.whole)[1]
 
     @cached_property
@@ -157,17 +170,25 @@ class Experiment(experiment.Experiment[Settings]):
                 )
         return cell
 
+    def fractions(self, rule: str) -> dict[float, float]:
+        """The share of its filters that every layer loses under a rule of counting, by target."""
+        if rule not in self._fractions:
+            targets = self.settings.targets
+            found = method.fractions_for_reductions(self.shape.parameters, self.filters, targets, rule)
+            self._fractions[rule] = dict(zip(targets, found))
+        return self._fractions[rule]
+
     def jobs(self, seed: int) -> Iterator[Job]:
         ways = {
-            "levels": self.levels,
-            "random": self.levels,
+            "filters": self.levels,
+            "weights": self.levels,
             "one-shot": self.one_shot,
             "gradual": self.while_training,
             "one-cycle": self.while_training,
             "small": self.small,
         }
         for name, targets in self.settings.wanted.items():
-            arm, loop = VARIANTS[name]
+            arm, loop, _ = VARIANTS[name]
             yield self.dense(arm, seed)
             for target in targets:
                 yield ways[loop](name, target, seed)
@@ -224,31 +245,31 @@ class Experiment(experiment.Experiment[Settings]):
         return trained(arm, seed, choice)
 
     def pruned(self, name: str, target: float, seed: int) -> dict[str, Any]:
-        """What jobs that remove filters have."""
-        selection = self.settings.selection
-        if VARIANTS[name][1] == "random":
-            selection = selection.model_copy(update={"criterion": "random"})
-        return self.identity(name, target, seed) | {
-            "fraction": self.fractions[target],
-            "selection": selection,
-        }
+        """What jobs that prune have."""
+        _, loop, changes = VARIANTS[name]
+        identity = self.identity(name, target, seed)
+        if loop == "weights":
+            how = self.settings.weights.model_copy(update=changes)
+            prunable = sum(weight.numel() for weight in masks.prunable(self.network, how.layers).values())
+            (sparsity,) = sparsities_for_reductions(self.shape.parameters(self.filters), prunable, [target])
+            return identity | {"sparsity": sparsity, "selection": how}
+        selection = self.settings.selection.model_copy(update=changes)
+        return identity | {"fraction": self.fractions(selection.rule)[target], "selection": selection}
 
-    def levels(self, name: str, target: float, seed: int) -> Level:
+    def levels(self, name: str, target: float, seed: int) -> Level | WeightLevel:
         """The level of the loop that meets a target, from the one before."""
         settings, number = self.settings, self.settings.targets.index(target)
-        start: Dense | Level = self.dense(VARIANTS[name][0], seed)
-        if number:
-            start = self.levels(name, settings.targets[number - 1], seed)
-        last, scratch = target == settings.targets[-1], None
-        if last and name == FINE_TUNED and target in settings.wanted.get(SCRATCH, ()):
-            scratch = self.levels(SCRATCH, target, seed)
-        return Level(
-            **self.pruned(name, target, seed),
-            training=settings.level,
-            start=start,
-            stop=settings.stop if last else None,
-            scratch=scratch,
-        )
+        arm, loop, _ = VARIANTS[name]
+        last = target == settings.targets[-1]
+        given = self.pruned(name, target, seed) | {
+            "training": settings.level,
+            "start": self.levels(name, settings.targets[number - 1], seed)
+            if number
+            else self.dense(arm, seed),
+            "stop": settings.stop if last else None,
+            "reference": self.dense(SCRATCH, seed) if last and SCRATCH in settings.wanted else None,
+        }
+        return WeightLevel(**given) if loop == "weights" else Level(**given)
 
     def one_shot(self, name: str, target: float, seed: int) -> Level:
         """All filters at once, then what the loop spends on all levels up to here."""
@@ -258,7 +279,7 @@ class Experiment(experiment.Experiment[Settings]):
 
     def while_training(self, name: str, target: float, seed: int) -> WhileTraining:
         """Pruning during one training as long as the loop up to here."""
-        arm, loop = VARIANTS[name]
+        arm, loop, _ = VARIANTS[name]
         gradual = self.settings.gradual
         if loop == "one-cycle":
             gradual = gradual.model_copy(update={"schedule": "one_cycle", "begin": 0.0, "finish": 1.0})

@@ -38,9 +38,10 @@ def trunk(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trunk_size(model: nn.Module) -> int:
-    """Parameters of the trunk."""
+    """Parameters of the trunk that are not zero; all of them where there are no values."""
     head = head_prefix(model)
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(head))
+    found = (p for name, p in model.named_parameters() if not name.startswith(head))
+    return sum(p.numel() if p.is_meta else int(p.count_nonzero()) for p in found)
 
 
 def shuffled(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
