@@ -22,13 +22,14 @@ from replications.halo import measures, method, protocol
 DATA = DatasetSettings(train=90, validation=50, test=60)
 SMALL = {
     "seeds": (0,),
-    "training": {"epochs": 2, "milestones": (0.5,)},
+    "training": {"epochs": 2, "milestones": (0.5,), "batch_size": 23},
     "targets": (0.5, 0.9),
     "fine_tuning_epochs": 1,
 }
-FINE_TUNED = {"magnitude-one-shot": (0.95, 0.98), "magnitude-iterative": (0.9, 0.95, 0.98)}
+FINE_TUNED = dict.fromkeys(protocol.FINE_TUNED, (0.95, 0.98)) | {"magnitude-iterative": (0.9, 0.95, 0.98)}
 SINGLE = {"l1": [{"xi": 1e-3}], "sws": [{"xi": 1e-3}], "mcp": [{"xi": 1e-2, "psi": 30}], "fine_tuning": [0.1]}
-SINGLE |= {"halo": [{"xi": 1e-3, "psi": 1e-2}]}
+DECAY = [{"xi": 1e-3, "psi": 1e-8, "lambda_weight_decay": 0.2}]
+SINGLE |= {"halo": [{"xi": 1e-3, "psi": 1e-2}], "halo_decay": DECAY}
 
 
 def _profile(**changes):
@@ -264,7 +265,7 @@ def test_directions_of_features():
 
 @pytest.mark.slow
 def test_every_variant_runs_and_is_measured():
-    runs, done = _listed(trials=SINGLE, variants=dict.fromkeys(protocol.PENALISED, "all") | FINE_TUNED), {}
+    runs, done = _listed(trials=SINGLE, variants=dict.fromkeys(protocol.TRAINED, "all") | FINE_TUNED), {}
     outcomes = {(run.variant, run.target): _executed(run, done) for run in runs}
     assert not any(run.variant.startswith("tuning") for run in runs)
     for (variant, target), outcome in outcomes.items():
@@ -277,13 +278,53 @@ def test_every_variant_runs_and_is_measured():
             assert outcome.metrics["kept_magnitude"] > 0
             assert abs(outcome.details["float32_index"] - outcome.details["index"]) <= 1
         rounds = FINE_TUNED.get(variant, ())
-        extra = 0 if not rounds else 1 if variant == "magnitude-one-shot" else rounds.index(target) + 1
-        assert outcome.metrics["training_epochs"] == 2 + extra
+        extra = 0 if not rounds else rounds.index(target) + 1 if variant == "magnitude-iterative" else 1
+        shorter = variant in ("none-shortened", "magnitude-equal-budget")
+        assert outcome.metrics["training_epochs"] == 2 + extra - shorter
     trained = outcomes["halo", 0.0]
     assert -1 <= trained.metrics["lambda_correlation"] <= 1
     assert {"lambda_median", "penalty", "near_zero_0.001", "validation_accuracy"} <= set(trained.curves[-1])
     assert "lambda_correlation_kept" in outcomes["halo", 0.9].metrics
     assert "lambda_correlation" not in outcomes["sws", 0.0].metrics
+
+
+def test_magnitude_pruning_at_equal_budget_has_the_whole_schedule_in_fewer_epochs():
+    runs = _listed(trials=SINGLE, variants={"magnitude-equal-budget": (0.95,)}, training={"epochs": 9})
+    start = _find(runs, "magnitude-equal-budget", 0.95).job.start
+    assert start.training.epochs + 1 == 9 and start.penalty == "none"
+    assert start.rates(4)[0] == pytest.approx([0.1] * 16 + [0.01] * 8 + [0.001] * 8)
+
+
+def test_fan_out_networks_start_otherwise_and_magnitude_pruning_goes_on_from_them():
+    variants = {"none": "all", "none-fan-out": "all", "halo-fan-out": "all", "magnitude-fan-out": (0.95,)}
+    runs, first = _listed(trials=SINGLE, variants=variants), {}
+    for variant in ("none", "none-fan-out", "halo-fan-out"):
+        job = _find(runs, variant, 0.0).job.model_copy(
+            update={
+                "training": protocol.Recipe(epochs=1, batch_size=90, learning_rate=1e-12, milestones=()),
+                "strength": None,
+            }
+        )
+        trainer, _, _ = job.trained(Context(job.run, Compute.choose("cpu", "float32"), ()))
+        first[variant] = next(iter(prunable(trainer.model, "conv").values()))
+    # 1 input, 16 outputs: a quarter of the standard deviation
+    torch.testing.assert_close(first["none-fan-out"] * 4, first["none"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(first["halo-fan-out"], first["none-fan-out"], rtol=1e-3, atol=1e-6)
+    assert _find(runs, "magnitude-fan-out", 0.95).job.start == _find(runs, "none-fan-out", 0.0).job
+
+
+def test_the_low_rate_of_fine_tuning_is_not_tuned():
+    trials = {name: of * 2 for name, of in SINGLE.items()}
+    runs = _listed(trials=trials, variants={"magnitude-low-rate": (0.95,)})
+    job = _find(runs, "magnitude-low-rate", 0.95).job
+    assert isinstance(job, protocol.FineTune) and job.training.learning_rate == 0.001
+
+
+def test_weight_decay_pulls_the_lambdas_of_halo_decay():
+    job = _find(_listed(trials=SINGLE, variants={"halo-decay": "all"}), "halo-decay", 0.0).job
+    model = build("digits_cnn", classes=10, image_shape=(1, 8, 8))
+    halo = job.penalty_on(model, 1)
+    assert (halo.psi, halo.training.weight_decay) == (1e-8, 0.2)
 
 
 def test_official_rates_differ():
@@ -296,32 +337,51 @@ def test_official_rates_differ():
     assert rates["halo-official"][1] == pytest.approx([0.1, 0.001])
 
 
-def test_each_penalty_is_tried_at_the_tuning_target_with_the_tuning_seeds():
-    runs = _listed(variants={"halo": "all"}, tuning_seeds=(7, 8), tuning_target=0.7)
-    train = _find(runs, "halo", 0.0)
-    assert [(need.variant, need.seed, need.target) for need in train.needs] == [
-        (f"tuning-halo-{number}", seed, 0.7) for number in range(4) for seed in (7, 8)
+def test_each_seed_tries_every_setting_once_and_chooses_among_them_at_each_target():
+    runs = _listed(variants={"halo": "all"}, seeds=(3, 4))
+    trained = [run for run in runs if isinstance(run.job, protocol.Train)]
+    assert [(run.seed, run.variant) for run in trained] == [
+        (seed, f"tuning-halo-{number}") for seed in (3, 4) for number in range(3)
     ]
-    assert [need.job.strength for need in train.needs[::2]] == list(protocol.TrialSettings().halo)
+    assert [run.job.strength for run in trained[:3]] == list(protocol.TrialSettings().halo)
+    for target in (0.5, 0.9):
+        chosen = _find(runs, "halo", target)
+        assert [(need.job.start.run, need.target, need.seed) for need in chosen.needs] == [
+            (run, target, 3) for run in trained[:3]
+        ]
 
 
-@pytest.mark.parametrize("variant", FINE_TUNED)
+def test_the_best_on_validation_images_is_taken_as_it_is():
+    trials = {name: of * 3 for name, of in SINGLE.items()}
+    trials["halo"] = [{"xi": 1e-3, "psi": 1e-2}, {"xi": 1e-5, "psi": 1e-5}, {"xi": 1e-1, "psi": 1.0}]
+    runs = _listed(trials=trials, variants={"halo": (0.9,)})
+    chosen, done = _find(runs, "halo", 0.9), {}
+    found = _executed(chosen, done)
+    tried = [done[need.settings_hash] for need in chosen.needs]
+    best = max(tried, key=lambda trial: trial.metrics["validation_accuracy"])
+    assert len({trial.metrics["validation_accuracy"] for trial in tried}) > 1
+    assert found.metrics == best.metrics and found.cost == best.cost
+    assert found.details["chosen"] == best.details["chosen"]
+    assert {"accuracy_before_mask", "lambda_correlation", "directions_mean"} <= found.metrics.keys()
+
+
+@pytest.mark.parametrize("variant", ["magnitude-one-shot", "magnitude-equal-budget", "magnitude-iterative"])
 def test_the_rate_of_fine_tuning_is_chosen_and_one_that_diverges_loses(variant, tmp_path):
     trials = {name: of * 2 for name, of in SINGLE.items()} | {"fine_tuning": [1e30, 0.01]}
     targets = FINE_TUNED[variant][:-1]
-    runs = _listed(trials=trials, variants={variant: targets}, tuning_target=0.95)
+    runs = _listed(trials=trials, variants={variant: targets})
     store, execution = Store(tmp_path), ExecutionSettings(device="cpu", precision="float32")
     records = {}
     for run in runs:
         record = perform(run, store, execution, keep_state=True).record
-        records[run.variant, run.target, run.seed] = record
-    assert records[variant, 0.95, 0].details["chosen"] == 0.01
-    assert records[f"tuning-{variant}-0", 0.95, 1000].root.failure == "diverged"
+        records[run.variant, run.target] = record
+    assert records[variant, targets[-1]].details["chosen"] == 0.01
+    assert records[f"tuning-{variant}-0", targets[0]].root.failure == "diverged"
     assert {record.status for name, record in records.items() if not name[0].endswith("-0")} == {"ok"}
-    wild = {**SINGLE, "fine_tuning": [1e30]}
-    runs, done = _listed(trials=wild, variants={variant: targets}, tuning_target=0.95), {}
-    with pytest.raises(Diverged):
-        _executed(_find(runs, variant, targets[0]), done)
+    wild = {name: of * 2 for name, of in SINGLE.items()} | {"fine_tuning": [1e30, 1e29]}
+    runs, store = _listed(trials=wild, variants={variant: targets}), Store(tmp_path / "wild")
+    *_, last = (perform(run, store, execution, keep_state=True).record for run in runs)
+    assert last.variant == variant and last.root.failure == "diverged"
 
 
 def test_fine_tuning_keeps_pruned_weights_at_zero_and_rounds_go_on_from_one_another():
@@ -350,7 +410,7 @@ def test_options_of_the_lambdas_reach_training():
     trials = SINGLE | {"halo": [{"xi": 1e-3, "psi": 1e-2, "lambda_weight_decay": 0.3}]}
     job = _find(_listed(trials=trials, variants={"halo": "all"}, lambdas=lambdas), "halo", 0.0).job
     model = build("digits_cnn", classes=10, image_shape=(1, 8, 8))
-    halo = job.penalty_on(model, job.strength.options[0], 1)
+    halo = job.penalty_on(model, 1)
     assert (halo.target, halo.mode, halo.training.weight_decay) == (9.0, "L2", 0.3)
     assert halo.training.rates == pytest.approx([0.02, 0.002])
     assert halo.training.psi_by_epoch == pytest.approx([1.0, 100.0])
@@ -363,12 +423,12 @@ def test_options_of_the_lambdas_reach_training():
         ({"targets": (1.2,)}, "less than 1"),
         ({"targets": (0.0,)}, "above 0"),
         ({"cells": [{"architecture": "resnet21"}]}, "unknown"),
-        ({"seeds": (1000,)}, "no seed in common"),
         ({"trials": {"l1": [{"xi": 1e-3}]}}, "same number of trials"),
         ({"trials": {**SINGLE, "mcp": [{"xi": 1e-2}]}}, "above 0"),
         ({"trials": {**SINGLE, "halo": [{"xi": -1}]}}, "greater than 0"),
         ({"variants": {"magnitude-iterative": (0.98, 0.9)}}, "must rise"),
-        ({"tuning_target": 0.97}, "one of variants.magnitude-iterative"),
+        ({"variants": {"halo-decay": "all"}}, "variants.halo-decay needs trials.halo_decay"),
+        ({"fine_tuning_epochs": 2}, "fewer than the 2 epochs"),
         ({"variants": {"scad": "all"}}, "Input should be"),
         ({"lambdas": {"init": 0}}, "greater than 0"),
         ({"training": {"schedule": "cosine"}}, "must be multistep"),

@@ -1,14 +1,15 @@
 """The experiment of the HALO paper: penalties masked once after training, against magnitude pruning with fine-tuning.
 
-A penalty is trained once per seed; the masks of all targets start from that network. Fine-tuned magnitude
-pruning starts from the network that was trained without a penalty. Each variant's setting is the one of its
-trials with the best mean validation accuracy, at the tuning target.
+Each setting of a penalty is trained once per seed; the masks of all targets start from that network. Fine-tuned
+magnitude pruning starts from a network that was trained without a penalty. At each target, a variant's run is that of
+its settings with the best validation accuracy of its seed there.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -18,31 +19,70 @@ from common.core import experiment
 from common.core.experiment import Cells, CellSettings, Cuts, VariantSettings
 from common.core.failures import Unreachable
 from common.core.models import Network
+from common.core.models.network import Fill
 from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.recipe import NotNegative, Recipe
 from common.core.run import Context, Job, Outcome
 from common.core.trainer import Trainer
-from common.core.tuning import Tuned, TuningSettings, tuned
+from common.core.tuning import Tuned
 from common.records import TRIAL
-from common.settings import Count, Rate, SettingsError, Sparsity, Strict
+from common.settings import Count, Rate, SettingsError, Strict
 from replications.halo import measures, method
 
 Variant = Literal[
-    "none", "l1", "sws", "sws-official", "mcp", "halo", "halo-official",
-    "magnitude-one-shot", "magnitude-iterative",
+    "none", "none-shortened", "none-fan-out", "l1", "sws", "mcp",
+    "halo", "halo-official", "halo-decay", "halo-fan-out",
+    "magnitude-one-shot", "magnitude-equal-budget", "magnitude-iterative",
+    "magnitude-low-rate", "magnitude-fan-out",
 ]  # fmt: skip
 Kind = Literal["none", "l1", "sws", "mcp", "halo"]
-# variant -> its penalty, and which reading of the learning rates it is trained with
-PENALISED: dict[str, tuple[Kind, method.Coupling]] = {
-    "none": ("none", "intended"),
-    "l1": ("l1", "intended"),
-    "sws": ("sws", "intended"),
-    "sws-official": ("sws", "official"),
-    "mcp": ("mcp", "intended"),
-    "halo": ("halo", "intended"),
-    "halo-official": ("halo", "official"),
+Grid = Literal["l1", "sws", "mcp", "halo", "halo_decay"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a variant is trained before it is masked.
+
+    grid: its trials. coupling: which reading of the learning rates. shortened: by the epochs of fine-tuning.
+    conv_init: in place of the cell's.
+    """
+
+    penalty: Kind = "none"
+    grid: Grid | None = None
+    coupling: method.Coupling = "intended"
+    shortened: bool = False
+    conv_init: Fill | None = None
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What magnitude pruning starts from, whether it goes in rounds, and its learning rate if it is not tuned."""
+
+    start: str = "none"
+    in_rounds: bool = False
+    rate: float | None = None
+
+
+TRAINED = {
+    "none": Trained(),
+    "none-shortened": Trained(shortened=True),
+    "none-fan-out": Trained(conv_init="fan_out"),
+    "l1": Trained("l1", "l1"),
+    "sws": Trained("sws", "sws"),
+    "mcp": Trained("mcp", "mcp"),
+    "halo": Trained("halo", "halo"),
+    "halo-official": Trained("halo", "halo", coupling="official"),
+    "halo-decay": Trained("halo", "halo_decay"),
+    "halo-fan-out": Trained("halo", "halo", conv_init="fan_out"),
 }
-UNPENALISED, ONE_SHOT, ITERATIVE = "none", "magnitude-one-shot", "magnitude-iterative"
+FINE_TUNED = {
+    "magnitude-one-shot": FineTuned(),
+    "magnitude-equal-budget": FineTuned("none-shortened"),
+    "magnitude-iterative": FineTuned(in_rounds=True),
+    # of the code base that the authors' code grew from
+    "magnitude-low-rate": FineTuned(rate=0.001),
+    "magnitude-fan-out": FineTuned("none-fan-out"),
+}
 TRAINS_LAMBDAS = ("sws", "halo")
 
 # ------------------------------------------------------------------------------------------ settings
@@ -67,11 +107,13 @@ def _grid(xis: Sequence[float], psis: Sequence[float] = (0.0,)) -> tuple[Strengt
 class TrialSettings(Strict):
     """The settings that are tried for each penalty and for fine-tuning: equally many, to be fair."""
 
-    l1: Trials = _grid((3e-3, 5e-3, 1e-2, 2e-2))
-    sws: Trials = _grid((1e-3, 3e-3), (1.0, 3.0))
-    mcp: Trials = _grid((5e-3, 1e-2), (30.0, 100.0))
-    halo: Trials = _grid((3e-4, 1e-3), (6e-3, 1e-2))
-    fine_tuning: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.1, 0.03, 0.01, 0.001)
+    l1: Trials = _grid((5e-3, 7e-3, 1e-2))
+    sws: Trials = _grid((3e-3,), (0.5, 1.0, 3.0))
+    mcp: Trials = _grid((1e-2,), (30.0, 100.0, 300.0))
+    halo: Trials = _grid((1e-3,), (3e-3, 6e-3, 1e-2))
+    halo_decay: Trials | None = None
+    """Of `halo-decay`: as in the released command, weight decay and not psi is to pull the lambdas."""
+    fine_tuning: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.1, 0.03, 0.01)
     """Constant learning rates."""
 
     @field_validator("mcp")
@@ -83,7 +125,8 @@ class TrialSettings(Strict):
 
     @model_validator(mode="after")
     def _equally_many(self) -> TrialSettings:
-        counts = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        grids = {name: getattr(self, name) for name in type(self).model_fields}
+        counts = {name: len(grid) for name, grid in grids.items() if grid is not None}
         if len(set(counts.values())) > 1:
             raise ValueError(f"each must have the same number of trials, not {counts}")
         return self
@@ -102,35 +145,39 @@ class LambdaSettings(Strict):
     """Multiply psi by 10 / gamma at every epoch divisible by this, epoch 0 included."""
 
 
-class Settings(VariantSettings, TuningSettings):
+class Settings(VariantSettings):
     cells: Cells = (CellSettings(architecture="digits_cnn", options={"conv_init": "fan_in"}),)
-    targets: Cuts = (0.8, 0.9, 0.95, 0.98, 0.99)
+    targets: Cuts = (0.9, 0.95, 0.98)
     """Sparsities of the mask after training, without fine-tuning."""
     variants: dict[Variant, Cuts | Literal["all"]] = {
-        "none": "all", "l1": "all", "sws": "all", "mcp": "all", "halo": "all", "halo-official": "all",
-        "magnitude-one-shot": (0.95, 0.98), "magnitude-iterative": (0.9, 0.95, 0.98),
+        "none": (0.95,), "l1": "all", "sws": (0.95, 0.98), "mcp": (0.95, 0.98), "halo": "all",
+        "magnitude-one-shot": "all", "magnitude-equal-budget": "all", "magnitude-iterative": (0.9, 0.95),
     }  # fmt: skip
     """Magnitude pruning is fine-tuned after its mask; the targets of the iterative one are its rounds."""
     layers: Layers = "conv"
     """Whose weights and biases are penalised, and weights pruned: `conv` as in the CIFAR scripts, or all."""
-    training: Recipe = Recipe(epochs=24, batch_size=32, learning_rate=0.1, weight_decay=1e-4)
+    training: Recipe = Recipe(epochs=24, batch_size=30, learning_rate=0.1, weight_decay=1e-4)
     step_iterations: Count | None = None
     """Drop every so many iterations (MNIST script) in place of the milestones (CIFAR scripts)."""
     lambdas: LambdaSettings = LambdaSettings()
     fine_tuning_epochs: Count = 6
-    """Of magnitude pruning, after the mask or after each round."""
+    """Of magnitude pruning, after the mask or after each round; `-shortened` networks are trained so many fewer."""
     trials: TrialSettings = TrialSettings()
-    tuning_target: Sparsity = 0.98
     fixed_threshold: Rate = 1e-3
     """After training, the share of weights below this and the accuracy without them are measured too."""
 
     @model_validator(mode="after")
     def _possible(self) -> Settings:
-        rounds = self.wanted.get(ITERATIVE)
-        if rounds and list(rounds) != sorted(rounds):
-            raise ValueError(f"variants.{ITERATIVE}: its rounds must rise")
-        if rounds and self.tuning_target not in rounds:
-            raise ValueError(f"tuning_target = {self.tuning_target} must be one of variants.{ITERATIVE}")
+        for name in (name for name, found in FINE_TUNED.items() if found.in_rounds and name in self.wanted):
+            if list(self.wanted[name]) != sorted(self.wanted[name]):
+                raise ValueError(f"variants.{name}: its rounds must rise")
+        for name, found in TRAINED.items():
+            if name in self.wanted and found.grid and getattr(self.trials, found.grid) is None:
+                raise ValueError(f"variants.{name} needs trials.{found.grid}")
+        if self.fine_tuning_epochs >= self.training.epochs:
+            raise ValueError(
+                f"fine_tuning_epochs must be fewer than the {self.training.epochs} epochs of training"
+            )
         if self.training.schedule != "multistep" or self.training.warmup_epochs:
             raise ValueError("training.schedule must be multistep without a warm-up")
         return self
@@ -146,6 +193,8 @@ class Penalised(Job):
     layers: Layers
     penalty: Kind
     coupling: method.Coupling
+    strength: Strength | None
+    conv_init: Fill | None
     lambdas: LambdaSettings
     step_iterations: Count | None
 
@@ -160,9 +209,9 @@ class Penalised(Job):
         rate, gamma = recipe.learning_rate, recipe.gamma
         return method.learning_rates(drops, rate, gamma, trains_lambdas, self.coupling, by_step)
 
-    def penalty_on(self, model: Network, strength: Strength | None, per_epoch: int) -> method.Penalty | None:
+    def penalty_on(self, model: Network, per_epoch: int) -> method.Penalty | None:
         """The penalty of a network that is about to be trained."""
-        if strength is None:
+        if (strength := self.strength) is None:
             return None
         common = method.penalised(model, self.layers), strength.xi, strength.psi
         if self.penalty == "l1":
@@ -190,38 +239,25 @@ class Penalised(Job):
         own = strength.lambda_weight_decay
         return self.training.weight_decay if own is None else own
 
-    def trained(
-        self, context: Context, strength: Strength | None
-    ) -> tuple[Trainer, method.Penalty | None, measures.NearZero]:
+    def trained(self, context: Context) -> tuple[Trainer, method.Penalty | None, measures.NearZero]:
         """The network at the end of its training, its penalty and the counts of near-zero weights."""
-        model, per_epoch = context.network(), self.training.per_epoch(context.data)
-        penalty, counters = self.penalty_on(model, strength, per_epoch), measures.NearZero()
+        initial = {"conv_init": self.conv_init} if self.conv_init else {}
+        model, per_epoch = context.network(**initial), self.training.per_epoch(context.data)
+        penalty, counters = self.penalty_on(model, per_epoch), measures.NearZero()
         hooks = [counters] if penalty is None else [penalty, counters]
         trainer = self.training.trainer(context, model, hooks)
         trainer.fit(self.rates(per_epoch)[0])
         return trainer, penalty, counters
 
 
-class Trial(Penalised):
-    """One setting of a penalty, masked at the tuning target."""
-
-    strength: Strength
-
-    def execute(self, context: Context) -> Outcome:
-        trainer, _, _ = self.trained(context, self.strength)
-        _cut(trainer.model, self.layers, self.target)
-        return context.measured(trainer, details={"trial": self.strength})
-
-
 class Train(Penalised):
-    """The best trial's penalty, and the network before any mask."""
+    """One setting of a penalty, or none, and the network before any mask."""
 
-    strength: Tuned[Strength] | None
     fixed_threshold: Rate
 
     def execute(self, context: Context) -> Outcome:
-        strength = None if self.strength is None else self.strength.chosen(context)
-        trainer, penalty, counters = self.trained(context, strength)
+        strength = self.strength
+        trainer, penalty, counters = self.trained(context)
         model = trainer.model
         weights = prunable(model, self.layers)
         state = {"model": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
@@ -240,6 +276,10 @@ class Train(Penalised):
         return outcome
 
 
+CARRIED = ("training_epochs", "lambda_correlation", "directions_mean")
+"""What a masked network has from before its mask."""
+
+
 class Mask(Job):
     """A trained network, masked once; no fine-tuning, and no new batch-norm statistics."""
 
@@ -250,7 +290,10 @@ class Mask(Job):
         trainer = _restored(self.start.training, context, start.state["model"])
         found = _cut(trainer.model, self.start.layers, self.target)
         outcome = _masked(context, trainer, found, self.start.layers)
-        outcome.metrics["training_epochs"] = start.record.metrics["training_epochs"]
+        before = start.record.metrics
+        outcome.metrics |= {name: before[name] for name in CARRIED if name in before}
+        outcome.metrics["accuracy_before_mask"] = before["test_accuracy"]
+        outcome.details["chosen"] = self.start.strength
         if lambdas := start.state.get("lambdas"):
             weights = prunable(trainer.model, self.start.layers)
             survivors = [weights[name].detach()[mask] for name, mask in found.kept.items()]
@@ -264,10 +307,10 @@ class FineTune(Job):
 
     start: Train | FineTune
     layers: Layers
-    training: Tuned[Recipe]
+    training: Recipe
 
     def execute(self, context: Context) -> Outcome:
-        start, recipe = context.of(self.start), self.training.chosen(context)
+        start, recipe = context.of(self.start), self.training
         trainer = _restored(recipe, context, start.state["model"])
         # of the weights that earlier rounds have left; rounded, because 0.4999... of an even number is one less
         share = round(1 - (1 - self.target) / (1 - self.start.target), 12)
@@ -277,11 +320,26 @@ class FineTune(Job):
         outcome = _masked(context, trainer, found, self.layers)
         outcome.metrics["training_epochs"] = start.record.metrics["training_epochs"] + trainer.epochs_done
         outcome.details["chosen"] = recipe.learning_rate
-        outcome.state, outcome.curves = {"model": trainer.model.state_dict()}, trainer.history
+        outcome.curves = trainer.history
         return outcome
 
 
 FineTune.model_rebuild()
+
+
+class Chosen(Job):
+    """The best of a variant's trials at a target, as it is."""
+
+    trials: Tuned[Mask | FineTune]
+    training: Recipe
+
+    def execute(self, context: Context) -> Outcome:
+        best = context.of(self.trials.chosen(context))
+        trainer = _restored(self.training, context, best.state["model"])
+        outcome = context.measured(trainer)
+        outcome.metrics = {**best.record.metrics, **outcome.metrics}
+        outcome.details |= best.record.details
+        return outcome
 
 
 def _restored(recipe: Recipe, context: Context, weights: dict[str, Any]) -> Trainer:
@@ -302,7 +360,7 @@ def _cut(model: Any, layers: Layers, share: float) -> method.Cut:
 
 def _masked(context: Context, trainer: Trainer, found: method.Cut, layers: Layers) -> Outcome:
     """Scores, and what the mask has left in each layer."""
-    outcome = context.measured(trainer)
+    outcome = context.measured(trainer, state={"model": trainer.model.state_dict()})
     metrics, details = measures.of_mask(found, prunable(trainer.model, layers))
     outcome.metrics |= metrics
     outcome.details |= details
@@ -321,49 +379,63 @@ class Experiment(experiment.Experiment[Settings]):
         ):
             raise SettingsError("the network has no convolutions: layers must be conv+linear")
         for name, targets in self.settings.wanted.items():
-            if name in (ONE_SHOT, ITERATIVE):
-                dense, tuning = self.train(UNPENALISED, seed), self.fine_tuning(name, targets, seed)
-                chains = [(target,) for target in targets] if name == ONE_SHOT else [targets]
-                for chain in chains:
-                    yield from self.rounds(name, chain, dense, tuning)
-            else:
-                trained = self.train(name, seed)
-                yield trained
-                yield from (self.job(Mask, name, seed, target, start=trained) for target in targets)
+            if (of := FINE_TUNED.get(name)) is not None:
+                yield from self.fine_tuned(name, of, targets, seed)
+                continue
+            options = self.trained(name, seed)
+            if len(options) == 1:
+                yield from options
+            for target in targets:
+                masked = (self.job(Mask, start.variant, seed, target, start=start) for start in options)
+                yield self.best(name, seed, target, masked)
 
-    def train(self, variant: str, seed: int) -> Train:
-        """The network that is trained with a variant's penalty."""
-        penalty, coupling = PENALISED[variant]
-        own: dict[str, Any] = {"penalty": penalty, "coupling": coupling}
-        target, strength = self.settings.tuning_target, None
+    def trained(self, variant: str, seed: int) -> list[Train]:
+        """The networks that are trained as the variant says, one for each of its settings."""
+        how, settings = TRAINED[variant], self.settings
+        epochs = settings.training.epochs - (settings.fine_tuning_epochs if how.shortened else 0)
+        training = settings.training.changed(epochs=epochs)
+        strengths: Sequence[Strength | None] = getattr(settings.trials, how.grid) if how.grid else (None,)
+        return [
+            self.job(
+                Train,
+                name,
+                seed,
+                penalty=how.penalty,
+                coupling=how.coupling,
+                conv_init=how.conv_init,
+                training=training,
+                strength=strength,
+            )
+            for name, strength in zip(_names(variant, len(strengths)), strengths, strict=True)
+        ]
 
-        def trial(name: str, option: Strength, seed: int) -> Job:
-            return self.job(Trial, name, seed, target, strength=option, **own)
-
-        if penalty != "none":
-            strength = tuned(self.settings, seed, variant, getattr(self.settings.trials, penalty), trial)
-        # a seed that is there for tuning alone has no run of the experiment
-        name = variant if seed in self.settings.seeds else f"{TRIAL}{variant}"
-        return self.job(Train, name, seed, strength=strength, **own)
-
-    def fine_tuning(self, variant: str, targets: Sequence[float], seed: int) -> Tuned[Recipe]:
-        """The recipe of fine-tuning, chosen at the tuning target."""
-        recipe = self.settings.training.changed(epochs=self.settings.fine_tuning_epochs, schedule="constant")
-        target = self.settings.tuning_target
-
-        def trial(name: str, option: Recipe, seed: int) -> Job:
-            dense, alone = self.train(UNPENALISED, seed), Tuned((option,))
-            up_to = (target,) if variant == ONE_SHOT else [before for before in targets if before <= target]
-            *_, last = self.rounds(name, up_to, dense, alone)
-            return last
-
-        options = [recipe.changed(learning_rate=rate) for rate in self.settings.trials.fine_tuning]
-        return tuned(self.settings, seed, variant, options, trial)
-
-    def rounds(
-        self, name: str, targets: Sequence[float], start: Train | FineTune, training: Tuned[Recipe]
-    ) -> Iterator[FineTune]:
-        """Rounds of masking and training on, each from the one before."""
+    def fine_tuned(self, variant: str, how: FineTuned, targets: Sequence[float], seed: int) -> Iterator[Job]:
+        """Magnitude pruning to each target, in rounds or at once."""
+        settings = self.settings
+        recipe = settings.training.changed(epochs=settings.fine_tuning_epochs, schedule="constant")
+        (start,) = self.trained(how.start, seed)
+        rates = settings.trials.fine_tuning if how.rate is None else (how.rate,)
+        last: list[Train | FineTune] = [start] * len(rates)
         for target in targets:
-            start = self.job(FineTune, name, start.seed, target, start=start, training=training)
-            yield start
+            done = [
+                self.job(
+                    FineTune, name, seed, target, start=before, training=recipe.changed(learning_rate=rate)
+                )
+                for name, before, rate in zip(_names(variant, len(rates)), last, rates, strict=True)
+            ]
+            if how.in_rounds:
+                last = [*done]
+            yield self.best(variant, seed, target, done)
+
+    def best(self, variant: str, seed: int, target: float, trials: Iterable[Mask | FineTune]) -> Job:
+        """What the variant is at a target: the best of its trials, or the only one."""
+        found = tuple(trials)
+        if len(found) == 1:
+            return found[0]
+        choice = Tuned(found, tuple((trial,) for trial in found))
+        return self.job(Chosen, variant, seed, target, trials=choice)
+
+
+def _names(variant: str, count: int) -> list[str]:
+    """What so many trials of a variant are called; one alone is the variant itself."""
+    return [variant] if count == 1 else [f"{TRIAL}{variant}-{number}" for number in range(count)]
