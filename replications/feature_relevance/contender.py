@@ -1,13 +1,11 @@
 """Gradual pruning by feature relevance on equal footing: channels go at seven events of one training."""
 
-from collections.abc import Callable
-
 from common.arena import Contest
 from common.core.failures import Unreachable
 from common.core.models.resnet import ResNet
 from common.core.run import Outcome
 from replications.feature_relevance import method
-from replications.feature_relevance.costs import CostTable, forward_macs
+from replications.feature_relevance.costs import CostTable, even_share, forward_macs
 from replications.feature_relevance.method import Goal, GradualPruning, Pruner, until_at_most
 
 # the paper's n / E and N1 / E, for trainings of another length
@@ -25,7 +23,7 @@ def contend(contest: Contest) -> Outcome:
     narrowest = table.parameters(dict.fromkeys(pruner.layers, least))
     if narrowest > budget:
         raise Unreachable(f"{budget:.0f} parameters cannot be met: the narrowest network has {narrowest:.0f}")
-    fraction = _even_fraction(lambda part: table.parameters(table.even(pruner.layers, part)), budget)
+    fraction = even_share(lambda part: table.parameters(table.even(pruner.layers, part)), budget)
     every = max(1, round(EVENT_SHARE * arena.epochs))
     epochs = method.pruning_schedule(arena.epochs, every, max(every, round(LAST_SHARE * arena.epochs)))
     goals = {
@@ -37,15 +35,6 @@ def contend(contest: Contest) -> Outcome:
     trainer = contest.trainer(model, hook)
     trainer.fit(contest.rates(arena.epochs))
     return contest.outcome(trainer, sum(forward_macs(hook.log, table, arena.epochs)), events=hook.log)
-
-
-def _even_fraction(spent: Callable[[float], float], budget: float) -> float:
-    """The fraction that every layer loses so that no more than `budget` is spent, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > budget else (low, middle)
-    return high
 
 
 CONTENDERS = {"feature relevance": contend}

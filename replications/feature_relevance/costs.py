@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +55,18 @@ class CostTable:
     def even(self, names: Iterable[str], fraction: float) -> dict[str, float]:
         """Channels left when every layer of `names` loses the same fraction."""
         return {name: (1 - fraction) * self.widths[name] for name in names}
+
+
+def even_share(spent: Callable[[float], float], most: float) -> float:
+    """The smallest share that every layer must lose so that no more than `most` is spent, by bisection.
+
+    spent: what is spent by the share lost. 1 where even that is too little.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > most else (low, middle)
+    return high
 
 
 def official_zero_weights(model: Network, table: CostTable, removed: Mapping[str, Sequence[int]]) -> int:

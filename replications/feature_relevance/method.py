@@ -162,12 +162,15 @@ class Relevance:
 
     @torch.no_grad()
     def scores(self, model: nn.Module, names: Sequence[str], batches: BatchSource, event: int = 0) -> Scored:
-        """One pass over `batches` in evaluation mode; class accuracies come from the same images."""
+        """One pass over `batches` in evaluation mode; class accuracies come from the same images.
+
+        An event is an epoch of the batches, for those that differ from epoch to epoch.
+        """
         model.eval()
         sums: dict[str, Tensor] = {}
         confusion: Tensor | None = None
         largest, missing = [], []
-        for images, labels in batches.epoch(0):
+        for images, labels in batches.epoch(event):
             logits, found = relevances(model, images, labels, self.alpha, self.branch_share)
             classes = logits.shape[1]
             for name in names:
@@ -201,8 +204,17 @@ def scoring_batches(data: Dataset, share: float) -> Batches:
     index = index.to(data.labels["train"].device)
     images, kept = data.images["train"][index], data.labels["train"][index]
     chosen = dataclasses.replace(data, images={"train": images}, labels={"train": kept})
+    return Batches(chosen, "train", _scoring_batch(data))
+
+
+def augmented_batches(data: Dataset, seed: int) -> Batches:
+    """All training images, augmented anew in each epoch of the batches, as the authors' code scores them."""
+    return Batches(data, "train", _scoring_batch(data), seed=stream(seed, "scored images"), augment=True)
+
+
+def _scoring_batch(data: Dataset) -> int:
     _, height, width = data.image_shape
-    return Batches(chosen, "train", min(SCORING_BATCH, max(1, SCORING_PIXELS // (height * width))))
+    return min(SCORING_BATCH, max(1, SCORING_PIXELS // (height * width)))
 
 
 # ------------------------------------------------------------------------------------------ selection
@@ -222,6 +234,11 @@ def until_channels(count: int) -> Enough:
 def until_at_most(spent: Callable[[Mapping[str, int]], float], most: float) -> Enough:
     """Stop when what the channels left cost, by `spent`, is no more than `most`."""
     return lambda taken, left: spent(left) <= most
+
+
+def until_all(bounds: Sequence[Enough]) -> Enough:
+    """Stop when all of them would."""
+    return lambda taken, left: all(enough(taken, left) for enough in bounds)
 
 
 def all_together(scores: list[Tensor], removed: list[list[int]]) -> list[Tensor]:

@@ -1,14 +1,14 @@
 """The experiment: networks pruned while they train, against other criteria, other moments, and no pruning.
 
-For each network and seed one dense training. Every pruned run goes on from the dense network as it was before
-the first event, so runs of equal seed differ by pruning alone; its training epochs are those of the dense
-network in total.
+For each network and seed one dense training, and where wanted a longer one that says whether it had converged. Every
+pruned run goes on from the dense network as it was before the first event, so runs of equal seed differ by pruning
+alone; its training epochs are those of the dense network in total.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -34,11 +34,14 @@ from common.settings import (
     validated,
 )
 from replications.feature_relevance import baselines, method
-from replications.feature_relevance.costs import CostTable, forward_macs, official_zero_weights
+from replications.feature_relevance.costs import CostTable, even_share, forward_macs, official_zero_weights
 from replications.feature_relevance.method import Enough, Goal, GradualPruning, Pruner
 
-DENSE = "dense"
+DENSE, LONG = "dense", "dense-long"
 NotNegative = Annotated[int, Field(ge=0)]
+Removal = Literal["physical", "masked"]
+Spent = Callable[[Mapping[str, float]], float]
+"""What a network costs, by the channels left in its layers."""
 ALLOCATIONS = {"global": method.all_together, "per_layer": baselines.same_share}
 
 # ------------------------------------------------------------------------------------------ settings
@@ -50,15 +53,23 @@ class Method(Strict):
     criterion: Literal["relevance", "random", "l1", "taylor"] = "relevance"
     allocation: Literal["global", "per_layer"] = "global"
     """`per_layer` removes the same share of every layer, in the order of the same scores."""
-    budget: Literal["channels", "macs"] = "channels"
+    budget: Literal["channels", "macs", "cost"] = "channels"
     """What a target fixes: `channels` the share of prunable channels that goes; `macs` the MACs, which are
-    those of the network whose layers have all lost that share."""
+    those of the network whose layers have all lost that share; `cost` the share of the MACs that goes, where channels
+    go on leaving until there are also `compression` times fewer parameters."""
+    compression: Annotated[float, Field(gt=1)] = 2.4
+    """Of the budget `cost`."""
     timing: Literal["gradual", "once", "end"] = "gradual"
     """At every event; all at the epoch `last` with the rest for fine-tuning; or all after the last epoch."""
     class_scale: bool = True
     branch_share: bool = False
     """Score the last convolution of a block by its branch alone."""
     alpha: Annotated[float, Field(ge=1)] = 2.0
+    images: Literal["fixed", "augmented"] = "fixed"
+    """What is scored: the same images at every event, `scoring_share` of them, the same number of each class, as they
+    are; or all training images, augmented anew at every event, as in the authors' code."""
+    removal: Removal | None = None
+    """In place of the experiment's."""
 
     def scored_by(self, seed: int) -> method.Criterion:
         """The criterion, with the seed of the random one."""
@@ -79,11 +90,17 @@ class Method(Strict):
         return {epoch: number + 1 for number, epoch in enumerate(gradual)}
 
 
+HEADLINE = Method(budget="cost")
 METHODS = {
     "frs": Method(),
     "frs-once": Method(timing="once"),
     "frs-end": Method(timing="end"),
-    "frs-unscaled": Method(class_scale=False),
+    "frs-headline": HEADLINE,
+    # what is other in the authors' code, or may be read in another way
+    "headline-augmented": HEADLINE.model_copy(update={"images": "augmented"}),
+    "headline-masked": HEADLINE.model_copy(update={"removal": "masked"}),
+    "headline-branch": HEADLINE.model_copy(update={"branch_share": True}),
+    "headline-unscaled": HEADLINE.model_copy(update={"class_scale": False}),
     "random": Method(criterion="random"),
     "l1": Method(criterion="l1"),
     "per-layer": Method(allocation="per_layer"),
@@ -100,27 +117,33 @@ class Settings(VariantSettings):
     """Settings of the paper; the defaults are those of the 8x8 digits, without their augmentation."""
 
     cells: Cells = (
-        CellSettings(architecture="resnet14", options={"stem": 8}),
+        CellSettings(
+            architecture="resnet14",
+            options={"stem": 8},
+            settings={"variants": {"frs-headline": (0.56,)}},
+        ),
         CellSettings(
             architecture="vgg_mini",
             options={"dropout": 0.0},
             settings={
                 "units_per_event": 1,
                 "variants": {
-                    "frs-macs": (0.46, 0.7),
-                    "random-macs": (0.46, 0.7),
-                    "l1-macs": (0.7,),
-                    "per-layer-macs": (0.7,),
+                    "frs-macs": (0.6,),
+                    "random-macs": (0.6,),
+                    "l1-macs": (0.6,),
+                    "per-layer-macs": (0.6,),
                 },
             },
         ),
     )
     targets: Cuts = (0.46,)
-    variants: dict[str, Cuts | Literal["all"]] = {"frs": "all", "frs-once": "all", "frs-end": "all"}
+    variants: dict[str, Cuts | Literal["all"]] = {"frs": "all", "frs-once": "all"}
     """Beside the dense network, which is run in any case."""
     methods: dict[str, Method] = {}
     """More methods that `variants` may name, or other meanings of those that there are."""
     training: Recipe = Recipe(epochs=40, batch_size=64, learning_rate=0.1, weight_decay=5e-4)
+    long_factor: Annotated[int, Field(ge=2)] | None = None
+    """Epochs of the dense network `dense-long`, in multiples of those of all others. Default: it is not run."""
     augmentation: AugmentationSettings | None = None
     """Of training images, in place of the data set's own; scoring sees them as they are."""
     every: Count = 4
@@ -135,14 +158,15 @@ class Settings(VariantSettings):
     """Names of layers that are never pruned. Default: the first two convolutions of a plain network."""
     scoring_share: Share = 0.25
     """Share of the training images, the same number of each class, that relevance is computed on."""
-    removal: Literal["physical", "masked"] = "physical"
+    removal: Removal = "physical"
     """Take channels out of the network while it trains, or multiply masks into its weights."""
 
     @field_validator("methods")
     @classmethod
     def _dense_is_taken(cls, value: dict[str, Method]) -> dict[str, Method]:
-        if DENSE in value:
-            raise ValueError(f"{DENSE!r} is the name of the network that is not pruned")
+        for name in (DENSE, LONG):
+            if name in value:
+                raise ValueError(f"{name!r} is the name of a network that is not pruned")
         return value
 
     @model_validator(mode="after")
@@ -169,7 +193,7 @@ class Train(Job):
     """The network that nothing is taken from, kept as it was where pruned ones part from it."""
 
     training: Recipe
-    partings: tuple[Count, ...]
+    partings: tuple[Count, ...] = ()
     """Epochs after which it is kept."""
 
     def execute(self, context: Context) -> Outcome:
@@ -192,12 +216,15 @@ class Prune(Job):
     min_channels_per_layer: NotNegative
     protected: tuple[str, ...]
     scoring_share: Share
-    removal: Literal["physical", "masked"]
+    removal: Removal
 
     def execute(self, context: Context) -> Outcome:
         model = context.network()
         table = CostTable(model, context.data.image_shape)
-        batches = method.scoring_batches(context.data, self.scoring_share)
+        if self.method.images == "augmented":
+            batches = method.augmented_batches(context.data, self.seed)
+        else:
+            batches = method.scoring_batches(context.data, self.scoring_share)
         pruner = Pruner(
             model,
             batches,
@@ -232,10 +259,10 @@ class Prune(Job):
                     f"{table.widths[name]} units"
                 )
         parts = {epoch: gone - before for (epoch, gone), before in zip(due.items(), [0, *due.values()])}
-        if self.method.budget == "macs":
-            enough = self._equal_macs(table, layers, units, due)
-        else:
+        if self.method.budget == "channels":
             enough = self._equal_counts(table, layers, parts)
+        else:
+            enough = self._equal_costs(table, layers, units, due)
         return {epoch: Goal(enough[epoch], part * self.units_per_event) for epoch, part in parts.items()}
 
     def _equal_counts(self, table: CostTable, layers: list[str], parts: dict[int, int]) -> dict[int, Enough]:
@@ -251,22 +278,54 @@ class Prune(Job):
             )
         return {epoch: method.until_channels(part * each) for epoch, part in parts.items()}
 
-    def _equal_macs(
+    def _equal_costs(
         self, table: CostTable, layers: list[str], units: list[str], due: dict[int, int]
     ) -> dict[int, Enough]:
-        """At each event down to the MACs of the network whose layers have all lost the share that is due."""
-        least, events, found = self.min_channels_per_layer, max(due.values()), {}
+        """At each event down to what the network costs whose layers have all lost the share that is due."""
+        events = max(due.values())
+
+        def hidden(gone: int) -> dict[str, float]:
+            return {name: table.widths[name] - gone * self.units_per_event for name in units}
+
+        def share(spent: Spent, most: float) -> float:
+            return even_share(lambda part: spent(table.even(layers, part) | hidden(events)), most)
+
+        costs: dict[str, tuple[Spent, float]] = {"MACs": (table.macs, self.target)}
+        if self.method.budget == "cost":
+            costs = {
+                "MACs": (table.macs, share(table.macs, (1 - self.target) * table.macs())),
+                "parameters": (
+                    table.parameters,
+                    share(table.parameters, table.parameters() / self.method.compression),
+                ),
+            }
+        found: dict[int, Enough] = {}
         for epoch, gone in due.items():
-            hidden = {name: table.widths[name] - gone * self.units_per_event for name in units}
-            most = table.macs(table.even(layers, self.target * gone / events) | hidden)
-            narrowest = table.macs({name: min(least, table.widths[name]) for name in layers} | hidden)
-            if narrowest > most:
-                raise SettingsError(
-                    f"a target of {self.target:g} allows {most:.0f} MACs; the narrowest network with {least} "
-                    f"channels a layer has {narrowest:.0f}"
-                )
-            found[epoch] = method.until_at_most(table.macs, most)
+            bounds = []
+            for name, (spent, even) in costs.items():
+                most = spent(table.even(layers, even * gone / events) | hidden(gone))
+                self._check_reachable(table, layers, hidden(gone), name, spent, most)
+                bounds.append(method.until_at_most(spent, most))
+            found[epoch] = method.until_all(bounds)
         return found
+
+    def _check_reachable(
+        self,
+        table: CostTable,
+        layers: list[str],
+        hidden: dict[str, float],
+        name: str,
+        spent: Spent,
+        most: float,
+    ) -> None:
+        """Raise SettingsError where the narrowest network costs more than `most`."""
+        least = self.min_channels_per_layer
+        narrowest = spent({layer: min(least, table.widths[layer]) for layer in layers} | hidden)
+        if narrowest > most:
+            raise SettingsError(
+                f"a target of {self.target:g} allows {most:.0f} {name}; the narrowest network with {least} "
+                f"channels a layer has {narrowest:.0f}"
+            )
 
     def measured(
         self, context: Context, trainer: Trainer, hook: GradualPruning, table: CostTable, images: int
@@ -283,14 +342,17 @@ class Prune(Job):
         passes = pruner.criterion.passes * len(hook.log) * images
         gone = [len(pruner.removed[name]) for name in pruner.layers]
         outcome = context.measured(trainer, costs=costs, details={"events": hook.log})
+        # in units of training the dense network; training an image costs three forward passes
+        scoring = passes / (3 * epochs * len(context.data.labels["train"]))
+        training = sum(forward_macs(hook.log, table, epochs)) / (epochs * costs["dense_macs"])
         outcome.metrics |= {
             "channels_removed": sum(gone) / sum(table.widths[name] for name in pruner.layers),
             "weight_compression": costs["dense_weights"] / costs["weights"],
             "macs_reduction": 1 - costs["macs"] / costs["dense_macs"],
             "official_prune_rate": zeros / costs["dense_weights"],
-            # forward passes of the dense network over one image; training an image costs three
-            "scoring_cost": passes / (3 * epochs * len(context.data.labels["train"])),
-            "training_cost": sum(forward_macs(hook.log, table, epochs)) / (epochs * costs["dense_macs"]),
+            "scoring_cost": scoring,
+            "training_cost": training,
+            "total_cost": training + scoring,
         }
         return outcome
 
@@ -367,6 +429,9 @@ class Experiment(experiment.Experiment[Settings]):
         first = {min(own.known[name].due(own.training.epochs, own.every, own.last)) for name in wanted}
         dense = Train(variant=DENSE, partings=tuple(sorted(first)), **shared)
         yield dense
+        if own.long_factor is not None:
+            longer = own.training.changed(epochs=own.long_factor * own.training.epochs)
+            yield Train(variant=LONG, **shared | {"training": longer})
         for name, targets in wanted.items():
             for target in targets:
                 job = Prune(
@@ -380,7 +445,7 @@ class Experiment(experiment.Experiment[Settings]):
                     min_channels_per_layer=self.least,
                     protected=self.protected,
                     scoring_share=own.scoring_share,
-                    removal=own.removal,
+                    removal=own.known[name].removal or own.removal,
                     **shared,
                 )
                 job.goals(self.network, self.table)
