@@ -34,7 +34,7 @@ CONTENDERS = {
     "HALO": Contender(
         contend,
         [
-            {"pull": 1.5, "xi_to_psi": 0.05},
+            {"pull": 1.5, "xi_to_psi": 0.02},
             {"pull": 2.0, "xi_to_psi": 0.05},
             {"pull": 2.5, "xi_to_psi": 0.07},
         ],
