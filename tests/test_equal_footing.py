@@ -13,6 +13,8 @@ from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
 from common.stage.papers import papers
 from replications.equal_footing import protocol
+from replications.halo import contender as halo_contender
+from replications.halo.method import HALO
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +113,28 @@ def _recorder(seen: list):
 def _scored(validation: float, test: float) -> Needed:
     metrics = {"validation_accuracy": validation, "test_accuracy": test}
     return Needed(Record.model_construct(metrics=metrics, status="ok"))
+
+
+@pytest.mark.parametrize("epochs", [4, 5])
+def test_the_pull_on_halo_s_lambdas_is_that_of_its_setting_however_long_training_is(epochs, monkeypatch):
+    made = []
+
+    def penalty(tensors, xi, psi, training):
+        made.append((xi, psi, training))
+        return HALO(tensors, xi, psi, training)
+
+    monkeypatch.setattr(halo_contender, "HALO", penalty)
+    arena = ARENA.changed(epochs=epochs)
+    outcome = CONTENDERS["HALO"].contend(
+        Contest(_context(_job("HALO", 0.5)), arena), pull=1.5, xi_to_psi=0.02
+    )
+    ((xi, psi, training),) = made
+    assert psi * sum(training.rates) / (1 - arena.momentum) == pytest.approx(1.5)
+    assert xi == pytest.approx(0.02 * psi)
+    # three iterations an epoch; the network has the same rates
+    drops = [round(share * 3 * epochs) for share in (0.5, 0.75)]
+    assert [training.rates.index(rate) for rate in dict.fromkeys(training.rates)] == [0, *drops]
+    assert [row["lr"] for row in outcome.curves] == training.rates[2::3]
 
 
 def test_more_epochs_than_the_arena_allows_are_a_failure():
