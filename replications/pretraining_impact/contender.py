@@ -44,5 +44,5 @@ def contend(contest: Contest, retraining: float) -> Outcome:
 
 
 CONTENDERS = {
-    "L1 filters": Contender(contend, [{"retraining": 0.25}, {"retraining": 0.5}, {"retraining": 0.75}])
+    "L1 filters": Contender(contend, [{"retraining": 0.5}, {"retraining": 0.65}, {"retraining": 0.8}])
 }
