@@ -1,13 +1,13 @@
 """Equal footing: one network, one data set and one budget of training epochs for every method.
 
-A paper takes part by an entry in `CONTENDERS` of its `contender.py`: a name, and a function that gets a `Contest`, trains for
-`arena.epochs` epochs in total (search and retraining included), leaves a network with the share `keep` of the dense
-network's parameters, and returns `contest.outcome(trainer)`.
+A paper takes part by an entry in `CONTENDERS` of its `contender.py`: a name, a function and what is tried for it. The
+function gets a `Contest`, trains for `arena.epochs` epochs in total (search and retraining included), leaves a network with
+the share `keep` of the dense network's parameters, and returns `contest.outcome(trainer)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,8 @@ from common.core.recipe import Recipe
 from common.core.run import Cell, Context, Outcome
 from common.core.trainer import Hooks, Trainer
 
+TRIALS = 3
+"""Settings that are tried for every contender, at each target."""
 _BACKWARD_AND_FORWARD = 3  # training costs about three forward passes
 
 
@@ -96,9 +98,17 @@ class Contest:
         """A Trainer with the optimiser of the arena."""
         return self.arena.trainer(self.context, model, hooks)
 
-    def rates(self, epochs: int) -> list[float]:
-        """The arena's course of the learning rate in a training of `epochs` epochs, one per iteration."""
-        return self.arena.changed(epochs=epochs).rates(self.arena.per_epoch(self.data))
+    def part(self, share: float) -> int:
+        """A share of the arena's epochs in whole ones: at least one, and one less than all at most."""
+        return min(max(1, round(share * self.arena.epochs)), self.arena.epochs - 1)
+
+    def rates(self, epochs: int, learning_rate: float | None = None) -> list[float]:
+        """The arena's course of the learning rate in a training of `epochs` epochs, one per iteration.
+
+        learning_rate: the highest one; that of the arena by default.
+        """
+        changes = {"epochs": epochs, "learning_rate": learning_rate or self.arena.learning_rate}
+        return self.arena.changed(**changes).rates(self.arena.per_epoch(self.data))
 
     def outcome(self, trainer: Trainer, forward_macs: float | None = None, **details: Any) -> Outcome:
         """Scores, cost and curves of the trained network.
@@ -119,4 +129,17 @@ class Contest:
         return self.context.measured(trainer, costs=costs, details=details)
 
 
-Contender = Callable[[Contest], Outcome]
+@dataclass(frozen=True)
+class Contender:
+    """A method, and the settings of which the one with the best validation accuracy is chosen at each target.
+
+    contend: a function of a contest, and of a setting's values by name. settings: as many as everybody has. Raises
+    ValueError for another number.
+    """
+
+    contend: Callable[..., Outcome]
+    settings: Sequence[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if len(self.settings) != TRIALS:
+            raise ValueError(f"a contender has {TRIALS} settings that are tried, not {len(self.settings)}")

@@ -17,6 +17,7 @@ from common.core.pruning import channels
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context
 from common.core.trainer import Trainer
+from common.core.tuning import Tuned
 from common.settings import AugmentationSettings, DatasetSettings, ExecutionSettings, Profile, SettingsError
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
@@ -572,9 +573,11 @@ def test_scoring_images_are_balanced_and_fixed():
 def test_contender_ends_with_few_enough_parameters(architecture):
     arena = Recipe(epochs=4, batch_size=64, learning_rate=0.1, schedule="linear")
     cell, name = Cell(architecture=architecture, data=DIGITS), "feature relevance"
-    job = Contend(variant=name, cell=cell, target=0.75, seed=0, method=name, arena=arena)
+    job = Contend(
+        variant=name, cell=cell, target=0.75, seed=0, method=name, arena=arena, setting=Tuned(({},))
+    )
     contest = Contest(_context(job.run), arena)
-    outcome = contend(contest)
+    outcome = contend(contest, last=0.75)
     assert outcome.cost["parameters"] <= 0.25 * contest.parameters
     assert outcome.cost["parameters"] > 0.2 * contest.parameters
     assert outcome.cost["training_macs"] < 3 * 4 * 100 * outcome.cost["dense_macs"]

@@ -18,6 +18,7 @@ from common.core.pruning import channels
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context
 from common.core.trainer import Trainer
+from common.core.tuning import Tuned
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
 from common.stage.scheduler import in_order, perform
 from common.stage.store import Store
@@ -773,8 +774,9 @@ def test_the_larger_recipe_trains(tmp_path):
 def test_the_contender_spends_the_epochs_of_the_arena():
     arena = Recipe(epochs=4, batch_size=64, learning_rate=0.1, schedule="linear")
     cell, name = Cell(architecture="vgg_t8", data=profile().dataset), "pruning from scratch"
-    job = Contend(variant=name, cell=cell, target=0.5, seed=0, method=name, arena=arena)
-    outcome = contend(Contest(Context(job.run, Compute.choose("cpu", "float32"), ()), arena))
+    job = Contend(variant=name, cell=cell, target=0.5, seed=0, method=name, arena=arena, setting=Tuned(({},)))
+    contest = Contest(Context(job.run, Compute.choose("cpu", "float32"), ()), arena)
+    outcome = contend(contest, search_share=0.25)
     cost = outcome.cost
     assert cost["parameters"] / cost["dense_parameters"] == pytest.approx(0.5, abs=0.02)
     assert [row["phase"] for row in outcome.curves] == ["train"] * 3

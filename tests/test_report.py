@@ -541,11 +541,15 @@ def test_tagged_records_are_compared_on_common_axes(small):
 
 def test_a_paper_of_that_name_is_compared_in_its_own_section(small):
     maker = footing(small, "equal_footing")
+    maker.grid(("tuning-gated-0",), (0.5, 0.9), (1000,))
     maker.write()
     maker.claims([claim("E1", "gated", "random")])
     judge(small)
     assert command.main(arguments(small)) == 0
     page = (small / "report" / "index.html").read_text()
+    # trials are not methods, and their seeds are others
+    text = (small / "report/figures/equal-footing-all-digits-convnet-parameters.svg").read_text()
+    assert ">gated<" in text and "tuning-gated" not in text
     assert page.count('id="equal-footing"') == 1 and page.count("All methods at common costs") == 1
 
 

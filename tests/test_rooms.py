@@ -170,9 +170,11 @@ def _identities(runs, chosen):
 
 
 def _entered(paper, run):
-    """Whether a run is the paper's entry to equal footing, or interpolated from it."""
-    names = [name for name, (entering, _) in equal_footing.contenders().items() if entering == paper]
-    return run.paper == equal_footing.NAME and run.variant.removesuffix(equal_footing.AT_MACS) in names
+    """Whether a run is of the paper's entry to equal footing: a trial, what was chosen, or interpolated from it."""
+    found = equal_footing.contenders().items()
+    names = [name for name, (folder, _) in found if folder == f"replications/{paper}"]
+    job = run.job.points[0] if isinstance(run.job, equal_footing.AtMacs) else run.job
+    return run.paper == equal_footing.NAME and getattr(job, "method", None) in names
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_an_algorithm_changes_the_keys_of_its_paper_and_of_its_entry(keys, runs,
         assert keys(f"replications/{paper}/{name}") == _identities(sum(runs.values(), []), own)
 
 
-@pytest.mark.parametrize("paper", METHODS)
+@pytest.mark.parametrize("paper", papers())
 def test_a_contender_changes_the_keys_of_its_entry_alone(keys, runs, paper):
     entry = _identities(runs[equal_footing.NAME], lambda run: _entered(paper, run))
     assert entry and keys(f"replications/{paper}/contender.py") == entry

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from common.records import Record
+from common.records import TRIAL, Record
 from common.report.evidence import EQUAL_FOOTING, Paper
 from common.report.gathering import Targets, cost_panel, gather, measured, reference
 from common.report.panels import CONFIDENCE, Panel, slug
@@ -60,12 +60,13 @@ class Footing:
 
 
 def tagged(papers: Sequence[Paper]) -> list[Record]:
-    """The records on equal footing; where several papers take part, variants bear the paper's name too."""
+    """The records on equal footing without trials; where several papers take part, variants bear the paper's name too."""
     found = [
         record
         for paper in papers
         for record in paper.records
         if paper.name == EQUAL_FOOTING or record.details.get(EQUAL_FOOTING) is True
+        if not record.variant.startswith(TRIAL)
     ]
     if len({record.paper for record in found}) < 2:
         return found

@@ -1,8 +1,8 @@
 """Every paper's method and the controls, at common costs, on the same data, seeds and total training epochs.
 
-The methods are the `CONTENDERS` of each paper's `contender.py`; this folder adds the controls. For each method
-and seed, one more record a target (`<method> @ MACs`) holds the accuracy at that share of the dense network's MACs,
-interpolated between the method's runs.
+The methods are the `CONTENDERS` of each folder's `contender.py`; the controls are those of this folder. Each is tuned at
+each target with the same number of trials. For each method and seed, one more record (`<method> @ MACs`) holds the accuracy
+at a share of the dense network's MACs, interpolated between the method's runs.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ import functools
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
-import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from common.arena import Contender, Contest
-from common.core import experiment, schedules
+from common.core import experiment
 from common.core.experiment import Cells, CellSettings, Cuts, ExperimentSettings
 from common.core.failures import Unreachable
-from common.core.identity import stream
-from common.core.pruning.masks import Allocation, KeepMasked, Masks, prunable, select
 from common.core.recipe import Recipe
 from common.core.run import Context, Job, Outcome
+from common.core.tuning import Tuned, TuningSettings, tuned
+from common.settings import Share
 
 NAME = "equal_footing"
 AT_MACS = " @ MACs"
 ARENA = "common/arena.py"
 
 
-class Settings(ExperimentSettings):
+class Settings(ExperimentSettings, TuningSettings):
     """What the comparison is made of."""
 
     cells: Cells = (CellSettings(architecture="vgg_t8"),)
@@ -41,10 +40,8 @@ class Settings(ExperimentSettings):
     """The training that all contenders share."""
     targets: Cuts = (0.75, 0.9, 0.95)
     """Shares of the dense network's parameters that are removed: the operating points."""
-    macs_targets: Cuts = (0.5, 0.7)
-    """Shares of the dense network's MACs at which accuracy is read off between those points."""
-    retraining: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Share of the epochs after pruning, for the controls that prune a trained network."""
+    macs_target: Share | None = 0.6
+    """Share of the dense network's MACs that is removed where accuracy is read off between those points; null: nowhere."""
 
     @field_validator("arena")
     @classmethod
@@ -58,19 +55,18 @@ class Settings(ExperimentSettings):
 
 
 def code() -> tuple[str, ...]:
-    """The folders beside this one whose code its runs execute: those of the papers that enter."""
+    """The folders whose code its runs execute: those of the papers that enter, and this one with the controls."""
     files = Path(__file__).parent.parent.glob("*/contender.py")
     return tuple(sorted(f"replications/{file.parent.name}" for file in files))
 
 
 @functools.cache
 def contenders() -> dict[str, tuple[str, Contender]]:
-    """The methods that papers enter, by name: the paper and the function."""
+    """What enters, by name: its folder and the contender."""
     found: dict[str, tuple[str, Contender]] = {}
     for folder in code():
-        paper = Path(folder).name
-        entries = importlib.import_module(f"replications.{paper}.contender").CONTENDERS
-        found |= {name: (paper, function) for name, function in entries.items()}
+        entries = importlib.import_module(f"{folder.replace('/', '.')}.contender").CONTENDERS
+        found |= {name: (folder, contender) for name, contender in entries.items()}
     return found
 
 
@@ -93,45 +89,31 @@ class Dense(Job):
         return contest.outcome(trainer)
 
 
-class Control(Job):
-    """A control at one target."""
-
-    method: str
-    arena: Recipe
-    retraining: float
-
-    @property
-    def code(self) -> tuple[str, ...]:
-        return (ARENA,)
-
-    def execute(self, context: Context) -> Outcome:
-        contest, allocation = Contest(context, self.arena), CONTROLS[self.method]
-        if allocation is None:
-            return _small_dense(contest)
-        return _pruned(contest, allocation, self.retraining)
-
-
 class Contend(Job):
-    """A paper's method at one target."""
+    """A contender at one target, with one of its settings or the best of them."""
 
     method: str
     arena: Recipe
+    setting: Tuned[dict[str, Any]]
 
     @property
     def code(self) -> tuple[str, ...]:
-        paper, _ = contenders()[self.method]
-        return ARENA, f"replications/{paper}"
+        folder, _ = contenders()[self.method]
+        return ARENA, folder
 
     def execute(self, context: Context) -> Outcome:
-        _, contend = contenders()[self.method]
-        return contend(Contest(context, self.arena))
+        _, contender = contenders()[self.method]
+        setting = self.setting.chosen(context)
+        outcome = contender.contend(Contest(context, self.arena), **setting)
+        outcome.details["chosen"] = setting
+        return outcome
 
 
 class AtMacs(Job):
     """Test accuracy at the share 1 - target of the dense MACs, linear in the logarithm of the MACs between two runs."""
 
     dense: Dense
-    points: tuple[Control | Contend, ...]
+    points: tuple[Contend, ...]
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -156,68 +138,28 @@ class AtMacs(Job):
         return Outcome({"test_accuracy": found}, costs, details={"interpolated": True})
 
 
-# ------------------------------------------------------------------------------------------ controls
-
-
-def _pruned(contest: Contest, allocation: Allocation, retraining: float) -> Outcome:
-    """Train, prune once by `allocation`, retrain from the full learning rate linearly to zero."""
-    arena = contest.arena
-    after = max(1, round(retraining * arena.epochs))
-    model = contest.network()
-    trainer = contest.trainer(model)
-    trainer.fit(contest.rates(arena.epochs - after), "dense")
-    weights = prunable(model)
-    generator = torch.Generator().manual_seed(stream(contest.seed, "mask"))
-    masks = Masks(select(weights, contest.sparsity(model), allocation=allocation, generator=generator))
-    masks.apply(model)
-    trainer.add_hook(KeepMasked(masks))
-    trainer.fit(schedules.linear(arena.learning_rate, after, len(trainer.batches)), "retraining")
-    return contest.outcome(trainer)
-
-
-def _small_dense(contest: Contest) -> Outcome:
-    """The same network with all widths scaled alike to the budget, trained from scratch as long."""
-    full = contest.shape_of().widths
-    budget = contest.keep * contest.parameters
-
-    def widths(scale: float) -> list[int]:
-        return [max(1, round(scale * width)) for width in full]
-
-    scales = np.linspace(0, 1, 513)[1:]
-    fitting = [scale for scale in scales if contest.size_of(widths(scale)) <= budget]
-    if not fitting:
-        least = contest.size_of(widths(0))
-        raise Unreachable(
-            f"no network of the architecture has {budget:.0f} parameters or fewer; the least is {least}"
-        )
-    trainer = contest.trainer(contest.network(widths(max(fitting))))
-    trainer.fit(contest.rates(contest.arena.epochs), "dense")
-    return contest.outcome(trainer, widths=widths(max(fitting)))
-
-
-CONTROLS: dict[str, Allocation | None] = {
-    "random weights": "random",
-    "global magnitude": "global",
-    "small dense": None,
-}
-"""How each chooses the weights that go."""
-
-
 # ------------------------------------------------------------------------------------------ which jobs
 
 
 class Experiment(experiment.Experiment[Settings]):
-    """The dense network, every control and every contender, at each target."""
+    """The dense network, and every contender at each target."""
 
     def jobs(self, seed: int) -> Iterator[Job]:
         dense = self.job(Dense, "dense", seed)
         yield dense
-        kinds: dict[str, type[Control | Contend]] = dict.fromkeys(CONTROLS, Control)
-        kinds |= dict.fromkeys(contenders(), Contend)
-        for method, kind in kinds.items():
-            points = tuple(
-                self.job(kind, method, seed, target, method=method) for target in self.settings.targets
-            )
+        for method in contenders():
+            points = tuple(self.contend(method, seed, target) for target in self.settings.targets)
             yield from points
-            for target in self.settings.macs_targets:
+            if (target := self.settings.macs_target) is not None:
                 yield self.job(AtMacs, method + AT_MACS, seed, target, dense=dense, points=points)
+
+    def contend(self, method: str, seed: int, target: float) -> Contend:
+        """The contender's run with the best of its settings."""
+
+        def trial(name: str, setting: dict[str, Any], seed: int) -> Contend:
+            return self.job(Contend, name, seed, target, method=method, setting=Tuned((setting,)))
+
+        _, contender = contenders()[method]
+        options = [dict(setting) for setting in contender.settings]
+        best = tuned(self.settings, seed, method, options, trial)
+        return self.job(Contend, method, seed, target, method=method, setting=best)

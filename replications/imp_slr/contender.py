@@ -1,14 +1,14 @@
-"""IMP with SLR on equal footing: three quarters of the epochs dense, one pruning, the rest retraining."""
+"""IMP with SLR on equal footing: a part of the epochs dense, one pruning, the rest retraining."""
 
-from common.arena import Contest
+from common.arena import Contender, Contest
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.run import Outcome
 from replications.imp_slr.method import History, Retraining, prune_and_retrain
 
 
-def contend(contest: Contest) -> Outcome:
-    """Train, prune by global magnitude to the contest's share of parameters, retrain with SLR."""
-    after = max(1, contest.arena.epochs // 4)
+def contend(contest: Contest, retraining: float) -> Outcome:
+    """Train, prune by global magnitude to the contest's share of parameters, retrain with SLR for a share of the epochs."""
+    after = contest.part(retraining)
     before = contest.arena.epochs - after
     rates = contest.rates(before)
     model = contest.network()
@@ -23,4 +23,6 @@ def contend(contest: Contest) -> Outcome:
     return contest.outcome(trainer)
 
 
-CONTENDERS = {"IMP + SLR": contend}
+CONTENDERS = {
+    "IMP + SLR": Contender(contend, [{"retraining": 0.25}, {"retraining": 0.5}, {"retraining": 0.75}])
+}

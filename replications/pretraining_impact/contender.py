@@ -2,7 +2,7 @@
 
 import torch
 
-from common.arena import Contest
+from common.arena import Contender, Contest
 from common.core.pruning.counting import cost
 from common.core.run import Outcome
 from replications.pretraining_impact.filters import filter_widths
@@ -15,15 +15,16 @@ from replications.pretraining_impact.method import (
 STEPS = 3
 
 
-def contend(contest: Contest) -> Outcome:
-    """Half of the epochs dense, then in STEPS equal parts: remove filters towards the contest's share, train on."""
+def contend(contest: Contest, retraining: float) -> Outcome:
+    """Train; then, in up to STEPS equal parts of the share `retraining`: remove filters, train on."""
     model = contest.network()
     original = filter_widths(model)
 
-    reductions = [contest.target * (step + 1) / STEPS for step in range(STEPS)]
+    after = contest.part(retraining)
+    dense, steps = contest.arena.epochs - after, min(STEPS, after)
+    parts = iter(torch.arange(after).tensor_split(steps))
+    reductions = [contest.target * (step + 1) / steps for step in range(steps)]
     fractions = fractions_for_reductions(contest.size_of, original, reductions)
-    dense = contest.arena.epochs // 2
-    parts = iter(torch.arange(contest.arena.epochs - dense).tensor_split(STEPS))
     trainer = contest.trainer(model)
     trainer.fit(contest.rates(dense), "dense")
     shape = contest.data.image_shape
@@ -42,4 +43,6 @@ def contend(contest: Contest) -> Outcome:
     return contest.outcome(trainer, spent, widths=filter_widths(model))
 
 
-CONTENDERS = {"L1 filters": contend}
+CONTENDERS = {
+    "L1 filters": Contender(contend, [{"retraining": 0.5}, {"retraining": 0.65}, {"retraining": 0.8}])
+}

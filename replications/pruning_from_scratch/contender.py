@@ -1,6 +1,6 @@
 """Pruning from scratch on equal footing: gates on random weights, then the structure that they lead to."""
 
-from common.arena import Contest
+from common.arena import Contender, Contest
 from common.core.failures import Unreachable
 from common.core.identity import stream
 from common.core.pruning import counting
@@ -9,10 +9,10 @@ from replications.pruning_from_scratch.method import EXPANSION, GateSettings, le
 from replications.pruning_from_scratch.structure import Layout, Ranking, search
 
 
-def contend(contest: Contest) -> Outcome:
-    """Gates on random weights for a quarter of the epochs, then training of the structure they lead to."""
+def contend(contest: Contest, search_share: float) -> Outcome:
+    """Gates on random weights for a share of the epochs, then training of the structure they lead to."""
     arena, data, cell = contest.arena, contest.data, contest.cell
-    epochs = max(1, arena.epochs // 4)
+    epochs = contest.part(search_share)
     wide = Layout.of(cell.architecture, data.classes, data.image_shape, cell.options).expanded(EXPANSION)
     model = wide.build(seed=stream(contest.seed, "widened network"))
     options = GateSettings(epochs=epochs, level=contest.keep)
@@ -30,4 +30,8 @@ def contend(contest: Contest) -> Outcome:
     return contest.outcome(trainer, spent, widths=list(found.candidate.widths))
 
 
-CONTENDERS = {"pruning from scratch": contend}
+CONTENDERS = {
+    "pruning from scratch": Contender(
+        contend, [{"search_share": 0.1}, {"search_share": 0.25}, {"search_share": 0.5}]
+    )
+}
