@@ -78,7 +78,6 @@ def test_each_deviation_is_measured_in_the_profile_of_deviations(paper):
     found = {one.claim: one for one in foreseen_in(paper, "digits-deviations")}
     assert named and named <= set(found)
     assert not [found[name] for name in named if found[name].problems]
-    assert not named & {one.claim for one in foreseen_in(paper, "digits")}
 
 
 def test_the_smallest_effect_is_that_of_the_level_which_the_claim_faces():
