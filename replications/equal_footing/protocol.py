@@ -40,7 +40,7 @@ class Settings(ExperimentSettings, TuningSettings):
     """The training that all contenders share."""
     targets: Cuts = (0.75, 0.9, 0.95)
     """Shares of the dense network's parameters that are removed: the operating points."""
-    macs_target: Share | None = 0.6
+    macs_target: Share | None = 0.5
     """Share of the dense network's MACs that is removed where accuracy is read off between those points; null: nowhere."""
 
     @field_validator("arena")

@@ -1,5 +1,7 @@
 """Pruning from scratch on equal footing: gates on random weights, then the structure that they lead to."""
 
+import math
+
 from common.arena import Contender, Contest
 from common.core.failures import Unreachable
 from common.core.identity import stream
@@ -7,6 +9,9 @@ from common.core.pruning import counting
 from common.core.run import Outcome
 from replications.pruning_from_scratch.method import EXPANSION, GateSettings, learned
 from replications.pruning_from_scratch.structure import Layout, Ranking, search
+
+LEAST_SHARE = 0.125
+"""Of the channels of a gated layer: what it keeps in any case (`search.min_share` of the paper's stage), else some close."""
 
 
 def contend(contest: Contest, search_share: float) -> Outcome:
@@ -18,7 +23,9 @@ def contend(contest: Contest, search_share: float) -> Outcome:
     options = GateSettings(epochs=epochs, level=contest.keep)
     _, gates, _ = learned(contest.context, data, wide.gated, model, options)
 
-    found = search(Ranking.of(gates.layers()), contest.size_of, contest.parameters, contest.target)
+    least = [math.ceil(LEAST_SHARE * width) for width in wide.widths]
+    ranking = Ranking.of(gates.layers())
+    found = search(ranking, contest.size_of, contest.parameters, contest.target, min_channels=least)
     if found.status == "unreachable":
         raise Unreachable(
             f"{contest.target:g} of the parameters must go; at most {found.floor:.4f} can be removed"
