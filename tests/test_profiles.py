@@ -69,7 +69,7 @@ def test_null_replaces_what_is_inherited(tmp_path):
         },
         parent={
             "dataset": {"train": 300},
-            "halo": {"training": {"epochs": 5}},
+            "halo": {"training": {"epochs": 15}},
             "pretraining_impact": {"corpus": {"source": "digits"}},
         },
         same={"extends": "parent", "halo": {}},
@@ -77,9 +77,9 @@ def test_null_replaces_what_is_inherited(tmp_path):
     assert load("halo", file).dataset.train is None
     assert load("halo", file).paper == load("halo", _params(tmp_path, empty={})).paper
     file = _params(
-        tmp_path, same={"extends": "parent", "halo": {}}, parent={"halo": {"training": {"epochs": 5}}}
+        tmp_path, same={"extends": "parent", "halo": {}}, parent={"halo": {"training": {"epochs": 15}}}
     )
-    assert load("halo", file).paper.training.epochs == 5
+    assert load("halo", file).paper.training.epochs == 15
 
 
 def test_null_takes_a_key_out_of_a_table_of_ones_own_keys(tmp_path):
@@ -169,7 +169,7 @@ def test_a_wrong_setting_is_named_where_it_is_written(tmp_path):
 def test_a_file_changes_with_what_its_stage_reads_and_with_nothing_else(tmp_path):
     base = {
         "dataset": {"source": "digits", "train": 200},
-        "halo": {"training": {"epochs": 2}},
+        "halo": {"training": {"epochs": 12}},
         "pretraining_impact": {"corpus": {"source": "mnist", "validation": 50}},
     }
     before = resolved(_params(tmp_path, child={"extends": "base"}, base=base))
@@ -179,7 +179,7 @@ def test_a_file_changes_with_what_its_stage_reads_and_with_nothing_else(tmp_path
         after = resolved(_params(tmp_path, child={"extends": "base"}, base=merged(base, changes)))
         return {stage for stage in before if after[stage] != before[stage]}
 
-    assert changed(halo={"training": {"epochs": 3}}) == {"halo"}
+    assert changed(halo={"training": {"epochs": 13}}) == {"halo"}
     assert changed(imp_slr={"seeds": [0]}) == {"imp_slr"}
     assert changed(execution={"precision": "bfloat16"}) == set(papers())
     assert changed(execution={"workers": 3}) == set()  # by which no record can change
@@ -204,10 +204,10 @@ def test_a_changed_default_of_shared_settings_shows(tmp_path, monkeypatch):
 def test_the_files_of_papers_that_are_gone_go_too(tmp_path):
     (tmp_path / "out/only").mkdir(parents=True)
     (tmp_path / "out/only/gone.json").write_text("{}")
-    write(_params(tmp_path, only={"halo": {"training": {"epochs": 3}}}), folder=tmp_path / "out")
+    write(_params(tmp_path, only={"halo": {"training": {"epochs": 13}}}), folder=tmp_path / "out")
     assert {file.stem for file in (tmp_path / "out/only").iterdir()} == {"data", *papers()}
     halo = json.loads((tmp_path / "out/only/halo.json").read_text())
-    assert halo["profile"] == "only" and halo["halo"] == {"training": {"epochs": 3}}
+    assert halo["profile"] == "only" and halo["halo"] == {"training": {"epochs": 13}}
 
 
 def test_every_stage_of_a_paper_depends_on_its_own_file():
@@ -229,7 +229,7 @@ profiles:
   base:
     dataset: {source: digits, train: 200, validation: 100}
     execution: {workers: 2, threads: 1}
-    halo: {training: {epochs: 3}}
+    halo: {training: {epochs: 13}}
 """
 
 
@@ -277,10 +277,10 @@ def test_an_edit_runs_the_stages_whose_settings_it_changes(project):
     assert _ran(project, "repro") == everything
     assert _ran(project, "repro") == set()
     _edit(
-        project, "halo: {training: {epochs: 3", "halo: {training: {epochs: 4"
+        project, "halo: {training: {epochs: 13", "halo: {training: {epochs: 14"
     )  # of the profile that is extended
     assert _ran(project, "repro") == {"settings", "halo"}
-    _edit(project, "extends: base", "extends: base\n    halo: {training: {epochs: 4}}  # the same")
+    _edit(project, "extends: base", "extends: base\n    halo: {training: {epochs: 14}}  # the same")
     assert _ran(project, "repro") == {"settings"}
     _edit(project, "workers: 2", "workers: 1")
     assert _ran(project, "repro") == {"settings"}
@@ -295,8 +295,8 @@ def test_an_experiment_selects_a_profile_and_changes_settings(project):
     _ran(project, "repro")
     assert {"settings", "halo", "report"} <= _ran(project, "exp", "run", "-S", "profile=base")
     assert (project / ".settings/base/halo.json").exists()
-    assert _ran(project, "exp", "run", "-S", "profiles.base.halo.training.epochs=5") == {"settings", "halo"}
-    assert json.loads((project / ".settings/base/halo.json").read_text())["halo"]["training"]["epochs"] == 5
+    assert _ran(project, "exp", "run", "-S", "profiles.base.halo.training.epochs=15") == {"settings", "halo"}
+    assert json.loads((project / ".settings/base/halo.json").read_text())["halo"]["training"]["epochs"] == 15
 
 
 @pytest.mark.slow
