@@ -41,6 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="stop cleanly after 90s, 25m, 2h, ... (exit status 3); the same command goes on, also elsewhere from a copy of .runs; "
         "what is finished can be imported (--partial)",
     )
+    run.add_argument(
+        "--only",
+        type=Path,
+        metavar="FILE",
+        help="execute the runs that `open` has listed, and no look of one's own",
+    )
+    wait = known.add_parser("open", help="list the runs that a paper's open claims wait for")
+    wait.add_argument("paper")
+    wait.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    wait.add_argument("--profile", help="profile to use in place of the one that the file selects")
     plan = known.add_parser("plan", help="what a profile costs on this machine, and what of it is done")
     plan.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     plan.add_argument("--profile", help="profile to use in place of the one that the file selects")
@@ -73,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     o = options
     command = {
-        "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget),
+        "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget, o.only),
+        "open": lambda: commands.print_open(o.paper, o.params, o.profile),
         "claims": lambda: commands.print_claims(o.params, o.profile),
         "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
         "import": lambda: commands.import_results(o.folder, o.paper, o.params, o.partial),

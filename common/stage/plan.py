@@ -13,7 +13,8 @@ from common.core.run import Run
 from common.settings import DataError, Profile
 from common.stage import pipeline, rehearsal
 from common.stage.papers import load, papers
-from common.stage.records import Recorded, machine, recorded
+from common.stage.recorded import Recorded, recorded
+from common.stage.records import machine
 from common.stage.rehearsal import Cost, Kind
 from common.stage.scheduler import training_slots
 from common.stage.store import SCRATCH, Store, code_digest

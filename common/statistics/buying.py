@@ -28,7 +28,7 @@ def wanted(
     found: set[tuple[Place, int]] = set()
     for judged in judge_file(file, records, Terms(tuple(looks))):
         for comparison, number in _waiting(judged, records, len(looks)):
-            found |= _runs(comparison, records, looks[number], listed)
+            found.update(_runs(comparison, records, looks[number], listed))
     return found
 
 
