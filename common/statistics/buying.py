@@ -28,7 +28,8 @@ def wanted(
     found: set[tuple[Place, int]] = set()
     for judged in judge_file(file, records, Terms(tuple(looks))):
         for comparison, number in _waiting(judged, records, len(looks)):
-            found.update(_runs(comparison, records, looks[number], listed))
+            read = [*comparison.quantities, *gates(comparison, records)]
+            found.update(_runs({place_of(one) for one in read}, judged.claim.seen, looks[number], listed))
     return found
 
 
@@ -56,14 +57,13 @@ def _key(comparison: Comparison) -> tuple[Quantity, ...]:
 
 
 def _runs(
-    comparison: Comparison, records: Records, look: int, listed: Mapping[Place, Collection[int]]
+    read: set[Place], seen: int, look: int, listed: Mapping[Place, Collection[int]]
 ) -> Iterator[tuple[Place, int]]:
-    """All that the comparison reads with the seeds of a look; nothing where there are not so many seeds."""
-    read = {place_of(quantity) for quantity in (*comparison.quantities, *gates(comparison, records))}
+    """All that a comparison reads with the first `look` seeds above `seen`; nothing where there are not so many."""
     everywhere = set.intersection(*(set(listed.get(place, ())) for place in read))
-    seeds = sorted(seed for seed in everywhere if seed > comparison.claim.seen)[:look]
+    seeds = sorted(seed for seed in everywhere if seed > seen)[:look]
     if len(seeds) < look:
         return
     # whether an arm has trained is read where it is not pruned
-    read |= {(variant, dataset, architecture, 0.0) for variant, dataset, architecture, _ in read}
+    read = read | {(variant, dataset, architecture, 0.0) for variant, dataset, architecture, _ in read}
     yield from ((place, seed) for place in read for seed in seeds if seed in listed.get(place, ()))
