@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from common.core.run import Run
 from common.records import Entry
 from common.settings import Profile, SettingsError
 from common.stage import importing, looks, pipeline, plan
-from common.stage.papers import load
+from common.stage.papers import load, papers
 from common.stage.partial import PartialResults, partial_file
 from common.stage.recorded import recorded, take_over
 from common.stage.records import environment, results_files
@@ -130,6 +131,33 @@ def _next_look(
             file=sys.stderr,
         )
         return []
+
+
+def decide(params: str, profile: str, ends: float) -> None:
+    """Run all papers of a profile, then judge and draw what is there.
+
+    ends: when training is to stop, as of `time.time()`; of the time that is left, each paper has an equal share of those
+    still to come. Raises SettingsError, StageError, OutOfTime.
+    """
+    stopped: list[str] = []
+    names = papers()
+    for number, paper in enumerate(names):
+        share = (ends - time.time()) / (len(names) - number)
+        try:
+            run_paper(paper, params, profile, time.time() + share)
+        except OutOfTime as stop:
+            print(f"{paper}: {stop}", file=sys.stderr)
+            stopped.append(paper)
+    results, out = str(RESULTS / profile), Path("reports", profile)
+    judged = ("--records", results, "--claims", "replications", "--profile", profile)
+    written = ("--out", str(out / "verdicts.json"), "--metrics", str(out / "metrics.json"))
+    drawn = ("--profile", profile, "--results", results, "--replications", "replications")
+    drawn += ("--verdicts", str(out / "verdicts.json"), "--out", str(out))
+    for module, arguments in (("common.statistics", judged + written), ("common.report", drawn)):
+        if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
+            raise StageError(f"`python -m {module} {' '.join(arguments)}` failed")
+    if stopped:
+        raise OutOfTime(f"not at their end: {', '.join(stopped)}; the same command goes on")
 
 
 def print_open(paper: str, params: str, profile_name: str | None) -> None:

@@ -99,3 +99,7 @@ def test_later_records_do_not_change_what_earlier_looks_asked_for():
     later = [one.model_copy(update={"seed": one.seed + 8}) for one in at(0.5, OPEN)]
     claims = [claim(id="A", targets=[0.5]), claim(id="B", targets=[0.9])]
     assert bought(claims, records) == bought(claims, records + later)
+
+
+def test_what_is_not_run_at_all_is_not_bought():
+    assert bought([claim(targets=[0.9], control="nobody")], at(0.9, OPEN))[0] == {}

@@ -31,8 +31,13 @@ def with_needs(chosen: Iterable[Run], runs: Sequence[Run]) -> list[Run]:
 
 def claims_of(paper: str, profile: Profile) -> claims.ClaimsFile | None:
     """The claims by which a paper's looks go on; None with one look, or without claims. Raises SettingsError."""
+    return claims_file(paper) if len(profile.looks) > 1 else None
+
+
+def claims_file(paper: str) -> claims.ClaimsFile | None:
+    """What a paper claims; None if it has no claims. Raises SettingsError."""
     file = ROOT / "replications" / paper / claims.CLAIMS_FILE
-    return claims.read(file) if len(profile.looks) > 1 and file.exists() else None
+    return claims.read(file) if file.exists() else None
 
 
 def next_look(

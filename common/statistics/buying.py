@@ -28,9 +28,25 @@ def wanted(
     found: set[tuple[Place, int]] = set()
     for judged in judge_file(file, records, Terms(tuple(looks))):
         for comparison, number in _waiting(judged, records, len(looks)):
-            read = [*comparison.quantities, *gates(comparison, records)]
-            found.update(_runs({place_of(one) for one in read}, judged.claim.seen, looks[number], listed))
+            if all(place_of(quantity) in listed for quantity in comparison.quantities):
+                found.update(_runs(_read(comparison, records), judged.claim.seen, looks[number], listed))
     return found
+
+
+def open_places(file: ClaimsFile, records: Records, looks: Sequence[int]) -> dict[str, set[Place]]:
+    """What each open claim reads, by its id: the places of its open comparisons."""
+    found = {}
+    for judged in judge_file(file, records, Terms(tuple(looks))):
+        if judged.verdict == OPEN:
+            undecided = (one for one in judged.comparisons if one.verdict == OPEN)
+            found[judged.claim.id] = {place for one in undecided for place in _read(one, records)}
+    return found
+
+
+def _read(comparison: Comparison, records: Records) -> set[Place]:
+    read = {place_of(quantity) for quantity in (*comparison.quantities, *gates(comparison, records))}
+    # whether an arm has trained is read where it is not pruned
+    return read | {(variant, dataset, architecture, 0.0) for variant, dataset, architecture, _ in read}
 
 
 def _waiting(judged: Judged, records: Records, looks: int) -> Iterator[tuple[Comparison, int]]:
@@ -59,11 +75,8 @@ def _key(comparison: Comparison) -> tuple[Quantity, ...]:
 def _runs(
     read: set[Place], seen: int, look: int, listed: Mapping[Place, Collection[int]]
 ) -> Iterator[tuple[Place, int]]:
-    """All that a comparison reads with the first `look` seeds above `seen`; nothing where there are not so many."""
-    everywhere = set.intersection(*(set(listed.get(place, ())) for place in read))
-    seeds = sorted(seed for seed in everywhere if seed > seen)[:look]
-    if len(seeds) < look:
-        return
-    # whether an arm has trained is read where it is not pruned
-    read = read | {(variant, dataset, architecture, 0.0) for variant, dataset, architecture, _ in read}
-    yield from ((place, seed) for place in read for seed in seeds if seed in listed.get(place, ()))
+    """The runs at these places, as far as they are listed, with the first `look` seeds above `seen`; none if there are fewer."""
+    there = {place: set(listed[place]) for place in read if place in listed}
+    seeds = sorted(seed for seed in set.intersection(*there.values()) if seed > seen)[:look]
+    if len(seeds) == look:
+        yield from ((place, seed) for place in there for seed in seeds)
