@@ -105,7 +105,8 @@ def _of_stage(stage, project=ROOT):
     deps = yaml.safe_load((project / "dvc.yaml").read_text())["stages"][stage]["deps"]
     places = [project / dep for dep in deps if dep.startswith(("common", "replications"))]
     files = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
-    return sorted(file.relative_to(project) for file in files if file.stat().st_size)
+    code = [file for file in files if file.suffix == ".py" and file.stat().st_size]
+    return sorted(file.relative_to(project) for file in code)
 
 
 @pytest.fixture(scope="module")
