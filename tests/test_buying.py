@@ -102,4 +102,5 @@ def test_later_records_do_not_change_what_earlier_looks_asked_for():
 
 
 def test_what_is_not_run_at_all_is_not_bought():
-    assert bought([claim(targets=[0.9], control="nobody")], at(0.9, OPEN))[0] == {}
+    for control, expected in (("old", {("new", 0.9): 8, ("old", 0.9): 8}), ("nobody", {})):
+        assert bought([claim(targets=[0.9], control=control, seen=7)], at(0.9, OPEN))[0] == expected

@@ -1,5 +1,6 @@
 """Looks in real stages: what is bought, killed, raised, imported and listed for a machine without SciPy."""
 
+import hashlib
 import json
 import os
 import random
@@ -11,9 +12,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from project import BARE, environment, only_example, params, replications, run
+
+from common.core import loading
+from common.core.identity import canonical
+from common.settings import DatasetSettings
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +37,7 @@ def _claim(name, target, **fields):
     return {"id": name, "statement": "Pruning costs nothing.", **sides, "scale": "points", **fields}
 
 
+DIGITS = {"source": "digits", "train": 200, "validation": 100}
 TIE = {"test": "equivalence", "matters": 0.001}
 CLAIMS = [  # the first is decided at the first look, the second never, the third is ours
     _claim("E1", 0.9, test="superiority", direction="lower"),
@@ -45,11 +52,11 @@ def _claims(project, claims):
     file.write_text(yaml.safe_dump({"paper": "example", "claims": claims}, sort_keys=False))
 
 
-def _plan(project, count=9, looks=(5, 7, 9), workers=2, **settings):
+def _plan(project, count=9, looks=(5, 7, 9), workers=2, dataset=DIGITS, **settings):
     execution = {"device": "cpu", "precision": "float32", "workers": workers}
     seeds = {"first": 100, "count": count, "looks": list(looks)}
     example = {"targets": list(TARGETS), **settings}
-    params(project, execution=execution, seeds=seeds, example=example)
+    params(project, dataset=dataset, execution=execution, seeds=seeds, example=example)
 
 
 @pytest.fixture(scope="module")
@@ -266,10 +273,6 @@ def test_a_record_of_something_else_does_not_count(finished, change):
 
 def _rewritten(project, change, **beside):
     """Change the records as another machine would have left them."""
-    import hashlib
-
-    from common.core.identity import canonical
-
     content = "".join(canonical(change(record)) + "\n" for record in _records(project)).encode()
     (project / RESULTS[0]).write_bytes(content)
     about = json.loads((project / BESIDE).read_text())
@@ -277,33 +280,25 @@ def _rewritten(project, change, **beside):
     (project / BESIDE).write_text(json.dumps({**about, **beside}))
 
 
-def test_an_imported_record_is_not_trained_again(project, finished, tmp_path):
-    there = tmp_path / "there"
-    shutil.copytree(finished / "results", finished / "there")
+def test_an_imported_record_is_not_trained_again(base, finished, tmp_path):
     machine = {"device": "a GPU", "cores": 1, "system": "Linux"}
     _rewritten(finished, lambda r: {**r, "device": "cuda", "precision": "bfloat16"}, machine=machine)
-    shutil.copytree(finished / "results", there)
-    other = shutil.copytree(project, tmp_path / "other" / "project", ignore=shutil.ignore_patterns("there"))
-    shutil.rmtree(other / "results", ignore_errors=True)
-    shutil.rmtree(other / ".runs", ignore_errors=True)
-    taken = replications(other, "import", str(there))
+    project = shutil.copytree(base, tmp_path / "here/project")
+    taken = replications(project, "import", str(finished / "results"))
     assert taken.returncode == 0, taken.stderr
-    before = _bytes(other)
-    _claims(other, [{**claim, "statement": "In other words."} for claim in CLAIMS])
+    before = _bytes(project)
+    _claims(project, [{**claim, "statement": "In other words."} for claim in CLAIMS])
     for _ in range(2):
-        _done(other)
-        assert _bytes(other) == before and not list((other / ".runs/digits/example").glob("*.pt"))
-        about = json.loads((other / BESIDE).read_text())
-        assert set(about["elsewhere"]) == {record["settings_hash"] for record in _records(other)}
+        _done(project)
+        assert _bytes(project) == before and not list((project / ".runs/digits/example").glob("*.pt"))
+        about = json.loads((project / BESIDE).read_text())
+        assert set(about["elsewhere"]) == {record["settings_hash"] for record in _records(project)}
     # an import of fewer looks would lose what is here
-    shutil.copytree(other / "results", fewer := tmp_path / "fewer")
-    _plan(other, count=11, looks=(5, 7, 11))
-    _done(other)
-    refused = replications(other, "import", str(fewer))
-    assert (
-        refused.returncode == 2
-        and "holds 4 finished runs that the results to be imported lack" in refused.stderr
-    )
+    _plan(project, count=11, looks=(5, 7, 11))
+    _done(project)
+    refused = replications(project, "import", str(finished / "results"))
+    assert refused.returncode == 2
+    assert "holds 4 finished runs that the results to be imported lack; move it away" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------ changed claims
@@ -334,38 +329,58 @@ def test_wrong_claims_stop_before_anything_is_trained(project):
 WITHOUT_SCIPY = BARE + "sys.modules['scipy'] = None\n"
 
 
-def test_one_look_needs_no_scipy(project):
-    _plan(project, count=5)
+@pytest.fixture
+def without(project):
+    """A project with images that no package brings, on a machine without SciPy."""
+    digits = loading.load(DatasetSettings(train=200, validation=100, test=100))
+    arrays = {}
+    for part in ("train", "test"):
+        arrays |= {f"x_{part}": digits.images[part].numpy(), f"y_{part}": digits.labels[part].numpy()}
+    np.savez(project / "own.npz", **arrays)
+    _plan(
+        project,
+        count=7,
+        looks=(5, 7),
+        dataset={"source": "npz", "path": "own.npz", "train": 150, "validation": 40},
+    )
     (project / "sitecustomize.py").write_text(WITHOUT_SCIPY)
-    assert "scipy" not in _done(project).stderr
-    assert _seeds(project) == dict.fromkeys(BOUGHT, 5)
+    return project
 
 
-def test_without_scipy_the_first_look_is_trained_and_then_what_is_listed(project, whole):
-    (project / "sitecustomize.py").write_text(WITHOUT_SCIPY)
-    stopped = _done(project)
+def test_one_look_needs_no_scipy(without):
+    text = (without / "params.yaml").read_text()
+    (without / "params.yaml").write_text(text.replace("count: 7", "count: 5"))
+    assert "scipy" not in _done(without).stderr
+    assert _seeds(without) == dict.fromkeys(BOUGHT, 5)
+
+
+def test_without_scipy_the_first_look_is_trained_and_then_what_is_listed(without, tmp_path):
+    stopped = _done(without)
     assert "scipy" in stopped.stderr and "python -m replications open example > FILE" in stopped.stderr
-    assert _seeds(project) == dict.fromkeys(BOUGHT, 5)
-    assert "error: scipy" in replications(project, "open", "example").stderr
-    for bought in (4, 4, 0):
-        (project / "sitecustomize.py").write_text(BARE)  # elsewhere, with these results
-        listed = replications(project, "open", "example")
-        assert listed.returncode == 0 and len(listed.stdout.splitlines()) == bought
-        (project / "list").write_text(listed.stdout)
-        (project / "sitecustomize.py").write_text(WITHOUT_SCIPY)
-        if bought:
-            _done(project, "--only", "list")
-    assert _bytes(project) == _bytes(whole)
-    nothing = replications(project, *STAGE, "--only", "list")
-    assert nothing.returncode == 2 and "list: names no run" in nothing.stderr
-    (project / "list").write_text(
-        '{"paper":"example","variant":"other","dataset":"d","architecture":"a","target":0,"seed":1}'
-    )
-    unknown = replications(project, *STAGE, "--only", "list")
-    assert (
-        unknown.returncode == 2
-        and "list, line 1: example/other a target 0 seed 1 is not listed" in unknown.stderr
-    )
+    assert _seeds(without) == dict.fromkeys(BOUGHT, 5)
+    assert "error: scipy" in replications(without, "open", "example").stderr
+    elsewhere = shutil.copytree(without, tmp_path / "elsewhere/project")
+    (elsewhere / "sitecustomize.py").write_text(BARE)
+    listed = replications(elsewhere, "open", "example")
+    assert listed.returncode == 0 and listed.stdout
+    (without / "list").write_text(listed.stdout)
+    _done(without, "--only", "list")
+    _done(elsewhere)
+    assert _bytes(without) == _bytes(elsewhere)
+    assert replications(elsewhere, "open", "example").stdout == ""
+
+
+def test_a_wrong_list_is_named(project):
+    for text, message in (
+        ("", "list: names no run"),
+        (
+            '{"paper":"example","variant":"other","dataset":"d","architecture":"a","target":0,"seed":1}',
+            "list, line 1: example/other a target 0 seed 1 is not listed here",
+        ),
+    ):
+        (project / "list").write_text(text)
+        wrong = replications(project, *STAGE, "--only", "list")
+        assert wrong.returncode == 2 and message in wrong.stderr
 
 
 def test_a_list_alone_is_not_a_whole_stage(project, whole, tmp_path):
