@@ -33,7 +33,8 @@ repro: checkout setup
 	@echo "report: reports/`$(BIN)/python -c 'from common.settings import selected_profile as p; print(p())'`/index.html"
 
 decide: checkout setup
-	$(BIN)/dvc repro --quiet data glyphs
+	$(BIN)/dvc repro --quiet glyphs
+	$(BIN)/python -m common.stage.prepare --profile $(PROFILE)
 	$(BIN)/python -m replications decide --profile $(PROFILE) $(if $(TIME),--time-budget $(TIME))
 	@echo "report: reports/$(PROFILE)/index.html"
 
