@@ -58,7 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         "decide",
         help="run all papers look by look until nothing is open or the seeds are spent, judge and draw",
     )
-    decide.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     decide.add_argument("--profile", default=DECIDED, help="profile to use (default: %(default)s)")
     decide.add_argument(
         "--time-budget",
@@ -102,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget, o.only),
         "open": lambda: commands.print_open(o.paper, o.params, o.profile),
         "claims": lambda: commands.print_claims(o.params, o.profile),
-        "decide": lambda: commands.decide(o.params, o.profile, o.time_budget),
+        "decide": lambda: commands.decide(o.profile, o.time_budget),
         "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
         "import": lambda: commands.import_results(o.folder, o.paper, o.params, o.partial),
     }

@@ -13,7 +13,7 @@ from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Run
 from common.records import Entry
-from common.settings import Profile, SettingsError
+from common.settings import PARAMS_FILE, Profile, SettingsError
 from common.stage import importing, looks, pipeline, plan
 from common.stage.papers import load, papers
 from common.stage.partial import PartialResults, partial_file
@@ -133,7 +133,7 @@ def _next_look(
         return []
 
 
-def decide(params: str, profile: str, ends: float) -> None:
+def decide(profile: str, ends: float) -> None:
     """Run all papers of a profile, then judge and draw what is there.
 
     ends: when training is to stop, as of `time.time()`; of the time that is left, each paper has an equal share of those
@@ -144,16 +144,18 @@ def decide(params: str, profile: str, ends: float) -> None:
     for number, paper in enumerate(names):
         share = (ends - time.time()) / (len(names) - number)
         try:
-            run_paper(paper, params, profile, time.time() + share)
+            run_paper(paper, PARAMS_FILE, profile, time.time() + share)
         except OutOfTime as stop:
             print(f"{paper}: {stop}", file=sys.stderr)
             stopped.append(paper)
     results, out = str(RESULTS / profile), Path("reports", profile)
-    judged = ("--records", results, "--claims", "replications", "--profile", profile)
-    written = ("--out", str(out / "verdicts.json"), "--metrics", str(out / "metrics.json"))
-    drawn = ("--profile", profile, "--results", results, "--replications", "replications")
-    drawn += ("--verdicts", str(out / "verdicts.json"), "--out", str(out))
-    for module, arguments in (("common.statistics", judged + written), ("common.report", drawn)):
+    verdicts = str(out / "verdicts.json")
+    claims = ["--claims", "replications", "--metrics", str(out / "metrics.json"), "--out", verdicts]
+    drawn = ["--replications", "replications", "--verdicts", verdicts, "--out", str(out)]
+    for module, arguments in (
+        ("common.statistics", ["--profile", profile, "--records", results, *claims]),
+        ("common.report", ["--profile", profile, "--results", results, *drawn]),
+    ):
         if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
             raise StageError(f"`python -m {module} {' '.join(arguments)}` failed")
     if stopped:

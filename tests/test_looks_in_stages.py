@@ -173,6 +173,23 @@ def test_a_raised_count_trains_only_what_is_new(project, whole):
     assert before.items() <= _kept(project).items()
 
 
+def test_decide_runs_judges_and_draws_and_the_plan_says_what_is_missing(finished):
+    decided = replications(finished, "decide", "--profile", "digits")
+    assert decided.returncode == 0, decided.stderr
+    assert (finished / "reports/digits/verdicts.json").read_bytes() == _verdicts(finished)
+    assert (finished / "reports/digits/index.html").exists() and _seeds(finished) == BOUGHT
+    claims = {c["id"]: c for c in json.loads(_verdicts(finished))["papers"]["example"]["claims"]}
+    planned = replications(finished, "plan", "--seconds", "0").stdout.splitlines()
+    rows = {tuple(line.split()[:5]) for line in planned if line.startswith("example ")}
+    needs = {name: f"{claims[name]['needs']:,}" for name in ("E2", "E3")}
+    assert {
+        ("example", "E2", "supporting", "9", needs["E2"]),
+        ("example", "E3", "probe", "5", needs["E3"]),
+    } < rows
+    assert not any("E1" in row for row in rows)
+    assert any(line.endswith("for the 2 of 2 that seeds can decide") for line in planned)
+
+
 # ------------------------------------------------------------------------------------------ interrupted
 
 
