@@ -1,4 +1,5 @@
 # make repro    set up, then run the whole pipeline: training, statistics, report
+# make decide   the reference results: profile digits-decided, more seeds for what is open (TIME=2h stops, and again goes on)
 # make test     set up, then run the tests
 # make check    set up, then lint, types and the fast tests: what to run before a commit
 # make report   draw figures and page again from the records, without training
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 PORT ?= 5000
+PROFILE ?= digits-decided
 GPU_OUT ?= gpu-out
 GPU_PACK := $(CURDIR)/gpu-pack
 GPU_PYTHON ?= 3.12
@@ -24,11 +26,17 @@ export DO_NOT_TRACK = true
 # one process per core is faster than threads for small networks, and threads must not spin while others work
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro test check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
+.PHONY: repro decide test check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
 
 repro: checkout setup
 	$(BIN)/dvc repro
 	@echo "report: reports/`$(BIN)/python -c 'from common.settings import selected_profile as p; print(p())'`/index.html"
+
+decide: checkout setup
+	$(BIN)/dvc repro --quiet glyphs
+	$(BIN)/python -m common.stage.prepare --profile $(PROFILE)
+	$(BIN)/python -m replications decide --profile $(PROFILE) $(if $(TIME),--time-budget $(TIME))
+	@echo "report: reports/$(PROFILE)/index.html"
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal tests

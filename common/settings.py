@@ -122,7 +122,11 @@ class SeedSettings(Strict):
     @property
     def planned(self) -> tuple[int, ...]:
         """The numbers of seeds after which is judged; the last is `count`."""
-        return (*(look for look in self.looks if look < self.count), self.count)
+        return self.planned_for(self.count)
+
+    def planned_for(self, count: int) -> tuple[int, ...]:
+        """The same of a paper with so many seeds."""
+        return (*(look for look in self.looks if look < count), count)
 
 
 def _listed(value: Any) -> Any:
@@ -326,6 +330,12 @@ class Profile(Strict):
     paper: Any
     """The settings object of the paper."""
 
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of the paper's seeds after which is judged; the last is that of all."""
+        count = len(self.paper.seeds)
+        return self.seeds.planned_for(count) if self.seeds else (count,)
+
 
 class _NoDuplicates(yaml.SafeLoader):
     """YAML in which a key given twice is an error instead of a silent overwrite."""
@@ -398,6 +408,14 @@ def profile_chain(file: str | os.PathLike, profile: str | None = None) -> list[t
     for name, block in zip(reversed(names), reversed(own)):
         chain.append((name, merged(chain[-1][1], block) if chain else block))
     return chain
+
+
+def profile_looks(file: str | os.PathLike, profile: str | None = None) -> tuple[int, ...]:
+    """The planned looks of a profile (default: the one that the file selects); none if there is one. Raises SettingsError."""
+    name, block = profile_chain(file, profile)[-1]
+    seeds = block.get("seeds")
+    planned = validated(SeedSettings, seeds, f"{file}: profiles.{name}.seeds").planned if seeds else ()
+    return planned if len(planned) > 1 else ()
 
 
 def profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mapping[str, Any], str]:

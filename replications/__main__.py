@@ -1,7 +1,7 @@
 """`python -m replications run PAPER`: the stage of a paper, from settings to records; what `dvc repro` calls.
 
-Beside it, `plan` says what a profile will cost on this machine, `claims` what each claim will compare there, and `import`
-takes in the results of another machine.
+Beside it, `decide` does all of a profile, `open` lists what open claims wait for, `plan` says what a profile will cost on
+this machine, `claims` what each claim will compare there, and `import` takes in the results of another machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 
 from common.settings import PARAMS_FILE
 from common.stage import processes
+
+DECIDED = "digits-decided"
+"""The profile of the reference results."""
 
 
 def _time_budget(text: str) -> float:
@@ -41,6 +44,28 @@ def main(arguments: list[str] | None = None) -> int:
         help="stop cleanly after 90s, 25m, 2h, ... (exit status 3); the same command goes on, also elsewhere from a copy of .runs; "
         "what is finished can be imported (--partial)",
     )
+    run.add_argument(
+        "--only",
+        type=Path,
+        metavar="FILE",
+        help="execute the runs that `open` has listed, and no look of one's own",
+    )
+    wait = known.add_parser("open", help="list the runs that a paper's open claims wait for")
+    wait.add_argument("paper")
+    wait.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    wait.add_argument("--profile", help="profile to use in place of the one that the file selects")
+    decide = known.add_parser(
+        "decide",
+        help="run all papers look by look until nothing is open or the seeds are spent, judge and draw",
+    )
+    decide.add_argument("--profile", default=DECIDED, help="profile to use (default: %(default)s)")
+    decide.add_argument(
+        "--time-budget",
+        type=_time_budget,
+        default=math.inf,
+        metavar="TIME",
+        help="stop training after 90s, 25m, 2h, ... and judge what is there (exit status 3); the same command goes on",
+    )
     plan = known.add_parser("plan", help="what a profile costs on this machine, and what of it is done")
     plan.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     plan.add_argument("--profile", help="profile to use in place of the one that the file selects")
@@ -66,15 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
     take.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     options = parser.parse_args(arguments)
     processes.set_environment()
-    if options.command == "run":
+    if options.command in ("run", "decide"):
         processes.prepare()
     # this loads torch, as the process that was just started does beside it
     from replications import commands
 
     o = options
     command = {
-        "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget),
+        "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget, o.only),
+        "open": lambda: commands.print_open(o.paper, o.params, o.profile),
         "claims": lambda: commands.print_claims(o.params, o.profile),
+        "decide": lambda: commands.decide(o.profile, o.time_budget),
         "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
         "import": lambda: commands.import_results(o.folder, o.paper, o.params, o.partial),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.core.compute import Compute
+from common.core.identity import canonical
+from common.core.run import Run
 from common.records import Entry
-from common.settings import SettingsError
-from common.stage import importing, pipeline, plan
-from common.stage.papers import load
+from common.settings import PARAMS_FILE, Profile, SettingsError
+from common.stage import importing, looks, pipeline, plan
+from common.stage.papers import load, papers
 from common.stage.partial import PartialResults, partial_file
+from common.stage.recorded import recorded, take_over
 from common.stage.records import environment, results_files
 from common.stage.scheduler import execute
-from common.stage.store import SCRATCH, OutOfTime, StageError, Store, TimeBudget, write_atomically
+from common.stage.store import (
+    SCRATCH,
+    OutOfTime,
+    StageError,
+    Store,
+    TimeBudget,
+    code_digest,
+    write_atomically,
+)
+from common.statistics.claims import ClaimsFile
 
 if TYPE_CHECKING:
     from common.stage.tracking import StageLog
@@ -55,36 +68,121 @@ def print_claims(params: str, profile_name: str | None) -> None:
     print(foreseen.table(params, profile_name))
 
 
-def run_paper(paper: str, params: str, profile_name: str | None, ends: float) -> None:
-    """Execute all runs of a paper in a profile, write its records and log them.
+def run_paper(
+    paper: str, params: str, profile_name: str | None, ends: float, only: Path | None = None
+) -> None:
+    """Execute a paper's runs look by look, write their records and log them.
 
-    ends: when to stop if they are not finished, as of `time.time()`. Raises SettingsError, StageError, OutOfTime.
+    ends: when to stop if they are not finished, as of `time.time()`. only: a list of the runs to execute in place of
+    looks, beside those that are recorded. Raises SettingsError, StageError, OutOfTime.
     """
     begun = time.perf_counter()
     profile = load(paper, params, profile_name)
     listed = pipeline.listed(paper, profile)
+    claims = looks.claims_of(paper, profile)
+    first = looks.first_look(listed, profile)
+    chosen = looks.with_needs(looks.read_list(only, listed), listed) if only else first
     store = Store(SCRATCH / profile.name / paper, profile.execution)
     compute = Compute.choose(profile.execution.device, profile.execution.precision)
     about = environment(listed, compute, store)
+    known = take_over(RESULTS, profile.name, paper, listed, store, about)
     so_far = PartialResults(partial_file(RESULTS, profile.name, paper), about)
+    entries: dict[str, Entry] = {}
     with _tracking(paper, profile.name, about) as log, so_far:
 
         def finished(entry: Entry) -> None:
-            log.add(entry)
-            so_far.add(entry)
+            if entry.record.settings_hash not in entries:
+                entries[entry.record.settings_hash] = entry
+                log.add(entry)
+                so_far.add(entry)
 
-        try:
-            entries = execute(listed, store, profile.execution, paper, finished, TimeBudget(ends))
-        except StageError as stop:
-            taken = f"`python -m replications import --partial` takes them from {so_far.file}"
-            raise type(stop)(f"{stop}; {taken}") from None
-        about |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
-        for path, content in results_files(profile.name, paper, entries, about).items():
-            write_atomically(RESULTS / path, content)
+        while chosen:
+            # what is recorded stays, also if the claims have come to need less
+            known |= {run.settings_hash for run in chosen}
+            runs = [run for run in listed if run.settings_hash in known]
+            try:
+                found = execute(runs, store, profile.execution, paper, finished, TimeBudget(ends))
+            except StageError as stop:
+                taken = f"`python -m replications import --partial` takes them from {so_far.file}"
+                raise type(stop)(f"{stop}; {taken}") from None
+            missing = sum(run.settings_hash not in known for run in first)
+            now = about | ({"unfinished": missing} if missing else {})
+            now |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
+            for path, content in results_files(profile.name, paper, found, now).items():
+                write_atomically(RESULTS / path, content)
+            wanted = [] if only else _next_look(paper, claims, listed, profile, found)
+            chosen = [run for run in looks.with_needs(wanted, listed) if run.settings_hash not in known]
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
-    for record in (entry.record for entry in entries):
+    for record in (entry.record for entry in found):
         if record.status == "failed" and not record.is_lost_trial:
             print(f"failed: {paper}/{record.variant} seed {record.seed}: {record.reason}", file=sys.stderr)
+
+
+def _next_look(
+    paper: str, claims: ClaimsFile | None, runs: Sequence[Run], profile: Profile, entries: Sequence[Entry]
+) -> list[Run]:
+    """The runs that open claims wait for; none, with a word on stderr, where there is no SciPy."""
+    try:
+        return looks.next_look(claims, runs, profile, [entry.record for entry in entries])
+    except ModuleNotFoundError as missing:
+        print(
+            f"{missing.name} is not installed here, so which claims are open is not known: the first look is done; where "
+            f"it is, `python -m replications open {paper} > FILE` lists what `run {paper} --only FILE` does here",
+            file=sys.stderr,
+        )
+        return []
+
+
+def decide(profile: str, ends: float) -> None:
+    """Run all papers of a profile, then judge and draw what is there.
+
+    ends: when training is to stop, as of `time.time()`; of the time that is left, each paper has an equal share of those
+    still to come. Raises SettingsError, StageError, OutOfTime.
+    """
+    stopped: list[str] = []
+    names = papers()
+    for number, paper in enumerate(names):
+        share = (ends - time.time()) / (len(names) - number)
+        try:
+            run_paper(paper, PARAMS_FILE, profile, time.time() + share)
+        except OutOfTime as stop:
+            print(f"{paper}: {stop}", file=sys.stderr)
+            stopped.append(paper)
+    results, out = str(RESULTS / profile), Path("reports", profile)
+    verdicts = str(out / "verdicts.json")
+    claims = ["--claims", "replications", "--metrics", str(out / "metrics.json"), "--out", verdicts]
+    drawn = ["--replications", "replications", "--verdicts", verdicts, "--out", str(out)]
+    for module, arguments in (
+        ("common.statistics", ["--profile", profile, "--records", results, *claims]),
+        ("common.report", ["--profile", profile, "--results", results, *drawn]),
+    ):
+        if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
+            raise StageError(f"`python -m {module} {' '.join(arguments)}` failed")
+    if stopped:
+        raise OutOfTime(f"not at their end: {', '.join(stopped)}; the same command goes on")
+
+
+def print_open(paper: str, params: str, profile_name: str | None) -> None:
+    """Print the runs that a paper's open claims wait for, or those that its first look lacks, one JSON object a line.
+
+    Judged by what the results hold. Raises SettingsError, StageError.
+    """
+    profile = load(paper, params, profile_name)
+    listed = pipeline.listed(paper, profile)
+    here = recorded(RESULTS, profile.name, paper, code_digest(listed))
+    records = here.records if here else {}
+    lacking = [run for run in looks.first_look(listed, profile) if run.settings_hash not in records]
+    if not lacking:
+        ours = [records[run.settings_hash] for run in listed if run.settings_hash in records]
+        try:
+            found = looks.next_look(looks.claims_of(paper, profile), listed, profile, ours)
+        except ModuleNotFoundError as missing:
+            raise StageError(
+                f"{missing.name} is not installed here, and claims are not judged without"
+            ) from None
+        lacking = [run for run in found if run.settings_hash not in records]
+    for run in lacking:
+        print(canonical(run.identity))
 
 
 def import_results(folder: Path, only: Sequence[str], params: str, unfinished: bool) -> None:

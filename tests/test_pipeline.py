@@ -72,7 +72,12 @@ def test_a_change_runs_only_what_follows_from_it(project):
     _repro(project)
     claims = project / "replications/example/claims.yaml"
     claims.write_text(claims.read_text().replace("costs accuracy.", "costs some accuracy."))
-    assert _repro(project) == ["settings", "statistics", "report"]
+    kept = {file: file.stat().st_mtime_ns for file in (project / ".runs/digits/example").glob("*.json")}
+    assert _repro(project) == ["settings", "example", "statistics", "report"]
+    # the stage has asked what the claims need, and trained nothing
+    assert kept == {
+        file: file.stat().st_mtime_ns for file in (project / ".runs/digits/example").glob("*.json")
+    }
     scheduler = project / "common/stage/scheduler.py"
     scheduler.write_text(scheduler.read_text() + "\n# changed\n")
     assert _repro(project) == []

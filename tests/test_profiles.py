@@ -173,7 +173,7 @@ def test_a_file_changes_with_what_its_stage_reads_and_with_nothing_else(tmp_path
         "pretraining_impact": {"corpus": {"source": "mnist", "validation": 50}},
     }
     before = resolved(_params(tmp_path, child={"extends": "base"}, base=base))
-    assert set(before) == {"data", *papers()}
+    assert set(before) == {"data", "statistics", *papers()}
 
     def changed(**changes):
         after = resolved(_params(tmp_path, child={"extends": "base"}, base=merged(base, changes)))
@@ -186,6 +186,9 @@ def test_a_file_changes_with_what_its_stage_reads_and_with_nothing_else(tmp_path
     assert changed(dataset={"augmentation": {"flip": True}}) == set(papers())  # what is prepared stays
     assert changed(dataset={"train": 100}) == {"data", *papers()}
     assert changed(pretraining_impact={"corpus": {"validation": 60}}) == {"data", "pretraining_impact"}
+    more = {"first": 100, "count": 16, "looks": [8, 16]}
+    assert changed(seeds=more) == {"statistics", *papers()}
+    assert changed(seeds={**more, "count": 8}) == set(papers())  # judged at one look, as before
 
 
 def test_a_changed_default_of_shared_settings_shows(tmp_path, monkeypatch):
@@ -205,7 +208,7 @@ def test_the_files_of_papers_that_are_gone_go_too(tmp_path):
     (tmp_path / "out/only").mkdir(parents=True)
     (tmp_path / "out/only/gone.json").write_text("{}")
     write(_params(tmp_path, only={"halo": {"training": {"epochs": 13}}}), folder=tmp_path / "out")
-    assert {file.stem for file in (tmp_path / "out/only").iterdir()} == {"data", *papers()}
+    assert {file.stem for file in (tmp_path / "out/only").iterdir()} == {"data", "statistics", *papers()}
     halo = json.loads((tmp_path / "out/only/halo.json").read_text())
     assert halo["profile"] == "only" and halo["halo"] == {"training": {"epochs": 13}}
 

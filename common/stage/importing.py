@@ -27,8 +27,10 @@ from common.predictions import Predictions, check, predictions_file, unpacked
 from common.records import Curves, Entry, Line, Record, curves_file, parsed
 from common.settings import PARAMS_FILE, SettingsError, hint, selected_profile, validated
 from common.stage import partial, pipeline, resolve
+from common.stage.looks import first_look
 from common.stage.papers import load, papers
-from common.stage.records import environment_file, recorded, results_files
+from common.stage.recorded import recorded
+from common.stage.records import environment_file, results_files
 from common.stage.store import SCRATCH, StageError, Store, code_digest, data_prints
 
 _PENDING, _UNFINISHED = ".import", ".import.tmp"
@@ -67,8 +69,9 @@ class _Partial(_Environment):
 class Imported:
     """A stage of the other machine.
 
-    environment, entries: as the stage had them there. files: content by path below the results folder. runs: the listed
-    ones to which the entries belong. unfinished: how many more are listed.
+    environment, entries: as the stage had them there. files: content by path below the results folder. listed: settings
+    hashes of all runs that are listed here. runs: those of the entries, of a stage that is not complete. unfinished: how many
+    more are in the first look.
     """
 
     paper: str
@@ -76,6 +79,7 @@ class Imported:
     environment: dict[str, Any]
     entries: list[Entry]
     files: dict[Path, bytes]
+    listed: set[str]
     runs: list[Run] = field(default_factory=list)
     unfinished: int = 0
 
@@ -171,7 +175,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
             raise StageError(
                 f"{folder / path}: damaged or changed: its SHA-256 is not the one in {folder / beside}"
             )
-    runs = _listed(paper, profile, params, about, folder / beside)
+    runs, needed = _listed(paper, profile, params, about, folder / beside)
     rows = list(_records(files[records], folder / records))
     of_curves = [line for _, line in _lines(files[curves], folder / curves, Curves)]
     hashes = [row.settings_hash for row in rows]
@@ -179,7 +183,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
         raise StageError(f"{folder / curves}: not the curves of the runs in {records.name}")
     if missing := set(hashes) - set(about.seconds):
         raise StageError(f"{folder / beside}: seconds of run {min(missing)} are missing")
-    _fit(rows, runs, folder / records)
+    _fit(rows, runs, folder / records, needed)
     predicted = _predictions(rows, files[predictions], folder / predictions)
     if find_spec("dvc") is not None:
         for made, producer in pipeline.producers(paper).items():
@@ -197,7 +201,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
         )
         for row, own in zip(rows, of_curves)
     ]
-    return Imported(paper, profile, about.model_dump(), entries, files)
+    return Imported(paper, profile, about.model_dump(), entries, files, {run.settings_hash for run in runs})
 
 
 def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Imported:
@@ -205,13 +209,13 @@ def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Import
     file = partial.partial_file(folder, profile, paper)
     content, entries = partial.read(file)
     about = _valid(_Partial, content, f"{file}, line 1")
-    listed = _listed(paper, profile, params, about, file)
-    _fit([entry.record for entry in entries], listed, file, whole=False)
+    listed, needed = _listed(paper, profile, params, about, file)
+    _fit([entry.record for entry in entries], listed, file)
     found = {entry.record.settings_hash: entry for entry in entries}
     runs = [run for run in listed if run.settings_hash in found]
     entries = [found[run.settings_hash] for run in runs]
-    unfinished = len(listed) - len(runs)
-    environment = about.model_dump() | {"unfinished": unfinished}
+    unfinished = sum(run.settings_hash not in found for run in needed)
+    environment = about.model_dump() | ({"unfinished": unfinished} if unfinished else {})
     try:
         files = results_files(profile, paper, entries, environment)
     except ValueError as error:
@@ -219,24 +223,31 @@ def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Import
     _predictions(
         [entry.record for entry in entries], files[predictions_file(Path(profile, f"{paper}.jsonl"))], file
     )
-    return Imported(paper, profile, environment, entries, files, runs, unfinished)
+    hashes = {run.settings_hash for run in listed}
+    return Imported(paper, profile, environment, entries, files, hashes, runs, unfinished)
 
 
-def _listed(paper: str, profile: str, params: str, about: _Environment, where: Path) -> list[Run]:
-    """The runs that the paper lists here. Raises StageError if other code has made what is to be imported."""
-    runs = pipeline.listed(paper, load(paper, params, profile))
+def _listed(
+    paper: str, profile: str, params: str, about: _Environment, where: Path
+) -> tuple[list[Run], list[Run]]:
+    """The runs that the paper lists here, and those without which a stage is not complete.
+
+    Raises StageError if other code has made what is to be imported.
+    """
+    settings = load(paper, params, profile)
+    runs = pipeline.listed(paper, settings)
     code = code_digest(runs)
     if about.code != code:
         raise StageError(
             f"{where}: made by other code (digest {about.code[:12]}, here {code[:12]}); "
             "use the same revision of the project on both machines"
         )
-    return runs
+    return runs, first_look(runs, settings)
 
 
-def _fit(records: Sequence[Record], runs: Sequence[Run], where: Path, whole: bool = True) -> None:
-    """Raises StageError if the records are not those of the listed runs; whole: of all of them."""
-    if problems := list(_problems(records, runs, whole)):
+def _fit(records: Sequence[Record], runs: Sequence[Run], where: Path, needed: Sequence[Run] = ()) -> None:
+    """Raises StageError if the records are not those of listed runs, and of all that are needed."""
+    if problems := list(_problems(records, runs, needed)):
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise StageError(f"{where}: {'; '.join(problems[:_NAMED])}{more}")
 
@@ -251,15 +262,14 @@ def _predictions(records: Sequence[Record], content: bytes, file: Path) -> dict[
 
 
 def _loses_nothing(stage: Imported, results: Path) -> None:
-    """Raises StageError if results here hold finished runs that an incomplete stage lacks."""
-    if not stage.unfinished:
-        return
+    """Raises StageError if results here hold finished runs, of those that are listed, that a stage lacks."""
     here = recorded(results, stage.profile, stage.paper, stage.environment["code"])
-    taken = {run.settings_hash for run in stage.runs}
-    if here and (lost := here.hashes - taken):
+    taken = {entry.record.settings_hash for entry in stage.entries}
+    if here and (lost := (here.hashes & stage.listed) - taken):
+        unfinished = f", of which {stage.unfinished} runs are not finished" if stage.unfinished else ""
         raise StageError(
-            f"{here.file}: holds {len(lost)} finished runs that the results to be imported lack, of which "
-            f"{stage.unfinished} runs are not finished; move it away to take these in its place"
+            f"{here.file}: holds {len(lost)} finished runs that the results to be imported lack{unfinished}; "
+            "move it away to take these in its place"
         )
 
 
@@ -301,8 +311,8 @@ def _records(content: bytes, file: Path) -> Iterator[Record]:
         yield record
 
 
-def _problems(records: Sequence[Record], runs: Sequence[Run], whole: bool) -> Iterator[str]:
-    """In what the records are not those of the listed runs; whole: of all of them."""
+def _problems(records: Sequence[Record], runs: Sequence[Run], needed: Sequence[Run]) -> Iterator[str]:
+    """In what the records are not those of listed runs, and of all that are needed."""
     listed = {tuple(run.identity.values()): run for run in runs}
     for record in records:
         run = listed.pop(tuple(record.identity.values()), None)
@@ -317,8 +327,8 @@ def _problems(records: Sequence[Record], runs: Sequence[Run], whole: bool) -> It
         if record.data != (prints := data_prints(run)):
             yield f"{run}: data = {_short(record.data)}, but the data prepared here is {_short(prints)}"
         yield from (f"{run}: {problem}" for problem in _invalid(record))
-    if whole:
-        yield from (f"{run} is missing" for run in listed.values())
+    missing = {id(run) for run in listed.values()}
+    yield from (f"{run} is missing" for run in needed if id(run) in missing)
 
 
 def _invalid(record: Record) -> Iterator[str]:

@@ -11,9 +11,11 @@ from pathlib import Path
 from common.core.compute import Compute
 from common.core.run import Run
 from common.settings import DataError, Profile
-from common.stage import pipeline, rehearsal
+from common.stage import looks, pipeline, rehearsal
+from common.stage.needs import Need, needs, together
 from common.stage.papers import load, papers
-from common.stage.records import Recorded, machine, recorded
+from common.stage.recorded import Recorded, recorded
+from common.stage.records import machine
 from common.stage.rehearsal import Cost, Kind
 from common.stage.scheduler import training_slots
 from common.stage.store import SCRATCH, Store, code_digest
@@ -35,6 +37,8 @@ class Stage:
     done: set[str] | None = None
     missing: str | None = None
     origins: str | None = None
+    open: Sequence[Need] = ()
+    """Of its claims, as far as its first look is recorded."""
 
     @property
     def runs(self) -> int:
@@ -46,13 +50,24 @@ def stage(paper: str, profile: Profile, results: Path) -> Stage:
     """What the profile holds for a paper, and what of it is done. Raises SettingsError."""
     kinds: list[Kind] = []
     try:
-        runs = pipeline.listed(paper, profile)
+        listed = pipeline.listed(paper, profile)
+        left = recorded(results, profile.name, paper, code_digest(listed))
+        # later looks are for open claims alone, so of those only what is there is planned
+        first = {run.settings_hash for run in looks.first_look(listed, profile)}
+        runs = [run for run in listed if run.settings_hash in (first | left.hashes if left else first)]
         kinds = rehearsal.kinds(runs)
-        left = recorded(results, profile.name, paper, code_digest(runs))
         done = _done(paper, profile, runs, left)
-        return Stage(paper, kinds, done, origins=_origins(left, runs, profile) if left else None)
+        waiting = _open(paper, profile, listed, left) if left and first <= left.hashes else []
+        return Stage(paper, kinds, done, None, _origins(left, runs, profile) if left else None, waiting)
     except DataError as error:
         return Stage(paper, kinds, missing=f"{error}; {pipeline.preparation(paper)} prepares what it reads")
+
+
+def _open(paper: str, profile: Profile, runs: Sequence[Run], left: Recorded) -> list[Need]:
+    try:
+        return needs(paper, profile, runs, left)
+    except ModuleNotFoundError:
+        return []  # a machine without SciPy plans runs alone
 
 
 def _done(paper: str, profile: Profile, runs: Sequence[Run], left: Recorded | None) -> set[str]:
@@ -133,10 +148,27 @@ def plan(params: str, profile_name: str | None, seconds: float, results: Path) -
         f"profile {profile.name} on {here['device']}, {here['cores']} cores, {workers} runs at once; {took}"
     )
     table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)
-    return "\n".join([title, "", *table, "", *_remarks(stages, costs)]).rstrip()
+    claims = _claims([need for stage in stages for need in stage.open], workers)
+    return "\n".join([title, "", *table, "", *_remarks(stages, costs), *claims]).rstrip()
 
 
 # ------------------------------------------------------------------------------------------ what is printed
+
+
+def _claims(found: Sequence[Need], workers: int) -> list[str]:
+    """What it takes to decide open claims, by paper, and the sum."""
+    if not found:
+        return []
+    rows = [("open claim", "role", "seeds", "needs", "device time")]
+    for need in found:
+        seeds = "none" if need.structural else _count(need.seeds)
+        time = _time(need.seconds / workers) if need.seeds else ""
+        rows.append((f"{need.paper} {need.claim}", need.role, str(need.have), seeds, time))
+    finite = [need for need in found if need.seeds]
+    total = f"{_time(together(finite) / workers)} for the {len(finite)} of {len(found)} that seeds can decide"
+    why = [f"{need.paper} {need.claim}: {need.why}" for need in found if not need.seeds]
+    text = "seeds that would decide them with power 0.8, at the level that each faces, if the rest are like these:"
+    return ["", text, *_aligned(rows), "", f"all together: {total}", *why]
 
 
 def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], workers: int) -> list[str]:
@@ -153,7 +185,10 @@ def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], worker
     more = ["more than " * (None in column) for column in zip(*rows)]
     shown = [[show(value) for show, value in zip(_SHOWN, row)] for row in rows]
     shown.append([sign + show(value) for sign, show, value in zip(more, _SHOWN, totals)])
-    lines = [_COLUMNS, *((name, *row) for name, row in zip(names, shown))]
+    return _aligned([_COLUMNS, *((name, *row) for name, row in zip(names, shown))])
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return [
         "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))])

@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Context, Outcome, Run
 from common.predictions import Predictions, packed, predictions_file
-from common.records import Cause, Curves, Entry, Failure, Record, curves_file, read
-from common.settings import DatasetSettings, SettingsError
+from common.records import Cause, Curves, Entry, Failure, Record, curves_file
+from common.settings import DatasetSettings
 from common.stage.store import Store, code_digest, data_prints, data_settings
 
 
@@ -136,6 +135,7 @@ def environment(runs: Sequence[Run], compute: Compute, store: Store) -> dict[str
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "precision": precision(compute),
         "numerics": store.numerics,
+        "execution": store.execution,
     }
 
 
@@ -155,8 +155,8 @@ def results_files(
 ) -> dict[Path, bytes]:
     """What a stage leaves, by path below the results folder: records, curves, predictions, and the environment of all.
 
-    about: what the runs share, to which seconds, the machine of each run that is of another one (`elsewhere`), and the
-    digests come by which an import knows that the files are whole.
+    about: what the runs share, to which seconds, the machine of each run that is of another one (`elsewhere`), which runs
+    have left a state for others to start from (`states`), and the digests come by which one knows that the files are whole.
     """
     records = Path(profile, f"{paper}.jsonl")
     curves = [Curves(settings_hash=e.record.settings_hash, curves=e.curves) for e in entries]
@@ -172,42 +172,10 @@ def results_files(
         e.record.settings_hash: e.machine for e in entries if e.machine not in (None, about["machine"])
     }
     sha256 = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
-    beside = {**about, "seconds": seconds, "elsewhere": elsewhere, "sha256": sha256}
+    states = sorted(entry.record.settings_hash for entry in entries if entry.has_state)
+    beside = {**about, "seconds": seconds, "elsewhere": elsewhere, "states": states, "sha256": sha256}
     files[environment_file(profile, paper)] = json.dumps(beside, indent=1, sort_keys=True).encode()
     return files
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Runs whose records are in the results. file: the records; hashes: of their settings; environment: beside them."""
-
-    file: Path
-    hashes: set[str]
-    environment: dict[str, Any]
-
-    @property
-    def unfinished(self) -> int:
-        """How many runs of the stage are not among them, as results say that were imported before it was complete."""
-        return self.environment.get("unfinished", 0)
-
-    def devices(self, hashes: Iterable[str]) -> Counter[str]:
-        """How many of these runs were executed on which device."""
-        own, elsewhere = self.environment["machine"], self.environment.get("elsewhere", {})
-        return Counter(str(elsewhere.get(each, own)["device"]) for each in hashes)
-
-
-def recorded(results: Path, profile: str, paper: str, code: str) -> Recorded | None:
-    """What a stage has left in the results, None where there is nothing that this code has left. Raises SettingsError."""
-    file, beside = results / profile / f"{paper}.jsonl", results / environment_file(profile, paper)
-    if not file.exists() or not beside.exists():
-        return None
-    try:
-        about = json.loads(beside.read_text())
-    except ValueError as error:
-        raise SettingsError(f"{beside}: not valid JSON: {error}") from None
-    if about["code"] != code:
-        return None
-    return Recorded(file, {record.settings_hash for _, record in read(file, Record)}, about)
 
 
 def environment_file(profile: str, paper: str) -> Path:

@@ -23,6 +23,7 @@ from common.settings import (
     PaperSettings,
     SettingsError,
     profile_chain,
+    profile_looks,
 )
 from common.stage.papers import load, papers, profile_datasets, protocol, written
 from common.stage.store import code_files, code_prints
@@ -38,7 +39,8 @@ def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, A
     stages: dict[str, Any] = {
         "data": [
             data.model_dump(mode="json", exclude={"augmentation"}) for data in profile_datasets(file, profile)
-        ]
+        ],
+        "statistics": {"looks": profile_looks(file, profile)},
     }
     defaults = {model.__name__: model().model_dump(mode="json") for model in _SHARED}
     for paper in papers():

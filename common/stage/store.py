@@ -169,17 +169,39 @@ class Store:
         numerics: Sequence[str | int] = (),
     ):
         self.folder, self.root = folder, root
-        self.numerics = list(numerics) or _numerics(execution or ExecutionSettings())
+        execution = execution or ExecutionSettings()
+        self.numerics = list(numerics) or _numerics(execution)
+        self.execution = execution.model_dump(mode="json", exclude={"workers"})
+        """The settings that can change a number, as they are written; what they come to depends on the machine."""
 
     def key(self, run: Run) -> str:
         """Name under which a run is kept: digest of settings, code, data, number format and torch version."""
-        needs = [self.key(need) for need in run.needs]
+        return self._key(run, self.numerics)
+
+    def _key(self, run: Run, executed: Any) -> str:
+        needs = [self._key(need, executed) for need in run.needs]
         code = code_digest([run], self.root)
-        return digest([run.settings_hash, [code, self.numerics], data_prints(run), needs])[:32]
+        return digest([run.settings_hash, [code, executed], data_prints(run), needs])[:32]
+
+    def _elsewhere(self, run: Run) -> Path:
+        """Where a run is that another machine has executed, whose record counts here."""
+        return self.folder / f"{self._key(run, ['elsewhere', self.execution])}.json"
 
     def load(self, run: Run) -> Entry | None:
-        """What a finished run has left, or None."""
-        content = load_checked(file := self.folder / f"{self.key(run)}.json")
+        """What a finished run has left, here or in records that were taken over; or None."""
+        own = self._load(self.folder / f"{self.key(run)}.json")
+        return own or self._load(self._elsewhere(run))
+
+    def take_over(self, run: Run, entry: Entry, elsewhere: bool) -> None:
+        """Count a run as finished whose record is in the results. elsewhere: another machine has executed it."""
+        if elsewhere:
+            save_checked(self._elsewhere(run), canonical(entry).encode())
+        else:
+            self.save(run, entry, None)
+
+    @staticmethod
+    def _load(file: Path) -> Entry | None:
+        content = load_checked(file)
         try:
             return None if content is None else Entry.model_validate_json(content)
         except ValidationError:

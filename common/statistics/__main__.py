@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.settings import SettingsError
+from common.settings import PARAMS_FILE, SettingsError, profile_looks
 from common.statistics import claims, records
 from common.statistics.verdicts import judge, metrics
 
@@ -28,19 +28,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--metrics", help="short metrics to write for `dvc metrics show`", type=Path, metavar="FILE"
     )
-    parser.add_argument(
+    looks = parser.add_mutually_exclusive_group()
+    looks.add_argument(
         "--looks",
         help="planned numbers of seeds at which is judged, such as 8,16,32,64 (default: one look at all seeds)",
         type=_looks,
         metavar="N,N,...",
     )
+    looks.add_argument("--profile", help=f"judge at the looks that this profile of {PARAMS_FILE} plans")
     options = parser.parse_args(arguments)
     try:
+        planned = profile_looks(PARAMS_FILE, options.profile) if options.profile else options.looks
         files = claims.read_all(options.claims)
         found = records.read_all(options.records)
         for paper in sorted(found.keys() - {file.paper for file in files}):
             print(f"note: no claims for paper {paper!r}: its records are ignored", file=sys.stderr)
-        verdicts = judge(files, found, options.looks, checks=True)
+        verdicts = judge(files, found, planned, checks=True)
         _write(options.out, verdicts)
         if options.metrics:
             _write(options.metrics, metrics(verdicts))

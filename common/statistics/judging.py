@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.statistics import inference
-from common.statistics.claims import Claim
+from common.statistics.claims import Claim, ClaimsFile
 from common.statistics.comparisons import Comparison, find
 from common.statistics.deciding import (
     NOT_TESTED,
@@ -47,6 +47,17 @@ class Terms:
     def shares(self) -> list[float]:
         """The part of the error that each look may spend."""
         return shares(len(self.sizes))
+
+
+def judge_file(file: ClaimsFile, records: Records, terms: Terms) -> list[Judged]:
+    """The claims of a paper with their verdicts, in order; without those on deviations that were not run."""
+    claims = [claim for claim in file.claims if claim.deviation is None or _run(claim, records)]
+    return judge_claims(claims, records, terms)
+
+
+def _run(claim: Claim, records: Records) -> bool:
+    """Whether what the claim compares was run; deviations are measured in profiles of their own."""
+    return any(comparison.problem is None for comparison in find(claim, records))
 
 
 def judge_claims(claims: Sequence[Claim], records: Records, terms: Terms) -> list[Judged]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from common.predictions import Predictions, beside
 from common.records import Identity, Record, files, read
@@ -26,7 +26,7 @@ PER_SEED = ("split_seed", "seed", "seeds", "trials", "tuned", "chosen")
 SHARE = "a share of images"
 COLLAPSED = 0.1
 """A run is collapsed up to this share of the way from chance to the dense network."""
-_Place = tuple[str | None, str | None, str | None, float]
+Place = tuple[str | None, str | None, str | None, float]
 """Variant, data set, architecture and target of runs that differ in their seed; None where a claim names nothing."""
 _DIVERGED = re.compile(
     r"diverg|\bnan\b|\binf(inite|inity)?\b|\b(not|no longer)( a)? finite|non.?finite", re.I
@@ -35,6 +35,19 @@ _ACCURACY = re.compile(r"accuracy(_(before|after|at|without)_\S+)?$")
 _MOST_IMAGES = 1_000_000
 _LARGEST = 1e100
 """No measurement is beyond it, and sums, squares and ratios of what is below are numbers. JSON has larger ones."""
+
+
+class Placed(Protocol):
+    """What has the name of a run but for its seed."""
+
+    @property
+    def variant(self) -> str | None: ...
+    @property
+    def dataset(self) -> str | None: ...
+    @property
+    def architecture(self) -> str | None: ...
+    @property
+    def target(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def read_all(paths: list[Path]) -> dict[str, Records]:
             lines = list(read(file, Record))
             predictions |= beside(file, [record for _, record in lines])
             for where, record in lines:
-                key = (record.paper, *_run(record), record.seed)
+                key = (record.paper, *place_of(record), record.seed)
                 other, same = found.setdefault(key, (where, record))
                 if name := next(
                     (name for name in _READ if getattr(same, name) != getattr(record, name)), None
@@ -96,8 +109,10 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _run(record: Record) -> _Place:
-    return record.variant, record.dataset, record.architecture, _rounded(record.target)
+def place_of(run: Placed) -> Place:
+    """The place of a run, or of the runs that a quantity is measured on."""
+    target = math.nan if run.target is None else _rounded(run.target)
+    return run.variant, run.dataset, run.architecture, target
 
 
 def _rounded(target: float) -> float:
@@ -125,16 +140,16 @@ class Records:
         chances: Mapping[str, float] | None = None,
         predictions: Mapping[str, Predictions] | None = None,
     ):
-        self._runs: dict[_Place, dict[int, Record]] = {}
+        self._runs: dict[Place, dict[int, Record]] = {}
         for record in records:
-            self._runs.setdefault(_run(record), {})[record.seed] = record
+            self._runs.setdefault(place_of(record), {})[record.seed] = record
         self._chances = chances_of(records) if chances is None else chances
         self._predictions = predictions or {}
         self._dense: dict[tuple[str, str], dict[int, float]] = {}
         self._images: dict[tuple[str, str], int | None] = {}
         self._ends: dict[tuple[str, str, str], set[float]] = {}
         self._parts: dict[tuple[int, float], Records] = {}
-        self._settings: dict[tuple[_Place, int], str] = {}
+        self._settings: dict[tuple[Place, int], str] = {}
 
     def until(self, seed: int) -> Records:
         """The records of all seeds up to this one, all that a look knows."""
@@ -169,8 +184,7 @@ class Records:
 
     def seeds(self, quantity: Quantity) -> dict[int, Record]:
         """seed -> record of the quantity's run."""
-        target = math.nan if quantity.target is None else _rounded(quantity.target)
-        return self._runs.get((quantity.variant, quantity.dataset, quantity.architecture, target), {})
+        return self._runs.get(place_of(quantity), {})
 
     def of(self, quantity: Quantity, seed: int) -> Record:
         """The record of the quantity's run. Raises Lost where nobody ran it."""
@@ -221,7 +235,7 @@ class Records:
 
     def settings(self, record: Record) -> str:
         """The settings as canonical text, without those of a seed; empty where the record has none."""
-        key = (_run(record), record.seed)
+        key = (place_of(record), record.seed)
         if key not in self._settings:  # judging on other terms asks for it again and again
             found = json.dumps(stripped(record.settings, PER_SEED), sort_keys=True) if record.settings else ""
             self._settings[key] = found

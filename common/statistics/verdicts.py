@@ -10,8 +10,8 @@ from typing import Any
 
 from common.statistics import opening, words
 from common.statistics.arithmetic import values
-from common.statistics.claims import Claim, ClaimsFile
-from common.statistics.comparisons import Comparison, find
+from common.statistics.claims import ClaimsFile
+from common.statistics.comparisons import Comparison
 from common.statistics.deciding import (
     CONTRADICTED,
     NOT_TESTED,
@@ -22,7 +22,7 @@ from common.statistics.deciding import (
 )
 from common.statistics.evidence import Evidence
 from common.statistics.images import add_images
-from common.statistics.judging import Terms, judge_claims
+from common.statistics.judging import Terms, judge_file
 from common.statistics.records import Quantity, Records
 from common.statistics.stability import of as stability_of
 from common.statistics.testing import add_checks
@@ -47,9 +47,8 @@ def judge(
     papers = {}
     for file in files:
         found = records.get(file.paper, Records([]))
-        claims = [claim for claim in file.claims if claim.deviation is None or _run(claim, found)]
-        judged = judge_claims(claims, found, terms)
-        again = stability_of(claims, judged, found, terms) if checks else None
+        judged = judge_file(file, found, terms)
+        again = stability_of([one.claim for one in judged], judged, found, terms) if checks else None
         papers[file.paper] = _paper(file, judged, found, terms, again)
     counts: Counter[str] = Counter()
     for paper in papers.values():
@@ -59,11 +58,6 @@ def judge(
         for size, share in zip(terms.sizes, terms.shares, strict=True)
     ]
     return _plain({"alpha": terms.alpha, "looks": plan, "counts": _counts(counts), "papers": papers})
-
-
-def _run(claim: Claim, records: Records) -> bool:
-    """Whether what the claim compares was run; deviations are measured in profiles of their own."""
-    return any(comparison.problem is None for comparison in find(claim, records))
 
 
 def _paper(

@@ -1,0 +1,118 @@
+"""What the results hold of a stage already, and what of it counts as done, so that nothing is trained twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.core.run import Run
+from common.predictions import beside, predictions_file
+from common.records import Curves, Entry, Record, curves_file, read
+from common.settings import SettingsError
+from common.stage.records import environment_file
+from common.stage.store import Store, data_prints
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Runs whose records are in the results. file: of the records; records: by the hash of their settings; environment:
+    beside them."""
+
+    file: Path
+    records: Mapping[str, Record]
+    environment: dict[str, Any]
+
+    @property
+    def hashes(self) -> set[str]:
+        """Of the settings of the runs."""
+        return set(self.records)
+
+    @property
+    def unfinished(self) -> int:
+        """How many runs of the stage are not among them, as results say that were imported before it was complete."""
+        return self.environment.get("unfinished", 0)
+
+    def machine(self, settings_hash: str) -> dict[str, Any]:
+        """The machine that executed a run."""
+        return self.environment.get("elsewhere", {}).get(settings_hash, self.environment["machine"])
+
+    def devices(self, hashes: Iterable[str]) -> Counter[str]:
+        """How many of these runs were executed on which device."""
+        return Counter(str(self.machine(each)["device"]) for each in hashes)
+
+
+def recorded(results: Path, profile: str, paper: str, code: str) -> Recorded | None:
+    """What a stage has left in the results, None where there is nothing that this code has left. Raises SettingsError."""
+    file, about = results / profile / f"{paper}.jsonl", results / environment_file(profile, paper)
+    if not file.exists() or not about.exists():
+        return None
+    try:
+        environment = json.loads(about.read_text())
+    except ValueError as error:
+        raise SettingsError(f"{about}: not valid JSON: {error}") from None
+    if environment["code"] != code:
+        return None
+    records = {record.settings_hash: record for _, record in read(file, Record)}
+    return Recorded(file, records, environment)
+
+
+def take_over(
+    results: Path, profile: str, paper: str, runs: Sequence[Run], store: Store, about: Mapping[str, Any]
+) -> set[str]:
+    """Have the store count as finished what the results hold of these runs; returns the settings hashes of all such.
+
+    A record counts if settings, code, data and the settings of the execution are those of now. One that was executed on
+    this machine must also have the device kind, precision and torch version of now; one of another machine counts as it
+    is, unless it was imported before its stage was complete. about: the environment of now. Files that are damaged
+    count for nothing, and are named on stderr.
+    """
+    try:
+        found = recorded(results, profile, paper, about["code"])
+        if found is None or found.environment.get("execution") != about["execution"] or not _whole(found):
+            return set()
+        curves = {line.settings_hash: line.curves for _, line in read(curves_file(found.file), Curves)}
+        predictions = beside(found.file, found.records.values())
+    except SettingsError as error:
+        print(f"{error}; no record there counts", file=sys.stderr)
+        return set()
+    conditions = (about["numerics"][0], about["precision"], str(about["versions"]["torch"]))
+    states = set(found.environment["states"])
+    taken = set()
+    for run in runs:
+        name = run.settings_hash
+        record = found.records.get(name)
+        if record is None or record.data != data_prints(run):
+            continue
+        machine = found.machine(name)
+        elsewhere = machine != about["machine"]
+        same = (record.device, record.precision, record.torch) == conditions
+        if not (elsewhere and not found.unfinished or not elsewhere and same):
+            continue
+        if store.load(run) is None:
+            entry = Entry(
+                record=record,
+                curves=curves[name],
+                seconds=found.environment["seconds"][name],
+                has_state=name in states,
+                machine=machine,
+                predictions=record.predictions and predictions[record.predictions].text,
+            )
+            store.take_over(run, entry, elsewhere)
+        taken.add(name)
+    return taken
+
+
+def _whole(found: Recorded) -> bool:
+    """Whether the files are those that the stage has left."""
+    for file in (found.file, curves_file(found.file), predictions_file(found.file)):
+        there = file.exists() and hashlib.sha256(file.read_bytes()).hexdigest()
+        if there != found.environment["sha256"].get(file.name):
+            print(f"{file}: damaged or changed: no record there counts as done", file=sys.stderr)
+            return False
+    return True
