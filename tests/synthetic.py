@@ -110,11 +110,13 @@ class Maker:
             rows.append(row)
         return rows
 
-    def claims(self, claims: Sequence[Mapping], readme: str | None = None) -> None:
-        """Write the paper's folder."""
+    def claims(self, claims: Sequence[Mapping], readme: str | None = None, **more) -> None:
+        """Write the paper's folder. more: what stands beside the claims in their file."""
         folder = self.folder / "replications" / self.paper
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "claims.yaml").write_text(yaml.safe_dump({"paper": self.paper, "claims": list(claims)}))
+        (folder / "claims.yaml").write_text(
+            yaml.safe_dump({"paper": self.paper, "claims": list(claims), **more})
+        )
         if readme is not None:
             (folder / "README.md").write_text(readme)
 

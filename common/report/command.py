@@ -1,13 +1,12 @@
-"""`python -m common.report`: figures, tables and the page of one profile, from its records, without training.
+"""`python -m common.report`: the page of one profile from its records, and of all scales, without training.
 
-Writes into the `--out` folder: `index.html`, `figures/*.svg` and `*.png`, and `plots/accuracy.json` for
-`dvc plots`.
+Writes into the `--out` folder: `index.html`, `figures/*.svg` with `*.csv` beside each, and `plots/*.json` for `dvc plots`.
+Into the folder of `--scales`: `index.html`, and `overview.png` for a README.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -15,26 +14,31 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from common.report import equal_footing, evidence, figures, gathering, judged, page, panels
+from common.report import (
+    claim_panels,
+    equal_footing,
+    evidence,
+    figures,
+    gathering,
+    judged,
+    page,
+    panels,
+    plots,
+    scales,
+)
 
 WORKERS = 4
 """Most processes that draw; with few figures a process costs more than it saves."""
 FIGURES_A_WORKER = 12
 
 
-def report(
-    profile: str, results: Path, replications: Path, verdicts: Path, out: Path, environment: Path
-) -> int:
-    """Draw everything into `out` and return the number of figures. Raises ReportError, OSError."""
-    found = evidence.load(profile, results, replications, verdicts, environment)
-    views = {paper.name: judged.views(paper) for paper in found.papers}
-    planned: list[tuple[str, panels.Panel]] = [("overview", judged.overview(views))]
-    for paper in found.papers:
-        planned += [(paper.name, panel) for panel in gathering.paper_panels(paper, found.curves)]
-        for claim, parts in judged.panels(paper, full_scale=profile == page.FULL_SCALE).items():
-            planned += [(f"{paper.name}/{claim}", panel) for panel in parts]
-    footing = f"{evidence.EQUAL_FOOTING}/figures"
-    planned += [(footing, panel) for panel in equal_footing.panels(equal_footing.tagged(found.papers))]
+def report(found: evidence.Evidence, paths: page.Paths, single_file: bool = False) -> int:
+    """Draw the page of one profile into `paths.out` and return the number of figures. Raises ReportError, OSError.
+
+    single_file: whether the page holds all figures and needs no file beside it.
+    """
+    views = {paper.name: judged.views(paper, found.profile) for paper in found.papers}
+    planned = plan(found)
     names = [panel.name for _, panel in planned]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -42,15 +46,26 @@ def report(
             f"two figures would be called {twice[0]}: rename a paper, data set, architecture or claim"
         )
     drawn: dict[str, list[figures.Drawn]] = {}
-    for (place, _), figure in zip(planned, _draw([panel for _, panel in planned])):
+    for (place, _), figure in zip(planned, _draw([panel for _, panel in planned]), strict=True):
         drawn.setdefault(place, []).append(figure)
-    paths = {"results": results, "replications": replications, "verdicts": verdicts, "out": out}
-    files = {"index.html": page.render(found, views, drawn, paths).encode()}
-    for figure in (figure for group in drawn.values() for figure in group):
-        files |= {f"figures/{figure.name}.svg": figure.svg.encode(), f"figures/{figure.name}.png": figure.png}
-    files["plots/accuracy.json"] = _rows(found.papers).encode()
-    _write(out, files)
+    files = {"index.html": page.render(found, views, drawn, paths, single_file)}
+    if not single_file:
+        for figure in (figure for group in drawn.values() for figure in group):
+            files |= {f"figures/{figure.name}.svg": figure.svg, f"figures/{figure.name}.csv": figure.csv}
+    files |= {f"plots/{name}.json": text for name, text in plots.files(found.papers, found.curves).items()}
+    _write(paths.out, files)
     return len(planned)
+
+
+def plan(found: evidence.Evidence) -> list[tuple[str, panels.Panel]]:
+    """All panels of a page with their place: a paper, `<paper>/<claim id>`, or the comparison of all methods."""
+    planned: list[tuple[str, panels.Panel]] = []
+    for paper in found.papers:
+        planned += [(paper.name, panel) for panel in gathering.paper_panels(paper, found.curves)]
+        for claim, parts in claim_panels.panels(paper, found.profile == page.FULL_SCALE).items():
+            planned += [(f"{paper.name}/{claim}", panel) for panel in parts]
+    footing = f"{evidence.EQUAL_FOOTING}/figures"
+    return planned + [(footing, panel) for panel in equal_footing.panels(equal_footing.tagged(found.papers))]
 
 
 def _draw(planned: Sequence[panels.Panel]) -> list[figures.Drawn]:
@@ -62,25 +77,14 @@ def _draw(planned: Sequence[panels.Panel]) -> list[figures.Drawn]:
         return list(pool.map(figures.draw, planned, chunksize=4))
 
 
-def _rows(papers: Sequence[evidence.Paper]) -> str:
-    """Test accuracy of every finished run as flat rows, for `dvc plots`."""
-    rows = [
-        record.identity | {"test_accuracy": accuracy}
-        for paper in papers
-        for record in paper.records
-        if record.status == "ok" and (accuracy := gathering.measured(record, "test_accuracy")) is not None
-    ]
-    return json.dumps(rows, indent=0) + "\n"
-
-
-def _write(out: Path, files: dict[str, bytes]) -> None:
+def _write(out: Path, files: dict[str, str]) -> None:
     """Write the files, and remove figures of an earlier report that this one does not have."""
     for name, content in files.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    for path in (out / "figures").iterdir():
-        if path.suffix in (".svg", ".png") and f"figures/{path.name}" not in files:
+        path.write_text(content, encoding="utf-8")
+    for path in (out / "figures").glob("*"):
+        if path.suffix in (".svg", ".csv") and f"figures/{path.name}" not in files:
             path.unlink()
 
 
@@ -88,34 +92,42 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m common.report", description=__doc__)
     parser.add_argument("--profile", required=True, help="name of the profile that the records belong to")
-    parser.add_argument(
-        "--results", type=Path, required=True, help="folder of <paper>.jsonl and <paper>.curves.jsonl"
-    )
-    parser.add_argument(
-        "--replications", type=Path, required=True, help="folder of the papers' claims and READMEs"
-    )
-    parser.add_argument(
-        "--verdicts", type=Path, required=True, help="what `python -m common.statistics` wrote"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    for name, what in (
+        ("--results", "folder of <paper>.jsonl and <paper>.curves.jsonl"),
+        ("--replications", "folder of the papers' claims and READMEs"),
+        ("--verdicts", "what `python -m common.statistics` wrote"),
+        ("--out", "folder to write into"),
+    ):
+        parser.add_argument(name, type=Path, required=True, help=what)
     parser.add_argument(
         "--environment",
         type=Path,
         help="folder of <paper>.json (default: environment/<profile> beside --results)",
     )
+    parser.add_argument(
+        "--scales", type=Path, help="folder of <profile>/verdicts.json, to show all profiles side by side"
+    )
+    parser.add_argument(
+        "--single-file", action="store_true", help="set all figures into the page, which then stands alone"
+    )
     options = parser.parse_args(arguments)
     environment = options.environment or options.results.parent / "environment" / options.profile
+    paths = page.Paths(options.results, options.replications, options.verdicts, options.out)
     try:
-        count = report(
-            options.profile, options.results, options.replications, options.verdicts, options.out, environment
+        found = evidence.load(
+            options.profile, options.results, options.replications, options.verdicts, environment
         )
+        count = report(found, paths, options.single_file)
+        print(f"{options.out / 'index.html'}: {count} figures")
+        if options.scales:
+            count = scales.write(options.scales, options.replications)
+            print(f"{options.scales / 'index.html'}: {count} profiles")
     except evidence.ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    print(f"{options.out / 'index.html'}: {count} figures")
     return 0
 
 

@@ -14,12 +14,14 @@ from scipy.stats import rankdata
 
 from common.records import TRIAL, Record
 from common.report.evidence import EQUAL_FOOTING, Paper
-from common.report.gathering import Targets, cost_panel, gather, measured, reference
-from common.report.panels import CONFIDENCE, Panel, slug
+from common.report.gathering import Looks, Targets, cost_panel, gather, measured, reference
+from common.report.panels import CONFIDENCE, ImprovementPanel, Panel, Profile, ProfilesPanel, slug
 
 Accuracies = Mapping[float, Mapping[int, float]]
 """Target -> seed -> test accuracy in %."""
 RESAMPLES = 2000
+LEVELS = 60
+"""Points of a performance profile."""
 FEWEST_SEEDS = 5
 """Below this many seeds a bootstrap interval says too little to be shown."""
 
@@ -74,19 +76,91 @@ def tagged(papers: Sequence[Paper]) -> list[Record]:
 
 
 def panels(records: Sequence[Record]) -> list[Panel]:
-    """Accuracy against parameters and against MACs, all methods on common axes; trained networks only."""
+    """All methods on common axes, trained networks only: profiles, improvement, and accuracy against costs."""
     drawn: list[Panel] = []
     for (dataset, architecture), cell in gather(r for r in records if not _interpolated(r)).items():
-        level = reference(cell)
-        compared = (method for method in cell if method != level)
+        reference_level = reference(cell)
+        compared = [method for method in cell if method != reference_level]
         look: dict[str, int | None] = {method: number for number, method in enumerate(compared)}
-        look |= {level: None} if level else {}
+        stem, place = (
+            f"{slug(EQUAL_FOOTING)}-all-{slug(dataset)}-{slug(architecture)}",
+            f"{dataset} · {architecture}",
+        )
+        if len(compared) > 1:
+            drawn += _over_targets(stem, place, {method: cell[method] for method in compared}, look)
+        look |= {reference_level: None} if reference_level else {}
         for cost in ("parameters", "macs"):
-            name = "-".join((slug(EQUAL_FOOTING), "all", slug(dataset), slug(architecture), cost))
-            place = f"{dataset} · {architecture}"
-            panel = cost_panel(name, f"{place}: all methods", place, cost, cell, look)
+            panel = cost_panel(f"{stem}-{cost}", place, place, cost, cell, look)
             drawn += [panel] if panel else []
     return drawn
+
+
+def _over_targets(stem: str, place: str, cell: Mapping[str, Targets], look: Looks) -> list[Panel]:
+    """Performance profiles, and the probability of improvement on the method of the best mean rank."""
+    found = _footing(place, cell, {})
+    profiles = {method: _profile_values(targets) for method, targets in cell.items()}
+    profiles = {method: values for method, values in profiles.items() if values.size}
+    drawn: list[Panel] = []
+    if profiles:
+        every = np.concatenate([values.ravel() for values in profiles.values()])
+        levels = np.linspace(every.min(), every.max(), LEVELS)
+        lines = tuple(_profile(method, look[method], values, levels) for method, values in profiles.items())
+        best = max(lines, key=lambda line: float(line.shares.mean()))
+        drawn.append(
+            ProfilesPanel(
+                f"{stem}-profiles",
+                place,
+                f"{best.label} keeps the most accuracy over all targets ({place})",
+                "Performance profiles: share of runs, over all targets and seeds, that reach at least an accuracy τ; "
+                "bands are 95 % bootstrap intervals over seeds (Agarwal et al. 2021).",
+                levels,
+                lines,
+            )
+        )
+    ranked = [row for row in found.rows if row.rank is not None]
+    if len(ranked) > 1:
+        drawn += _improvement_panel(stem, place, found, min(ranked, key=lambda row: row.rank or 0.0), look)
+    return drawn
+
+
+def _improvement_panel(stem: str, place: str, found: Footing, best: Row, look: Looks) -> list[Panel]:
+    column = found.rows.index(best)
+    rows = []
+    for number, row in enumerate(found.rows):
+        cell = found.improvements[number][column]
+        if cell is not None:
+            rows.append((row.method, look[row.method], cell.value, cell.low, cell.high))
+    if not rows:
+        return []
+    surely = sum(1 for *_, high in rows if high is not None and high < 0.5)
+    return [
+        ImprovementPanel(
+            f"{stem}-improvement",
+            place,
+            f"{best.method} ranks best; {surely} of {len(rows)} others surely lose to it more often than not ({place})",
+            "Probability of improvement, averaged over targets, with 95 % bootstrap intervals over seeds, not corrected "
+            "for many pairs.",
+            best.method,
+            tuple(sorted(rows, key=lambda row: -row[2])),
+        )
+    ]
+
+
+def _profile_values(targets: Targets) -> np.ndarray:
+    """Accuracies in % of the seeds that finished at every target: [seeds, targets]."""
+    found = [
+        {r.seed: 100 * a for r in runs if (a := measured(r, "test_accuracy")) is not None}
+        for runs in targets.values()
+    ]
+    seeds = sorted(set.intersection(*map(set, found))) if found else []
+    return np.array([[at[seed] for at in found] for seed in seeds])
+
+
+def _profile(method: str, look: int | None, values: np.ndarray, levels: np.ndarray) -> Profile:
+    reached = 100.0 * (values[:, :, None] >= levels).mean(axis=1)
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(reached[drawn].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return Profile(method, look, reached.mean(axis=0), low, high)
 
 
 def footings(records: Sequence[Record], papers: Sequence[Paper]) -> list[Footing]:

@@ -33,6 +33,8 @@ class Paper:
     name: str
     title: str
     claims: tuple[Claim, ...] = ()
+    arithmetic: tuple[dict[str, Any], ...] = ()
+    """Numbers that settings fix, with their values, as the verdicts hold them."""
     claims_file: str | None = None
     claims_digest: str | None = None
     """SHA-256 of the bytes of `claims.yaml`."""
@@ -79,7 +81,7 @@ def load(profile: str, results: Path, replications: Path, verdicts: Path, enviro
     `environment` perhaps `<paper>.json`. Raises ReportError, naming file and line, for what is missing or
     damaged.
     """
-    judgement = _judgement(verdicts)
+    judgement = judgement_in(verdicts)
     records: dict[str, list[Record]] = {}
     curves: dict[str, list[dict[str, Any]]] = {}
     try:
@@ -123,6 +125,7 @@ def _paper(
         title=name,
         records=records,
         judged={claim["id"]: claim for claim in judged.get("claims", [])},
+        arithmetic=tuple(judged.get("arithmetic", ())),
         judged_digest=judged.get("claims_digest"),
         environment=_environment(environment / f"{name}.json"),
     )
@@ -144,7 +147,8 @@ def _paper(
     )
 
 
-def _judgement(path: Path) -> dict[str, Any]:
+def judgement_in(path: Path) -> dict[str, Any]:
+    """The content of a verdicts file. Raises ReportError."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

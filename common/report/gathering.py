@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.records import Record
+from common.report import findings
 from common.report.evidence import Paper, finite
 from common.report.panels import (
     CostPanel,
@@ -40,7 +41,8 @@ Gathered = dict[tuple[str, str], dict[str, Targets]]
 Looks = Mapping[str, int | None]
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 MEASURES = ("validation_accuracy", "train_loss")
-SPREAD = "Each small point is one seed; bars are 95 % t-intervals of the mean."
+COLLAPSED = 0.1
+"""Share of the way from chance to the best network up to which a run is collapsed."""
 COSTS = {
     "parameters": ("nonzero_parameters", "non-zero parameters", ""),
     "speed-up": ("theoretical_speedup", "theoretical speed-up (dense MACs / MACs left)", "×"),
@@ -184,13 +186,32 @@ def _cell_panels(
     lines = lines_of(cell, look)
     if not lines:
         return []
-    title = f"Accuracy against target, {place}"
+    centre, caption = spread(cell, look)
     compressed = any(point.target != 0 for line in lines for point in line.points)
-    panels: list[Panel] = [TargetPanel(f"{stem}-target", heading, title, SPREAD, lines)] if compressed else []
+    panels: list[Panel] = []
+    if compressed:
+        title = findings.at_targets(lines, centre, place)
+        panels.append(TargetPanel(f"{stem}-target", heading, title, caption, lines, centre))
     for cost in ("parameters", "speed-up"):
         if panel := cost_panel(f"{stem}-{cost}", heading, place, cost, cell, look):
             panels.append(panel)
     return panels + _curve_panels(stem, place, heading, cell, look, curves)
+
+
+def spread(cell: Mapping[str, Targets], look: Looks) -> tuple[str, str]:
+    """What stands for the seeds of a point, and the words that say so: where runs collapsed, a mean says little."""
+    shown = [r for variant in look for runs in cell.get(variant, {}).values() for r in runs]
+    accuracies = {id(r): a for r in shown if (a := measured(r, "test_accuracy")) is not None}
+    chance = next((r.chance for r in shown if r.chance is not None), None)
+    if chance is not None and accuracies:
+        bound = chance + COLLAPSED * (max(accuracies.values()) - chance)
+        if min(accuracies.values()) <= bound:
+            return (
+                "interquartile mean",
+                "Each small point is one seed. Runs collapsed, so that lines are interquartile means, with 95 % "
+                "bootstrap intervals.",
+            )
+    return "mean", "Each small point is one seed; lines are means, bars 95 % t-intervals."
 
 
 def lines_of(cell: Mapping[str, Targets], look: Looks, cost: str | None = None) -> tuple[Line, ...]:
@@ -200,11 +221,13 @@ def lines_of(cell: Mapping[str, Targets], look: Looks, cost: str | None = None) 
         points = []
         for target, records in cell.get(variant, {}).items():
             found = [
-                (target if cost is None else measured(r, cost), measured(r, "test_accuracy")) for r in records
+                (target if cost is None else measured(r, cost), measured(r, "test_accuracy"), r.seed)
+                for r in records
             ]
-            kept = [(x, 100 * y) for x, y in found if x is not None and y is not None]
+            kept = [(x, 100 * y, seed) for x, y, seed in found if x is not None and y is not None]
             if kept:
-                points.append(Point(target, *map(tuple, zip(*kept))))
+                xs, ys, seeds = zip(*kept, strict=True)
+                points.append(Point(target, xs, ys, seeds))
         if points:
             lines.append(Line(variant, style, tuple(points)))
     return tuple(lines)
@@ -219,8 +242,9 @@ def cost_panel(
     values = {x for line in lines for point in line.points for x in point.xs}
     if len(values) < 2 or min(values) <= 0:
         return None
-    short = {"parameters": "parameters", "speed-up": "speed-up", "macs": "MACs"}[cost]
-    return CostPanel(name, heading, f"Accuracy against {short}, {place}", SPREAD, lines, axis, unit)
+    centre, caption = spread(cell, look)
+    title = findings.at_costs(lines, centre, cost, place)
+    return CostPanel(name, heading, title, caption, lines, centre, axis, unit)
 
 
 def _curve_panels(
@@ -243,7 +267,7 @@ def _curve_panels(
         )
         for variant, (target, runs) in chosen.items()
     ]
-    title = f"Training{f' for {percent(targets.pop())}' if same else ''}, {place}"
+    title = findings.of_training(drawn, percent(targets.pop()) if same else None, place)
     caption = (
         "Mean over seeds with 95 % t-interval, at the highest target that each variant trains for by itself. "
         f"A tick on a line starts a new phase{_phases(drawn)}. Epochs that runs share, such as those of a "

@@ -1,101 +1,175 @@
-"""The judged claims of a paper in the words and numbers of the page, and the figures of what they compare."""
+"""The judged claims of a paper in the words and numbers of the page."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.report import places, runs
 from common.report.evidence import Paper
-from common.report.panels import ClaimPanel, Effect, OverviewPanel, slug
+from common.report.numbers import (
+    amount,
+    decided_interval,
+    deciding_p,
+    interval,
+    level,
+    matters,
+    p_value,
+    sentence,
+)
+from common.report.panels import slug
 from common.statistics.claims import Claim
+from common.statistics.opening import COLLAPSES, MIXED, NEEDS, STRUCTURAL
+from common.statistics.verdicts import NOT_TESTED
 
-ROWS = 14
-"""Most comparisons in one figure; more are continued in the next."""
-ONE_LINE = 56
-"""Characters that an axis has room for."""
+KINDS = {
+    NEEDS: "too few seeds: the interval still reaches into both answers; how many would decide is said",
+    MIXED: "it holds in some places and not in others; each claim says where",
+    COLLAPSES: "runs collapsed to chance, so that an exact test decides, which takes more seeds",
+    STRUCTURAL: "more seeds alone would not decide it",
+}
+"""Why a claim is open, as the verdicts name it -> what that means."""
+REASONS = {
+    "runs are missing": "what the claim compares was not run at this scale",
+    "no new seeds": "all its runs had been seen when the claim was made, and seen runs do not judge",
+    "too few seeds": "no verdict comes from fewer than five pairs",
+    "an arm never trained": "a network at chance from the start is no evidence",
+    "a precondition is not met": "what the claim takes for granted does not hold at this scale",
+    "not comparable": "the measurements cannot be compared as the claim asks",
+}
+"""Why a claim is not tested -> what that means. The reasons are sorted by the words of their sentences."""
+_WORDS = (
+    ("had been seen", "no new seeds"),
+    ("no run of", "runs are missing"),
+    ("was run only where", "runs are missing"),
+    ("does not hold this claim", "runs are missing"),
+    ("no verdict comes from fewer", "too few seeds"),
+    ("is unsound", "an arm never trained"),
+    ("precondition", "a precondition is not met"),
+)
 
 
 @dataclass(frozen=True)
 class ClaimView:
     """One claim as the page shows it. Numbers are text, empty where there is none."""
 
-    id: str
-    statement: str
-    role: str
+    claim: Claim
+    anchor: str
     verdict: str
     below: bool
     """Whether what is replicated is less than what matters."""
+    kind: str
+    """Why it is open or not tested, one of KINDS or REASONS; `mixed` also of a contradicted claim; else empty."""
     why: str
-    """In which way it is open, or mixed; empty where it is neither."""
+    """The same for a single claim: `needs 17 seeds`."""
     where: str
-    """Where it holds, if not everywhere alike."""
+    """What is compared at which targets, with the verdicts where they differ."""
     stability: str
+    steady: str
+    """The same in a few words."""
     reason: str
-    note: str | None
+    estimate: str
+    interval: str
+    p: str
+    n: str
+    matters: str
+    shown_of: str
+    """Which of several comparisons the numbers are of; empty for a single one."""
     test: str
     """The stated test and the metric it is about."""
     paper_value: dict[str, str] | None
     """`text` and `source` of the paper's own number."""
-    headline: dict[str, Any]
-    """The row of the comparison that decides the verdict, with the p of the claim."""
-    shown_of: str
-    """Which of several comparisons that is; empty for a single one."""
     comparisons: tuple[dict[str, Any], ...]
 
+    @property
+    def tested(self) -> bool:
+        """Whether there is anything to show of its comparisons."""
+        return any(row["estimate"] for row in self.comparisons)
 
-def views(paper: Paper) -> list[ClaimView]:
-    """The claims of a paper in the order of its file; one that the verdicts do not hold is `not tested`."""
-    return [_view(claim, paper.judged.get(claim.id)) for claim in paper.claims]
+
+def views(paper: Paper, profile: str) -> list[ClaimView]:
+    """The claims of a paper in the order of its file; one that the verdicts do not hold is `not tested`.
+
+    Deviations that were not run are left out by the verdicts, and so here.
+    """
+    return [
+        view(claim, paper.judged.get(claim.id), paper.name, profile)
+        for claim in paper.claims
+        if claim.deviation is None or claim.id in paper.judged
+    ]
 
 
-def _view(claim: Claim, judged: Mapping[str, Any] | None) -> ClaimView:
+def view(claim: Claim, judged: Mapping[str, Any] | None, paper: str, profile: str) -> ClaimView:
+    """One claim. judged: its entry in the verdicts, None where they do not hold it."""
     if judged is None:
         judged = {
-            "verdict": "not tested",
+            "verdict": NOT_TESTED,
             "reason": "not judged: the verdicts file does not hold this claim",
             "comparisons": [],
         }
-    rows = [_row(claim, comparison, label) for comparison, label in _labelled(judged["comparisons"])]
-    deciding = judged.get("deciding", 0)
-    place = _shared_place(judged["comparisons"])
-    names = "; ".join(
-        sorted({comparison["test_name"] for comparison in judged["comparisons"] if comparison["test_name"]})
-    )
+    found = judged["comparisons"]
+    rows = [_row(claim, one, label, paper, profile) for one, label in labelled(found)]
+    number = judged.get("deciding", 0)
+    shown = rows[number] if rows else dict.fromkeys(("estimate", "interval", "n", "label"), "")
+    names = "; ".join(sorted({one["test_name"] for one in found if one["test_name"]}))
     stated = f"{claim.test}: {names}" if names else claim.test
-    blank = dict.fromkeys(("estimate", "interval", "n"), "")
-    against = judged["verdict"] == "contradicted"
-    of_claim = {
-        "p_holm": p_value(judged.get("p_holm")),
-        "p_against": p_value(judged.get("p_against_holm")) if against else "",
-    }
+    effects = sorted({one["matters"] for one in found if one["matters"]})
     return ClaimView(
-        id=claim.id,
-        statement=claim.statement,
-        role=claim.role,
+        claim=claim,
+        anchor=anchor(paper, claim.id),
         verdict=judged["verdict"],
         below=judged.get("below_what_matters", False),
+        kind=kind(judged),
         why=_why(judged),
-        where=_sentence(judged["where_it_holds"]) if judged.get("where_it_holds") else "",
+        where=places.summary(found),
         stability=_stability(judged.get("stability")),
-        reason=_sentence(judged["reason"]),
-        note=claim.note,
-        test=" ".join(_sentence(part) for part in (stated, place, f"metric {claim.metric}") if part),
+        steady=_steady(judged.get("stability")),
+        reason=sentence(judged["reason"]),
+        estimate=shown["estimate"],
+        interval=shown["interval"],
+        p=deciding_p(judged),
+        n=shown["n"],
+        matters=" or ".join(matters(claim, effect) for effect in effects),
+        shown_of=shown["label"] if len(rows) > 1 else "",
+        test=" ".join(
+            sentence(part) for part in (stated, shared_place(found), f"metric {claim.metric}") if part
+        ),
         paper_value=_paper_value(claim),
-        headline=(rows[deciding] if rows else blank) | of_claim,
-        shown_of=f"deciding one of {len(rows)} comparisons: {rows[deciding]['label']}"
-        if len(rows) > 1
-        else "",
         comparisons=tuple(rows),
     )
 
 
+def anchor(paper: str, claim: str) -> str:
+    """The name of a claim's element on the page."""
+    return f"{slug(paper)}-{slug(claim)}"
+
+
+def kind(judged: Mapping[str, Any]) -> str:
+    """Why a claim is open or not tested, in kind."""
+    if judged["verdict"] != NOT_TESTED:
+        return judged.get("kind") or ""
+    return next((name for words, name in _WORDS if words in judged["reason"]), "not comparable")
+
+
+def counted(found: Sequence[ClaimView]) -> list[dict[str, Any]]:
+    """The kinds of open and not tested claims that occur: verdict, name, how many, and what it means."""
+    counts = Counter((one.verdict, one.kind) for one in found if one.verdict in ("open", NOT_TESTED))
+    return [
+        {"verdict": verdict, "kind": name, "count": counts[verdict, name], "means": means}
+        for verdict, table in (("open", KINDS), (NOT_TESTED, REASONS))
+        for name, means in table.items()
+        if counts[verdict, name]
+    ]
+
+
 def _why(judged: Mapping[str, Any]) -> str:
     """`needs 17 seeds`, `mixed`, ...: why a claim is open, or holds in some places and not in others."""
-    kind, needs = judged.get("kind"), judged.get("needs")
-    if kind == "needs n seeds":
+    found, needs = kind(judged), judged.get("needs")
+    if found == NEEDS:
         return f"needs {needs} seeds" if needs else "needs more seeds"
-    return kind or ""
+    return found
 
 
 def _stability(found: Mapping[str, Any] | None) -> str:
@@ -114,6 +188,10 @@ def _stability(found: Mapping[str, Any] | None) -> str:
     return f"Judged again on {found['tried']} other terms: {'; '.join(parts)}."
 
 
+def _steady(found: Mapping[str, Any] | None) -> str:
+    return f"same on {found['held']} of {found['tried']} other terms" if found and found["tried"] else ""
+
+
 def _paper_value(claim: Claim) -> dict[str, str] | None:
     if claim.paper_value is None:
         return None
@@ -121,213 +199,49 @@ def _paper_value(claim: Claim) -> dict[str, str] | None:
     return {"text": f"{given.value:g} {given.unit}", "source": given.source}
 
 
-def _labelled(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
+def labelled(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
     """Each comparison with its label, without the cell where all share one."""
-    place = _shared_place(comparisons)
+    place = shared_place(comparisons)
     return [(c, c["label"].replace(f", {place}", "", 1) if place else c["label"]) for c in comparisons]
 
 
-def _shared_place(comparisons: Sequence[Mapping[str, Any]]) -> str:
+def shared_place(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """`digits, convnet`, or nothing where comparisons differ in their cell."""
     places = {(comparison["dataset"], comparison["architecture"]) for comparison in comparisons}
     return ", ".join(name for name in places.pop() if name) if len(places) == 1 else ""
 
 
-def _row(claim: Claim, comparison: Mapping[str, Any], label: str) -> dict[str, Any]:
-    lost = [_sentence(f"seed {entry['seed']} lost: {entry['reason']}") for entry in comparison["lost"]]
-    checks = [("Wilcoxon", comparison["p_wilcoxon"]), ("Page", comparison["p_page"])]
-    share = claim.test == "sign"
+def _row(claim: Claim, comparison: Mapping[str, Any], label: str, paper: str, profile: str) -> dict[str, Any]:
+    lost = [sentence(f"seed {entry['seed']} lost: {entry['reason']}") for entry in comparison["lost"]]
+    checks = (("flips", "p_permutation"), ("Wilcoxon", "p_wilcoxon"), ("Page", "p_page"))
+    over_images = comparison.get("over_images")  # verdicts of an earlier revision have none
     return {
         "label": label,
         "verdict": comparison["verdict"],
         "below": comparison["below_what_matters"],
         "graded": comparison["graded"] if comparison["graded"] != comparison["verdict"] else "",
-        "estimate": _share(comparison["estimate"]) if share else _amount(claim, comparison["estimate"]),
-        "interval": _interval(claim, comparison, share),
-        "over_images": _over_images(claim, comparison),
+        "estimate": amount(claim, comparison["estimate"]),
+        "interval": decided_interval(claim, comparison),
+        "over_images": interval(claim, over_images) + ": open" * (over_images["holds"] is False)
+        if over_images
+        else "",
         "n": str(comparison["n"]),
         "lost": lost,
-        "p": p_value(comparison["p"]),
-        "p_permutation": p_value(comparison["p_permutation"]),
-        "checks": ", ".join(f"{name} {p_value(p)}" for name, p in checks if p is not None),
-        "p_against": p_value(comparison["p_against"]),
-        "treatment": _level(claim, comparison["treatment_mean"]),
-        "control": _level(claim, comparison["control_mean"]),
+        "p": _comparison_p(comparison),
+        "checks": ", ".join(
+            f"{name} {p_value(comparison[key])}" for name, key in checks if comparison[key] is not None
+        ),
+        "treatment": level(claim, comparison["treatment_mean"]),
+        "control": level(claim, comparison["control_mean"]),
         "effect": "" if comparison["effect_size"] is None else f"{comparison['effect_size']:+.2f}",
-        "detectable": _amount(claim, comparison["detectable"], signed=False),
-        "reason": _sentence(comparison["reason"]),
+        "detectable": amount(claim, comparison["detectable"], signed=False),
+        "reason": sentence(comparison["reason"]),
+        "filters": runs.filters(comparison, profile),
     }
 
 
-def _interval(claim: Claim, comparison: Mapping[str, Any], share: bool) -> str:
-    """The interval that decides, with its confidence where it has one."""
-    low, high, level = comparison["low"], comparison["high"], comparison["level"]
-    if level is None and low is None:
-        return ""
-    if share:
-        text = f"{100 * low:.0f} to {_share(high)}"
-    else:
-        ends = "−∞" if low is None else _amount(claim, low, unit=False), _amount(claim, high) or "∞"
-        text = " to ".join(ends)
-    return text if level is None else f"{text} ({_confidence(level)})"
-
-
-def _over_images(claim: Claim, comparison: Mapping[str, Any]) -> str:
-    """The interval over seeds and test images, which decides nothing; verdicts of an earlier revision have none."""
-    if not (found := comparison.get("over_images")):
-        return ""
-    ends = _amount(claim, found["low"], unit=False), _amount(claim, found["high"])
-    return " to ".join(ends) + ": open" * (found["holds"] is False)
-
-
-def _confidence(level: float) -> str:
-    """`99.4 %` for ends that are one-sided at .003."""
-    return f"{100 * (1 - 2 * level):.4g} %"
-
-
-def p_value(p: float | None) -> str:
-    """A p-value to two significant digits; what is smaller than any reader needs is bounded."""
-    if p is None:
-        return ""
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f} % of cells"
-
-
-def _amount(claim: Claim, value: float | None, signed: bool = True, unit: bool = True) -> str:
-    """A difference, slope or ratio on the scale of the claim."""
-    if value is None:
-        return ""
-    if claim.scale == "ratio":
-        return f"{_number(value)}{'×' if unit else ''}"
-    text = f"{100 * value:.2f}" if claim.scale == "points" else _number(value)
-    plus = "+" if signed and value > 0 and _contrast(claim) else ""
-    name = {True: " pp", False: " %"}[_contrast(claim)] if unit and claim.scale == "points" else ""
-    return f"{plus}{text}{name}".replace("-", "−", 1)
-
-
-def _level(claim: Claim, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.2f} %" if claim.scale == "points" else _number(value)
-
-
-def _contrast(claim: Claim) -> bool:
-    """Whether the claim is about a difference, so that zero and the sign mean something."""
-    return claim.control is not None or claim.test == "trend"
-
-
-def _sentence(text: str) -> str:
-    """The text as a sentence of its own."""
-    text = text[:1].upper() + text[1:]
-    return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-# ---------------------------------------------------------------------------------------------- figures
-
-
-def overview(found: Mapping[str, Sequence[ClaimView]]) -> OverviewPanel:
-    """The verdicts of all papers in one picture."""
-    rows = tuple(
-        (paper, tuple((view.id, view.verdict) for view in views_)) for paper, views_ in found.items()
-    )
-    return OverviewPanel(
-        "overview",
-        "Overview",
-        "Verdicts on the papers' claims",
-        "Verdict on every claim, paper by paper.",
-        rows,
-    )
-
-
-def panels(paper: Paper, full_scale: bool) -> dict[str, list[ClaimPanel]]:
-    """Claim id -> figures of its comparisons, for claims that have anything to show."""
-    found = {}
-    for claim in paper.claims:
-        comparisons = paper.judged.get(claim.id, {}).get("comparisons", [])
-        effects = [
-            _effect(claim, comparison, label)
-            for comparison, label in _labelled(comparisons)
-            if comparison["values"]
-        ]
-        parts = [effects[i : i + ROWS] for i in range(0, len(effects), ROWS)]
-        found[claim.id] = [
-            _panel(paper, claim, _shared_place(comparisons), part, (number, len(parts)), full_scale)
-            for number, part in enumerate(parts, start=1)
-        ]
-    return found
-
-
-def _panel(
-    paper: Paper, claim: Claim, place: str, effects: Sequence[Effect], part: tuple[int, int], full_scale: bool
-) -> ClaimPanel:
-    """The figure of some of a claim's comparisons. part: its number, and that of all."""
-    name, title = f"{slug(paper.name)}-claim-{slug(claim.id)}", f"{claim.id}: what it compares"
-    title += f", {place}" if place else ""
-    if part[1] > 1:
-        name, title = f"{name}-{part[0]}", f"{title}, {part[0]} of {part[1]}"
-    ratio = claim.scale == "ratio"
-    one = {"sign": "cell", "trend": "seed's slope"}.get(
-        claim.test, "seed" if not claim.control else "pair of equal seed"
-    )
-    spread = "the range of all runs" if claim.test == "count" else "the interval that decides"
-    mark = "" if claim.test == "sign" else f" The large mark is the estimate, its bar {spread}."
-    return ClaimPanel(
-        name=name,
-        heading=claim.id,
-        title=title,
-        caption=f"Each small point is one {one}.{mark}",
-        effects=tuple(effects),
-        axis=_axis(claim),
-        null=(1.0 if ratio else 0.0) if _contrast(claim) else None,
-        bound="claimed bound" if claim.test in ("threshold", "count") else "what matters",
-        logarithmic=ratio and all(value > 0 for effect in effects for value in effect.values),
-        paper_value=_drawn_paper_value(claim) if full_scale else None,
-    )
-
-
-def _drawn_paper_value(claim: Claim) -> float | None:
-    """The paper's number in units of the figure, where it is on the same scale."""
-    given = claim.paper_value
-    return given.value if given and given.unit == claim.scale else None
-
-
-def _axis(claim: Claim) -> str:
-    metric = (
-        claim.metric.removeprefix("metrics.").removeprefix("cost.").removeprefix("details.").replace("_", " ")
-    )
-    sides = {"ratio": "treatment / control"}.get(claim.scale, "treatment − control") if claim.control else ""
-    unit = {"points": "percentage points" if _contrast(claim) else "%", "ratio": "ratio"}.get(claim.scale, "")
-    if claim.test == "trend":
-        step = "step" if claim.steps else "unit of target" if claim.x == "target" else "unit of logit target"
-        unit = f"{unit} per {step}".strip()
-        sides = f"slope of {sides}" if sides else "slope"
-    text = ", ".join(part for part in (metric, sides) if part)
-    joint = "\n" if len(text) + len(unit) > ONE_LINE else " "
-    return f"{text}{joint}({unit})" if unit else text
-
-
-def _effect(claim: Claim, comparison: Mapping[str, Any], label: str) -> Effect:
-    factor = 100.0 if claim.scale == "points" else 1.0
-
-    def shown(value: float | None) -> float | None:
-        return None if value is None or claim.test == "sign" else factor * value
-
-    # the reference of a sign test is a share of cells, which has no place on the axis of their values
-    bounds = [] if claim.test == "sign" else [factor * value for value in comparison["reference"]]
-    neutral = 1.0 if claim.scale == "ratio" else 0.0
-    return Effect(
-        label=label,
-        verdict=comparison["verdict"],
-        values=tuple(factor * value for value in comparison["values"]),
-        estimate=shown(comparison["estimate"]),
-        low=shown(comparison["low"]),
-        high=shown(comparison["high"]),
-        bounds=tuple(bound for bound in bounds if bound != neutral or not _contrast(claim)),
-    )
+def _comparison_p(comparison: Mapping[str, Any]) -> str:
+    """The p of the answer that a comparison was given, before any correction; of an open one that of the claim."""
+    if comparison["verdict"] == "contradicted":
+        return f"{p_value(comparison['p_against'])} against" if comparison["p_against"] is not None else ""
+    return p_value(comparison["p"])

@@ -1,113 +1,201 @@
-"""The page: what the evidence says in the order a reader needs it, as one self-contained HTML file."""
+"""The page of one profile: answers first, then what supports them, then all the rest, folded."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
-import markupsafe
-import numpy as np
-from markdown_it import MarkdownIt
 
-from common.records import Record
-from common.report import equal_footing
+from common.records import TRIAL, Record
+from common.report import equal_footing, markdown, tables
 from common.report.evidence import EQUAL_FOOTING, Evidence, Paper
 from common.report.figures import Drawn
-from common.report.gathering import MOST_LINES, Gathered, gather, measured, reference, used_variants
-from common.report.judged import ClaimView
+from common.report.judged import ClaimView, counted
+from common.report.numbers import short
 from common.report.panels import VERDICTS, percent, slug
-from common.statistics.inference import detectable
+from common.report.runs import EXPERIMENT
 
 FULL_SCALE = "paper"
 """The one profile whose numbers stand beside a paper's own."""
-EXPERIMENT = "pruning-replications/{paper}"
+SHOWN_FIGURES = 2
+"""Figures of a paper's runs that stand unfolded."""
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What a page is drawn from and where, as the commands on it name them."""
+
+    results: Path
+    replications: Path
+    verdicts: Path
+    out: Path
+
+
+def templates() -> jinja2.Environment:
+    """The templates of all pages, with what they share."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals |= {
+        "style": (_TEMPLATES / "page.css").read_text(encoding="utf-8"),
+        "script": (_TEMPLATES / "page.js").read_text(encoding="utf-8"),
+        "symbols": VERDICTS,
+        "quoted": quote,
+    }
+    return environment
 
 
 def render(
     evidence: Evidence,
     views: Mapping[str, Sequence[ClaimView]],
     figures: Mapping[str, Sequence[Drawn]],
-    paths: Mapping[str, Path],
+    paths: Paths,
+    single_file: bool,
 ) -> str:
     """The page as HTML.
 
     views: paper -> its claims. figures: paper, `<paper>/<claim id>` or `<EQUAL_FOOTING>/figures` -> drawings.
-    paths: `results`, `replications`, `verdicts` and `out`, as the commands on the page name them.
+    single_file: whether all figures and their data stand in the page itself.
     """
-    loader = jinja2.FileSystemLoader(_TEMPLATES)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     records = equal_footing.tagged(evidence.papers)
-    verdicts = [view.verdict for paper in views.values() for view in paper]
-    return environment.get_template("page.html.j2").render(
-        style=(_TEMPLATES / "page.css").read_text(encoding="utf-8"),
-        symbols=VERDICTS,
-        profile=evidence.profile,
-        alpha=evidence.alpha,
-        full_scale=evidence.profile == FULL_SCALE,
-        runs=sum(len(paper.records) - len(paper.failed) for paper in evidence.papers),
-        failed=sum(len(paper.failed) for paper in evidence.papers),
-        claims=len(verdicts),
-        counts={verdict: verdicts.count(verdict) for verdict in VERDICTS},
-        papers=[
-            _paper(paper, views[paper.name], figures, evidence.profile, paths) for paper in evidence.papers
-        ],
-        footing_figures=_by_heading(figures.get(f"{EQUAL_FOOTING}/figures", ())),
-        own_footing=any(paper.name == EQUAL_FOOTING for paper in evidence.papers),
-        footings=[_footing(found) for found in equal_footing.footings(records, evidence.papers)],
+    found = [view for paper in views.values() for view in paper]
+    headlines = [view for view in found if view.claim.role == "headline"]
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            single_file=single_file,
+            profile=evidence.profile,
+            alpha=evidence.alpha,
+            full_scale=evidence.profile == FULL_SCALE,
+            runs=sum(len(paper.records) - len(paper.failed) for paper in evidence.papers),
+            failed=sum(len(paper.failed) for paper in evidence.papers),
+            claims=len(found),
+            headlines=len(headlines),
+            counts=_counts(headlines),
+            all_counts=_counts(found),
+            kinds=counted(found),
+            papers=[
+                _paper(paper, views[paper.name], figures, evidence.profile, paths)
+                for paper in evidence.papers
+            ],
+            footing_figures=figures.get(f"{EQUAL_FOOTING}/figures", ()),
+            own_footing=any(paper.name == EQUAL_FOOTING for paper in evidence.papers),
+            footings=[tables.footing(one) for one in equal_footing.footings(records, evidence.papers)],
+        )
     )
+
+
+def _counts(found: Sequence[ClaimView]) -> dict[str, int]:
+    counts = Counter(view.verdict for view in found)
+    return {verdict: counts[verdict] for verdict in VERDICTS}
 
 
 def _paper(
     paper: Paper,
-    views: Sequence[ClaimView],
+    found: Sequence[ClaimView],
     figures: Mapping[str, Sequence[Drawn]],
     profile: str,
-    paths: Mapping[str, Path],
+    paths: Paths,
 ) -> dict[str, Any]:
-    verdicts = [view.verdict for view in views]
-    gathered = gather(paper.records)
-    records_file = paths["results"] / f"{paper.name}.jsonl"
-    last = paper.records[-1] if paper.records else None
+    records_file = paths.results / f"{paper.name}.jsonl"
+    own = figures.get(paper.name, ())
+    # of the comparison, figures of all methods come first
+    shown = 0 if paper.name == EQUAL_FOOTING else SHOWN_FIGURES
+    probes = [view for view in found if view.claim.role == "probe"]
     return {
         "name": paper.name,
         "anchor": slug(paper.name),
         "title": paper.title,
         "runs": len(paper.records) - len(paper.failed),
+        "scale": scale(paper.records),
         "lost_trials": [_run_name(record) for record in paper.lost_trials],
         "failed": [
             {"name": _run_name(record), "reason": record.reason or "no reason given"}
             for record in paper.failed
         ],
-        "counts": {verdict: verdicts.count(verdict) for verdict in VERDICTS},
-        "claims": [
-            {
-                **vars(view),
-                "anchor": f"{slug(paper.name)}-{slug(view.id)}",
-                "figures": figures.get(f"{paper.name}/{view.id}", ()),
-                "tested": any(row["estimate"] for row in view.comparisons),
-            }
-            for view in views
-        ],
+        "counts": _counts(found),
+        "headlines": [view for view in found if view.claim.role == "headline"],
+        "supporting": [view for view in found if view.claim.role == "supporting"],
+        "probes": [view for view in probes if view.claim.deviation is None],
+        "ledger": [view for view in probes if view.claim.deviation is not None],
+        "figures_of": {view.claim.id: figures.get(f"{paper.name}/{view.claim.id}", ()) for view in found},
+        "arithmetic": [row for entry in paper.arithmetic for row in _arithmetic(entry)],
+        "seen": max((view.claim.seen for view in found), default=-1),
         "stale": paper.stale,
         "claims_file": paper.claims_file,
         "claims_digest": paper.claims_digest,
-        "figures": _by_heading(figures.get(paper.name, ())),
-        "tables": _tables(gathered, paper),
-        "deviations": _markdown(paper.deviations) if paper.deviations else None,
+        "figures": own[:shown],
+        "more_figures": _by_heading(own[shown:]),
+        "tables": tables.accuracies(paper),
+        "deviations": markdown.html(paper.deviations) if paper.deviations else None,
         "commands": _commands(paper, profile, paths, records_file),
         "experiment": EXPERIMENT.format(paper=paper.name),
         "records_file": records_file.as_posix(),
-        "example": {"variant": last.variant if last else "…", "target": last.target if last else "…"},
         "environment": _environment(paper.environment),
     }
+
+
+def scale(records: Sequence[Record]) -> str:
+    """In one sentence: data, networks, targets, epochs and seeds of a paper's runs."""
+    shown = [record for record in records if record.status == "ok"]
+    if not shown:
+        return ""
+    train: dict[str, set[int]] = {}
+    for record in shown:
+        images = (record.settings.get("data") or {}).get("train")
+        train.setdefault(record.dataset, set()).update({images} - {None})
+    data = [
+        name + (f" ({max(images):,} training images)" if images else "") for name, images in train.items()
+    ]
+    networks = dict.fromkeys(record.architecture for record in shown)
+    epochs = [
+        found
+        for record in shown
+        if isinstance(found := (record.settings.get("training") or {}).get("epochs"), int)
+    ]
+    seeds = {record.seed for record in shown if not record.variant.startswith(TRIAL)}
+    targets = sorted({record.target for record in shown if record.target})
+    parts = [f"{', '.join(data)}; {', '.join(networks)}"]
+    if targets:
+        ends = dict.fromkeys(percent(target) for target in (targets[0], targets[-1]))
+        parts.append(f"targets {' to '.join(ends)}")
+    if epochs:
+        parts.append(f"up to {max(epochs)} epochs")
+    parts.append(f"{len(seeds)} seed{'s' * (len(seeds) != 1)}")
+    return "; ".join(parts)
+
+
+def _arithmetic(entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a cell and value: where, and the number or its range over the seeds."""
+    factor, unit = (100.0, " %") if entry["scale"] == "points" else (1.0, "")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for found in entry["values"]:
+        ends = dict.fromkeys(short(factor * found[end]) for end in ("low", "high"))
+        targets = rows.setdefault(
+            (f"{found['dataset']}, {found['architecture']}", " to ".join(ends) + unit), []
+        )
+        targets += [percent(found["target"]).removesuffix(" %")] if found["target"] else []
+    return [
+        {
+            "statement": entry["statement"],
+            "note": entry["note"] or "",
+            "where": place + (f", at {', '.join(targets)} %" if targets else ""),
+            "value": value,
+        }
+        for (place, value), targets in rows.items()
+    ]
 
 
 def _by_heading(figures: Sequence[Drawn]) -> list[tuple[str, list[Drawn]]]:
@@ -122,7 +210,7 @@ def _run_name(record: Record) -> str:
     return "{variant}, {dataset}, {architecture}, target {target}, seed {seed}".format(**record.identity)
 
 
-def _commands(paper: Paper, profile: str, paths: Mapping[str, Path], records_file: Path) -> str:
+def _commands(paper: Paper, profile: str, paths: Paths, records_file: Path) -> str:
     def command(module: str, **options: str) -> str:
         return " \\\n    ".join(
             [f"python -m {module}", *(f"--{name} {value}" for name, value in options.items())]
@@ -135,7 +223,7 @@ def _commands(paper: Paper, profile: str, paths: Mapping[str, Path], records_fil
             "common.statistics", records=records_path, claims=paper.claims_file, out="verdicts.json"
         )
         parts.append(f"# judges this paper's claims alone: estimates, intervals, p-values, verdicts\n{judge}")
-    where = {name: path.as_posix() for name, path in paths.items()}
+    where = {name: path.as_posix() for name, path in vars(paths).items()}
     draw = command("common.report", profile=profile, **where)
     parts.append(f"# draws figures, tables and this page, without training\n{draw}")
     return "\n\n".join(parts)
@@ -159,155 +247,3 @@ def _environment(found: Mapping[str, Any] | None) -> str | None:
             f"{len(seconds)} runs took {total:.0f} s together, {total / len(seconds):.2f} s each on average."
         )
     return " ".join(part for part in parts if part) or None
-
-
-@functools.cache
-def _renderer() -> MarkdownIt:
-    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
-    # the page refers to nothing outside itself: a link shows its text, and its address as text
-    renderer.add_render_rule("link_open", lambda *_: "")
-    renderer.add_render_rule("link_close", _address)
-    renderer.add_render_rule("image", lambda self, tokens, index, *_: tokens[index].content)
-    return renderer
-
-
-def _address(_renderer: Any, tokens: Sequence[Any], index: int, *_: Any) -> str:
-    opened = next(token for token in reversed(tokens[:index]) if token.type == "link_open")
-    address = str(opened.attrs.get("href", "")).split("://")[-1].removeprefix("#")
-    text = "".join(token.content for token in tokens[tokens.index(opened) : index])
-    return "" if not address or address in text else f" ({markupsafe.escape(address)})"
-
-
-def _markdown(text: str) -> str:
-    return (
-        _renderer()
-        .render(text)
-        .replace("<table>", '<div class="scroll"><table>')
-        .replace("</table>", "</table></div>")
-    )
-
-
-# ---------------------------------------------------------------------------------------------- tables
-
-
-def _tables(gathered: Gathered, paper: Paper) -> list[dict[str, Any]]:
-    """By cell: test accuracy (mean, standard deviation) by variant and target, and the networks' costs."""
-    lost = Counter((r.dataset, r.architecture, r.variant, r.target) for r in paper.failed)
-    named = {variant for claim in paper.claims for variant in used_variants(claim)}
-    tables = []
-    for (dataset, architecture), cell in gathered.items():
-        targets = sorted({target for found in cell.values() for target in found})
-        rows = {
-            variant: [
-                _accuracy(found.get(target, ()), lost[dataset, architecture, variant, target])
-                for target in targets
-            ]
-            for variant, found in cell.items()
-        }
-        # of many variants, those that the claims are about come first
-        main = [variant for variant in rows if variant in named or variant == reference(cell)]
-        main = main if main and len(rows) > MOST_LINES + 1 else list(rows)
-        place = f"{dataset} · {architecture}"
-        tables.append(
-            {
-                "place": place,
-                "caption": (
-                    f"{place}: test accuracy in %, mean ± standard deviation over n seeds, and the smallest "
-                    "shift of that mean that n seeds could have shown (power 0.8, one-sided 5 %)."
-                ),
-                "targets": [percent(target) for target in targets],
-                "rows": [{"variant": variant, "cells": rows[variant]} for variant in main],
-                "others": [
-                    {"variant": variant, "cells": rows[variant]} for variant in rows if variant not in main
-                ],
-                "costs": [
-                    {"variant": variant, "target": percent(target), "values": _costs(records)}
-                    for variant, found in cell.items()
-                    for target, records in found.items()
-                ],
-            }
-        )
-    return tables
-
-
-def _accuracy(records: Sequence[Record], lost: int) -> dict[str, str] | None:
-    values = [100 * value for record in records if (value := measured(record, "test_accuracy")) is not None]
-    if not values and not lost:
-        return None
-    note = f"n {len(values)}" + (f", {lost} failed" if lost else "")
-    if len(values) > 1:
-        note += f", detects {detectable(len(values)) * float(np.std(values, ddof=1)):.2g}"
-    return {"value": _mean_sd(values), "note": note}
-
-
-def _mean_sd(values: Sequence[float]) -> str:
-    """`mean ± standard deviation`, as far as there are enough values."""
-    mean = f"{np.mean(values):.2f}" if values else "–"
-    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
-
-
-def _costs(records: Sequence[Record]) -> list[str]:
-    shown = []
-    for name, form in (
-        ("parameters", "{:,.0f}"),
-        ("nonzero_parameters", "{:,.0f}"),
-        ("compression", "{:.2f}×"),
-        ("macs_left", "{:,.0f}"),
-        ("theoretical_speedup", "{:.2f}×"),
-    ):
-        known = [value for record in records if (value := measured(record, name)) is not None]
-        shown.append(form.format(sum(known) / len(known)) if known else "–")
-    return shown
-
-
-# ---------------------------------------------------------------------------------------------- equal footing
-
-
-def _footing(found: equal_footing.Footing) -> dict[str, Any]:
-    costs = {
-        "training MACs": [row.training_macs for row in found.rows],
-        "seconds a run": [row.seconds for row in found.rows],
-    }
-    costs = {name: values for name, values in costs.items() if any(value is not None for value in values)}
-    few = found.seeds < equal_footing.FEWEST_SEEDS
-    return {
-        "place": found.place,
-        "targets": [percent(target) for target in found.targets],
-        "costs": list(costs),
-        "caption": (
-            "Test accuracy in %, mean ± standard deviation; below, n and the mean rank among all methods on "
-            "the seeds that all of them finished (1 is best)."
-        ),
-        "improvement_caption": (
-            "Probability that a run of the row's method beats one of the column's, averaged over the "
-            "operating points, with 95 % bootstrap interval over seeds, not corrected for many pairs."
-            + (" Too few common seeds for intervals." if few else "")
-        ),
-        "rows": [
-            {
-                "method": row.method,
-                "cells": [_footing_cell(row, target) for target in found.targets],
-                "rank": "–" if row.rank is None else f"{row.rank:.2f}",
-                "costs": [
-                    "–" if values[number] is None else f"{values[number]:.4g}" for values in costs.values()
-                ],
-                "improvements": [_improvement(cell) for cell in found.improvements[number]],
-            }
-            for number, row in enumerate(found.rows)
-        ],
-    }
-
-
-def _footing_cell(row: equal_footing.Row, target: float) -> dict[str, str]:
-    values = row.accuracies.get(target, [])
-    rank = f", rank {row.ranks[target]:.2f}" if target in row.ranks else ""
-    return {"value": _mean_sd(values), "note": f"n {len(values)}{rank}"}
-
-
-def _improvement(cell: equal_footing.Improvement | None) -> dict[str, str]:
-    if cell is None:
-        return {"value": "", "note": ""}
-    return {
-        "value": f"{cell.value:.2f}",
-        "note": "" if cell.low is None else f"{cell.low:.2f} to {cell.high:.2f}",
-    }

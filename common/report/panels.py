@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtrit
+from scipy.stats import trim_mean
 
 CONFIDENCE = 0.95
+RESAMPLES = 1000
+"""Of a bootstrap."""
 VERDICTS = {"replicated": "✓", "contradicted": "✗", "open": "?", "not tested": "–"}
 """The verdicts in the order of every listing, with the sign that stands for each beside its colour."""
 
@@ -21,6 +24,7 @@ class Point:
     target: float
     xs: tuple[float, ...]
     ys: tuple[float, ...]
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """What every figure has. name: file name without suffix; heading: the figures that it stands among."""
+    """What every figure has.
+
+    name: file name without suffix; heading: the figures that it stands among; title: what is found in it; caption: what
+    is drawn.
+    """
 
     name: str
     heading: str
@@ -47,9 +55,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class TargetPanel(Panel):
-    """Test accuracy (%) against the target; the x of the points is not used."""
+    """Test accuracy (%) against the target; the x of the points is not used.
+
+    centre: what stands for all seeds of a point, `mean` or `interquartile mean`.
+    """
 
     lines: tuple[Line, ...]
+    centre: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ class CostPanel(Panel):
     """Test accuracy (%) against a cost, on a logarithmic axis."""
 
     lines: tuple[Line, ...]
+    centre: str
     axis: str
     unit: str
 
@@ -86,16 +99,18 @@ class CurvesPanel(Panel):
 class Effect:
     """One comparison of a claim, in units of the panel's axis.
 
-    values: one a pair of seeds. low, high: of the interval that decides, None for an infinite end. bounds: what it is
-    held against besides no effect: what matters, a bound.
+    values: one a pair of seeds; names: what each is of, such as `seed 3`. low, high: of the interval that decides, None
+    for an infinite end. band: the effects that do not matter. bounds: what it is held against besides no effect.
     """
 
     label: str
     verdict: str
     values: tuple[float, ...]
+    names: tuple[str, ...]
     estimate: float | None
     low: float | None
     high: float | None
+    band: tuple[float, float] | None
     bounds: tuple[float, ...]
 
 
@@ -103,22 +118,62 @@ class Effect:
 class ClaimPanel(Panel):
     """What a claim compares.
 
-    null: where there is no effect, if anywhere. bound: what the bounds of its effects are called.
+    null: where there is no effect, if anywhere.
     """
 
     effects: tuple[Effect, ...]
     axis: str
     null: float | None
-    bound: str
     logarithmic: bool
     paper_value: float | None
 
 
 @dataclass(frozen=True)
-class OverviewPanel(Panel):
-    """Verdict on every claim: rows of (paper, ((claim id, verdict), ...))."""
+class Profile:
+    """One method's share of runs that keep at least so much accuracy. shares, lows, highs: [levels], in %."""
 
-    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    label: str
+    look: int | None
+    shares: np.ndarray
+    lows: np.ndarray
+    highs: np.ndarray
+
+
+@dataclass(frozen=True)
+class ProfilesPanel(Panel):
+    """Performance profiles: share of runs (%) at or above each accuracy (%)."""
+
+    levels: np.ndarray
+    profiles: tuple[Profile, ...]
+
+
+@dataclass(frozen=True)
+class ImprovementPanel(Panel):
+    """Probability that a run of each method beats one of another. rows: (method, look, value, low, high).
+
+    low and high are None where there are too few seeds for an interval.
+    """
+
+    other: str
+    rows: tuple[tuple[str, int | None, float, float | None, float | None], ...]
+
+
+@dataclass(frozen=True)
+class ScaleCell:
+    """A headline at one scale. estimate and interval are text, empty where nothing was tested."""
+
+    verdict: str | None
+    """None where the scale does not judge the claim."""
+    estimate: str
+    interval: str
+
+
+@dataclass(frozen=True)
+class ScalesPanel(Panel):
+    """Headlines down, profiles across: rows of (paper, statement, a cell a profile)."""
+
+    profiles: tuple[str, ...]
+    rows: tuple[tuple[str, str, tuple[ScaleCell, ...]], ...]
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
@@ -130,6 +185,20 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, f
         return mean, math.nan, math.nan
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(values.std(ddof=1)) / math.sqrt(n)
     return mean, mean - half, mean + half
+
+
+def interquartile_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """(interquartile mean, low, high) of the 95 % bootstrap interval over seeds; NaN ends below two values.
+
+    A quarter of the sorted values is left out at each end (Agarwal et al. 2021, the statistic of rliable).
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n < 2:
+        return mean_interval(values)
+    drawn = values[np.random.default_rng(0).integers(0, n, (RESAMPLES, n))]
+    low, high = np.quantile(trim_mean(drawn, 0.25, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(trim_mean(values, 0.25)), float(low), float(high)
 
 
 def percent(target: float) -> str:

@@ -1,0 +1,55 @@
+"""From a number to the runs behind it: filters as MLflow's search takes them.
+
+`common.stage.tracking` writes the params, metrics and tags that they name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+EXPERIMENT = "pruning-replications/{paper}"
+"""The MLflow experiment that holds the runs of a paper."""
+
+
+def filters(comparison: Mapping[str, Any], profile: str) -> list[str]:
+    """What finds exactly the runs of a comparison of the verdicts: one filter a side and point."""
+    found: dict[str, None] = {}
+    for part in _parts(comparison):
+        terms = [f"params.{name} = '{_text(value)}'" for name, value in part.items() if value is not None]
+        terms += [f"tags.profile = '{profile}'", *_seeds(comparison)]
+        found[" and ".join(terms)] = None
+    return list(found)
+
+
+def _parts(comparison: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Variant, data set, architecture and target of each network that takes part."""
+    for side in (comparison["treatment"], comparison["control"]):
+        for point in comparison["points"] or ({},):
+            for part in (side, side.get("minus") if side else None):
+                if part is None:
+                    continue
+                # what differs between the points of a trend stands at the points
+                yield {
+                    "variant": part["variant"] or point.get("variant"),
+                    "dataset": part["dataset"],
+                    "architecture": part["architecture"],
+                    "target": point.get("target") if part["target"] is None else part["target"],
+                }
+
+
+def _seeds(comparison: Mapping[str, Any]) -> list[str]:
+    """Bounds of the seeds that were used, and those between that were not."""
+    seeds: Sequence[int] = sorted(comparison["seeds"])
+    if not seeds:
+        return []
+    between = [seed for seed in range(seeds[0], seeds[-1]) if seed not in seeds]
+    return [
+        f"metrics.seed >= {seeds[0]}",
+        f"metrics.seed <= {seeds[-1]}",
+        *(f"params.seed != '{seed}'" for seed in between),
+    ]
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
