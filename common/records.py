@@ -122,7 +122,7 @@ class Curves(_Line):
 class Entry(_Line):
     """A record with what is kept beside it.
 
-    has_state: whether the run has left something for others to start from. machine: on which it was executed, as of
+    seconds: of its execution; ended: when that was over (`time.time()`), which an import does not know. has_state: whether the run has left something for others to start from. machine: on which it was executed, as of
     `common.stage.records.machine`; an earlier revision has not written it. predictions: those of the record, as the text
     of `common.predictions.Predictions`.
     """
@@ -130,6 +130,7 @@ class Entry(_Line):
     record: Record
     curves: list[dict[str, Any]] = []
     seconds: float
+    ended: float | None = None
     has_state: bool = False
     machine: dict[str, Any] | None = None
     predictions: str | None = None

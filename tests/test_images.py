@@ -176,12 +176,17 @@ def test_the_page_shows_it():
     for image, seed, ending in ((1.5, 5, " pp: open"), (1.0, 10, " pp")):
         treatment, control = _two_arms(image, seed=seed)
         judged = _judged_claim(wanted, _arm("new", treatment), _arm("old", control))
-        (view,) = views(Paper("demo", "demo", (wanted,), judged={"C": judged}))
+        (view,) = views(Paper("demo", "demo", (wanted,), judged={"C": judged}), "digits")
         low, high = (100 * end for end in crossed_interval(treatment, control, 0.05))
         text = f"{low:+.2f} to {high:+.2f}{ending}".replace("-", "−")
-        assert view.headline["over_images"] == text
+        assert view.comparisons[0]["over_images"] == text
     del judged["comparisons"][0]["over_images"]  # verdicts of an earlier revision
-    assert views(Paper("demo", "demo", (wanted,), judged={"C": judged}))[0].headline["over_images"] == ""
+    assert (
+        views(Paper("demo", "demo", (wanted,), judged={"C": judged}), "digits")[0].comparisons[0][
+            "over_images"
+        ]
+        == ""
+    )
 
 
 def test_what_pruning_costs_each_has_it_too():

@@ -46,13 +46,14 @@ def _repro(project):
 
 
 def test_a_sixth_paper_runs_to_its_verdict(project):
-    assert set(_repro(project)) == {"settings", "data", "example", "statistics", "report"}
+    assert set(_repro(project)) == {"settings", "data", "example", "statistics", "report", "publish"}
     verdicts = json.loads((project / "reports/digits/verdicts.json").read_text())
     (claim,) = verdicts["papers"]["example"]["claims"]
     assert claim["id"] == "E1" and claim["verdict"] in ("replicated", "open")
     page = (project / "reports/digits/index.html").read_text()
     assert "Zeroing nine tenths" in page and claim["verdict"] in page
     assert list((project / "reports/digits/figures").glob("*.svg"))
+    assert "Zeroing nine tenths" in (project / "reports/index.html").read_text()
 
 
 def test_a_paper_may_join_after_the_others_have_run(project):
@@ -60,7 +61,7 @@ def test_a_paper_may_join_after_the_others_have_run(project):
     add_example(project, "seventh")
     ran = _repro(project)
     _remove(project, "seventh")
-    assert set(ran) == {"settings", "seventh", "statistics", "report"}
+    assert set(ran) == {"settings", "seventh", "statistics", "report", "publish"}
 
 
 def test_nothing_runs_again_without_a_change(project):
@@ -73,7 +74,7 @@ def test_a_change_runs_only_what_follows_from_it(project):
     claims = project / "replications/example/claims.yaml"
     claims.write_text(claims.read_text().replace("costs accuracy.", "costs some accuracy."))
     kept = {file: file.stat().st_mtime_ns for file in (project / ".runs/digits/example").glob("*.json")}
-    assert _repro(project) == ["settings", "example", "statistics", "report"]
+    assert _repro(project) == ["settings", "example", "statistics", "report", "publish"]
     # the stage has asked what the claims need, and trained nothing
     assert kept == {
         file: file.stat().st_mtime_ns for file in (project / ".runs/digits/example").glob("*.json")
@@ -83,7 +84,7 @@ def test_a_change_runs_only_what_follows_from_it(project):
     assert _repro(project) == []
     template = next((project / "common/report/templates").glob("*.css"))
     template.write_text(template.read_text() + "\n/* changed */\n")
-    assert _repro(project) == ["report"]
+    assert _repro(project) == ["report", "publish"]
     protocol = project / "replications/example/protocol.py"
     protocol.write_text(protocol.read_text() + "\n# changed\n")
     assert _repro(project)[:2] == ["settings", "example"]
@@ -112,9 +113,22 @@ def test_a_killed_pipeline_goes_on_with_the_same_command(project):
 def test_metrics_and_plots_are_there_for_dvc(project):
     _repro(project)
     shown = run(project, "dvc", "metrics", "show", "--json")
-    assert shown.returncode == 0 and "example" in shown.stdout
+    assert shown.returncode == 0
+    ((values,),) = ([one["data"] for one in json.loads(shown.stdout)[""]["data"].values()],)
+    assert values["headlines"]["open"] + values["headlines"]["replicated"] == 1
+    assert set(values) == {"headlines", "example"} and set(values["example"]) == {"E1"}
     assert run(project, "dvc", "plots", "show", "-o", "plots-page").returncode == 0
     assert (project / "plots-page/index.html").exists()
+
+
+def test_the_report_follows_a_checkout(project):
+    _repro(project)
+    page = project / "reports/digits/index.html"
+    before = page.read_bytes()
+    page.unlink()
+    shutil.rmtree(project / "reports/digits/figures")
+    assert run(project, "dvc", "checkout").returncode == 0
+    assert page.read_bytes() == before and list((project / "reports/digits/figures").glob("*.svg"))
 
 
 def test_the_store_of_the_copy_holds_its_runs(project):

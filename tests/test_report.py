@@ -1,6 +1,5 @@
 """The report: every seed and failure shows, nothing points outside, the same input gives the same bytes."""
 
-import ast
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from scipy import stats
 from synthetic import SEEDS, Maker, claim
 
 from common.report import accuracy_figures, canvas, command, evidence, gathering, panels
-from common.report.runs import EXPERIMENT
 from common.statistics.claims import Claim
 from common.statistics.verdicts import VERDICTS
 
@@ -239,17 +237,6 @@ def test_the_page_says_how_to_reproduce(project, page):
     assert "dvc repro restarts" in page and "python -m common.statistics" in page
     assert "pruning-replications/restarts" in page
     assert "python 3.11.9" in page
-
-
-def test_the_experiment_is_the_one_that_tracking_writes():
-    tree = ast.parse((ROOT / "common" / "stage" / "tracking.py").read_text())
-    names = {
-        t.id: n.value.value
-        for n in tree.body
-        if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
-        for t in n.targets
-    }
-    assert names["EXPERIMENT"] == EXPERIMENT
 
 
 def test_tables_hold_mean_spread_n_and_detectable_effect(project, page):

@@ -128,8 +128,8 @@ def test_everything_but_answers_and_claims_is_folded(page, verdicts):
         "params.variant",
     ):
         assert text in page and text not in structure.unfolded
-    for claim in verdicts["restarts"]["claims"]:
-        assert (claim["statement"] in structure.unfolded) == (claim["role"] != "probe")
+    for entry in verdicts["restarts"]["claims"]:
+        assert (entry["statement"] in structure.unfolded) == (entry["role"] != "probe")
 
 
 def test_the_page_is_light(project, page):
@@ -152,15 +152,23 @@ def test_each_figure_has_its_values_as_tidy_csv(project, verdicts):
 
 
 def test_a_single_file_needs_nothing_beside_it(project, tmp_path):
-    alone = arguments(project)
-    alone[alone.index("--out") + 1] = str(tmp_path)
-    assert command.main([*alone, "--single-file"]) == 0
-    page = (tmp_path / "index.html").read_text()
+    assert command.main([*arguments(project), "--single-file", str(tmp_path / "whole.html")]) == 0
+    page = (tmp_path / "whole.html").read_text()
     structure = Structure()
     structure.feed(page)
     assert all(address.startswith(("#", "data:text/csv,")) for address in structure.addresses)
     assert len(set(structure.ids)) == len(structure.ids)
-    assert not (tmp_path / "figures").exists() and "<img" not in page
+    assert "<img" not in page and page.count("<svg") == len(list((project / "report/figures").glob("*.svg")))
+
+
+def test_what_dvc_plots_are_the_headlines_and_their_training(project, verdicts):
+    (row,) = json.loads((project / "report/plots/headlines.json").read_text())
+    entry = next(entry for entry in verdicts["restarts"]["claims"] if entry["role"] == "headline")
+    assert row["claim"] == f"restarts H1: {entry['verdict']}"
+    assert row["estimate"] == entry["comparisons"][entry["deciding"]]["estimate"]
+    rows = json.loads((project / "report/plots/curves.json").read_text())
+    assert {row["line"].split(",")[0] for row in rows} == {"restarts slr", "restarts ft", "restarts lrw"}
+    assert {row["epoch"] for row in rows} == set(range(1, 11))
 
 
 # ----------------------------------------------------------------------------------------------- where

@@ -8,7 +8,7 @@ from reporting import arguments, judge, marks, small_project
 from synthetic import SEEDS, Maker, claim
 
 from common.records import Record
-from common.report import command, equal_footing, evidence
+from common.report import command, equal_footing, evidence, panels
 
 pytestmark = pytest.mark.slow
 

@@ -49,13 +49,14 @@ def _reached(file):
     ("room", "known"),
     [
         ("settings.py", ()),
+        ("naming.py", ()),
         ("records.py", ("settings",)),
         ("predictions.py", ("records", "settings")),
         ("core", ("records", "settings")),
         ("arena.py", ("core", "settings")),
-        ("stage", ("core", "predictions", "records", "settings", "statistics")),
+        ("stage", ("core", "naming", "predictions", "records", "settings", "statistics")),
         ("statistics", ("predictions", "records", "settings")),
-        ("report", ("records", "settings", "statistics")),
+        ("report", ("naming", "records", "settings", "statistics")),
     ],
 )
 def test_a_room_knows_only_what_it_stands_on(room, known):
@@ -188,6 +189,7 @@ def _entered(paper, run):
         _files("common/report"),
         _files("replications/pretraining_impact/glyphs"),
         [
+            "common/naming.py",
             "common/settings.py",
             "common/records.py",
             "common/predictions.py",

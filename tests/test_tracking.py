@@ -12,7 +12,11 @@ from mlflow import MlflowClient
 from project import environment
 
 from common.records import Entry
-from common.stage import tracking
+from common.report.runs import filters
+from common.stage import publish, tracking
+from common.statistics.claims import read_all
+from common.statistics.records import Records
+from common.statistics.verdicts import judge
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +103,8 @@ def test_the_store_holds_what_the_records_hold(store):
     lost = by_seed["2"]
     assert lost.info.status == "FAILED" and lost.data.tags["failure"] == "diverged"
     assert lost.data.tags["reason"] == "the training loss is nan"
-    assert parents[0].data.metrics == {"runs": 3, "failed": 1, "seconds": 4.5}
+    totals = {"runs": 3, "failed": 1, "seconds": 4.5}
+    assert {name: parents[0].data.metrics[name] for name in totals} == totals
     assert (
         parents[0].data.tags["machine.device"] == "test" and parents[0].data.tags["versions.torch"] == "0.0"
     )
@@ -175,3 +180,149 @@ def test_a_stage_killed_while_logging_leaves_no_twin_and_no_stray_parent(store, 
     assert sorted(run.data.tags["seed"] for run in children) == ["0", "1", "2"]
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+
+
+# ------------------------------------------------------------------------------ from a number to its runs and back
+
+
+def test_settings_in_the_end_and_identity_are_params_and_times_are_those_of_training(store):
+    details = {"chosen": {"xi": 0.0003, "psi": 0.006}}
+    _log(
+        _entry(3, details=details, settings={"epochs": 30, "strength": {"options": 5}}).model_copy(
+            update={"ended": 1e9}
+        )
+    )
+    _, (run,), (parent,) = _runs()
+    params = run.data.params
+    assert (params["variant"], params["dataset"], params["architecture"]) == ("dense", "digits", "linear")
+    assert (params["target"], params["seed"]) == ("0.5", "3")
+    assert (params["chosen.xi"], params["chosen.psi"]) == ("0.0003", "0.006")
+    assert (params["trained.epochs"], params["trained.learning_rate"]) == ("30", "0.1")
+    assert (run.info.start_time, run.info.end_time) == (1e12 - 1500, 1e12)
+    assert (
+        run.data.tags["mlflow.source.name"]
+        == parent.data.tags["mlflow.source.name"]
+        == "python -m replications run example"
+    )
+    assert run.data.tags["mlflow.user"]
+
+
+def test_the_first_chart_of_a_stage_shows_accuracy_over_targets(store):
+    half, tenth = {"target": 0.5, "settings_hash": "a"}, {"target": 0.9, "settings_hash": "b"}
+    _log(_entry(0, **half), _entry(2, **(half | {"settings_hash": "c"})), _entry(0, **tenth))
+    client, _, (parent,) = _runs()
+    name = min(parent.data.metrics)
+    assert name == "accuracy/digits linear/dense"
+    history = client.get_metric_history(parent.info.run_id, name)
+    assert {point.step: point.value for point in history} == {
+        50: pytest.approx(0.901),
+        90: pytest.approx(0.9),
+    }
+
+
+CLAIMS = """
+paper: example
+claims:
+  - id: E 1
+    statement: Sparse is better than dense.
+    treatment: {variant: sparse}
+    control: {variant: dense, target: 0.0}
+    targets: [0.5]
+    test: superiority
+    direction: higher
+  - id: E2
+    statement: The advantage grows.
+    treatment: {variant: sparse}
+    test: trend
+    direction: higher
+    seen: 3
+"""
+
+
+@pytest.fixture
+def claimed(store, monkeypatch):
+    """A project whose paper `example` has claims, and runs of two variants at several targets, logged."""
+    (store / "replications" / "example").mkdir(parents=True)
+    (store / "replications" / "example" / "claims.yaml").write_text(CLAIMS)
+    monkeypatch.setattr(tracking, "ROOT", store)
+    runs = [("dense", 0.0, 0.9), ("sparse", 0.5, 0.95), ("sparse", 0.9, 0.6), ("other", 0.5, 0.7)]
+    entries = [
+        _entry(
+            seed,
+            epochs=2,
+            variant=v,
+            target=t,
+            settings_hash=f"{v}{t}{seed}",
+            metrics={"test_accuracy": a + seed / 1000},
+        )
+        for seed in range(7)
+        for v, t, a in runs
+    ]
+    _log(*entries)
+    return entries
+
+
+def test_a_filter_of_the_page_finds_exactly_the_runs_behind_a_number(claimed, store):
+    (file,) = read_all([store / "replications"])
+    judged = judge([file], {"example": Records([entry.record for entry in claimed])})
+    client, _, _ = _runs()
+    experiment = client.get_experiment_by_name("pruning-replications/example").experiment_id
+
+    def found(comparison):
+        sides = [
+            client.search_runs([experiment], one, max_results=1000) for one in filters(comparison, "digits")
+        ]
+        return [
+            {(r.data.params["variant"], r.data.params["target"], int(r.data.params["seed"])) for r in s}
+            for s in sides
+        ]
+
+    first, second = judged["papers"]["example"]["claims"]
+    (comparison,) = first["comparisons"]
+    assert found(comparison) == [
+        {("sparse", "0.5", s) for s in range(7)},
+        {("dense", "0", s) for s in range(7)},
+    ]
+    (trend,) = second["comparisons"]
+    assert found(trend) == [{("sparse", t, s) for s in range(4, 7)} for t in ("0.5", "0.9")]
+    assert filters(comparison, "another") and not client.search_runs(
+        [experiment], filters(comparison, "another")[0]
+    )
+
+
+def test_a_run_leads_back_to_the_claims_that_read_it(claimed, store):
+    client, children, (parent,) = _runs()
+    notes = {
+        (r.data.params["variant"], r.data.params["target"], r.data.params["seed"]): r.data.tags[
+            "mlflow.note.content"
+        ]
+        for r in children
+    }
+    page = (store / "reports" / "digits" / "index.html").as_uri()
+    assert f"[E 1]({page}#example-e-1): Sparse is better than dense." in notes["sparse", "0.5", "0"]
+    assert "E2" not in notes["sparse", "0.5", "3"] and "E2" in notes["sparse", "0.5", "4"]
+    assert "E 1" not in notes["sparse", "0.9", "0"] and "E 1" in notes["dense", "0", "0"]
+    assert "Evidence" not in notes["other", "0.5", "0"]
+    experiment = client.get_experiment(parent.info.experiment_id)
+    assert f"{page}#example" in experiment.tags["mlflow.note.content"]
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["claims.yaml"]
+
+
+def test_report_and_verdicts_hang_on_the_run_of_the_stage(claimed, store, monkeypatch, capsys):
+    monkeypatch.setattr(publish, "papers", lambda: ["example", "never run"])
+    (store / "whole.html").write_text("a page")
+    (store / "verdicts.json").write_text("{}")
+    assert publish.main(["--profile", "digits", "whole.html", "verdicts.json"]) == 0
+    client, _, (parent,) = _runs()
+    names = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert names == {"claims.yaml", "verdicts.json", "whole.html"}
+    assert "published with the runs of example\n" in capsys.readouterr().out
+    assert publish.main(["--profile", "another", "whole.html"]) == 0
+    assert "no stage" in capsys.readouterr().out
+
+    def unreachable(*_):
+        raise ConnectionError("no store")
+
+    monkeypatch.setattr(publish, "publish", unreachable)
+    assert publish.main(["--profile", "digits", "whole.html"]) == 0
+    assert "publishing in MLflow failed" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from common.naming import slug
 from common.report.canvas import INK, MUTED, axes_of, blank, frame, log_ticks, look_of, short
 from common.report.panels import (
     CostPanel,
@@ -18,7 +19,6 @@ from common.report.panels import (
     TargetPanel,
     interquartile_interval,
     mean_interval,
-    slug,
 )
 from common.statistics.flips import interquartile_mean
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.naming import slug
 from common.report.evidence import Paper
 from common.report.judged import labelled, shared_place
 from common.report.numbers import amount, is_contrast
-from common.report.panels import VERDICTS, ClaimPanel, Effect, slug
+from common.report.panels import VERDICTS, ClaimPanel, Effect
 from common.statistics.claims import Claim
 
 ROWS = 14

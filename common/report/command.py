@@ -32,10 +32,10 @@ WORKERS = 4
 FIGURES_A_WORKER = 12
 
 
-def report(found: evidence.Evidence, paths: page.Paths, single_file: bool = False) -> int:
+def report(found: evidence.Evidence, paths: page.Paths, single_file: Path | None = None) -> int:
     """Draw the page of one profile into `paths.out` and return the number of figures. Raises ReportError, OSError.
 
-    single_file: whether the page holds all figures and needs no file beside it.
+    single_file: where to write a second page, which holds all figures and needs no file beside it.
     """
     views = {paper.name: judged.views(paper, found.profile) for paper in found.papers}
     planned = plan(found)
@@ -48,12 +48,13 @@ def report(found: evidence.Evidence, paths: page.Paths, single_file: bool = Fals
     drawn: dict[str, list[figures.Drawn]] = {}
     for (place, _), figure in zip(planned, _draw([panel for _, panel in planned]), strict=True):
         drawn.setdefault(place, []).append(figure)
-    files = {"index.html": page.render(found, views, drawn, paths, single_file)}
-    if not single_file:
-        for figure in (figure for group in drawn.values() for figure in group):
-            files |= {f"figures/{figure.name}.svg": figure.svg, f"figures/{figure.name}.csv": figure.csv}
+    files = {"index.html": page.render(found, views, drawn, paths, single_file=False)}
+    for figure in (figure for group in drawn.values() for figure in group):
+        files |= {f"figures/{figure.name}.svg": figure.svg, f"figures/{figure.name}.csv": figure.csv}
     files |= {f"plots/{name}.json": text for name, text in plots.files(found.papers, found.curves).items()}
     _write(paths.out, files)
+    if single_file:
+        single_file.write_text(page.render(found, views, drawn, paths, single_file=True), encoding="utf-8")
     return len(planned)
 
 
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--scales", type=Path, help="folder of <profile>/verdicts.json, to show all profiles side by side"
     )
     parser.add_argument(
-        "--single-file", action="store_true", help="set all figures into the page, which then stands alone"
+        "--single-file", type=Path, help="also write the page to this file with all figures in it"
     )
     options = parser.parse_args(arguments)
     environment = options.environment or options.results.parent / "environment" / options.profile

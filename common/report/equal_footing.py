@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from common.naming import slug
 from common.records import TRIAL, Record
 from common.report.evidence import EQUAL_FOOTING, Paper
 from common.report.gathering import Looks, Targets, cost_panel, gather, measured, reference
-from common.report.panels import CONFIDENCE, ImprovementPanel, Panel, Profile, ProfilesPanel, slug
+from common.report.panels import CONFIDENCE, ImprovementPanel, Panel, Profile, ProfilesPanel
 
 Accuracies = Mapping[float, Mapping[int, float]]
 """Target -> seed -> test accuracy in %."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from common.naming import slug
 from common.records import Record
 from common.report import findings
 from common.report.evidence import Paper, finite
@@ -27,7 +28,6 @@ from common.report.panels import (
     TargetPanel,
     mean_interval,
     percent,
-    slug,
 )
 from common.statistics.claims import Claim
 

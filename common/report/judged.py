@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.naming import anchor
 from common.report import places, runs
 from common.report.evidence import Paper
 from common.report.numbers import (
@@ -19,7 +20,6 @@ from common.report.numbers import (
     p_value,
     sentence,
 )
-from common.report.panels import slug
 from common.statistics.claims import Claim
 from common.statistics.opening import COLLAPSES, MIXED, NEEDS, STRUCTURAL
 from common.statistics.verdicts import NOT_TESTED
@@ -139,11 +139,6 @@ def view(claim: Claim, judged: Mapping[str, Any] | None, paper: str, profile: st
         paper_value=_paper_value(claim),
         comparisons=tuple(rows),
     )
-
-
-def anchor(paper: str, claim: str) -> str:
-    """The name of a claim's element on the page."""
-    return f"{slug(paper)}-{slug(claim)}"
 
 
 def kind(judged: Mapping[str, Any]) -> str:

@@ -12,14 +12,14 @@ from urllib.parse import quote
 
 import jinja2
 
+from common.naming import EXPERIMENT, slug
 from common.records import TRIAL, Record
 from common.report import equal_footing, markdown, tables
 from common.report.evidence import EQUAL_FOOTING, Evidence, Paper
 from common.report.figures import Drawn
 from common.report.judged import ClaimView, counted
 from common.report.numbers import short
-from common.report.panels import VERDICTS, percent, slug
-from common.report.runs import EXPERIMENT
+from common.report.panels import VERDICTS, percent
 
 FULL_SCALE = "paper"
 """The one profile whose numbers stand beside a paper's own."""

@@ -204,8 +204,3 @@ def interquartile_interval(values: Sequence[float] | np.ndarray) -> tuple[float,
 def percent(target: float) -> str:
     """A target as text: 0.95 -> `95 %`."""
     return f"{100 * target:.4g} %"
-
-
-def slug(text: str) -> str:
-    """Lower-case letters, digits and single dashes only, for file names and element names."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

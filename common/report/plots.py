@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from common.report.evidence import Paper, finite
-from common.report.gathering import gather, measured
+from common.report.gathering import gather, measured, used_variants
+from common.statistics.claims import Claim
 
 
 def files(papers: Sequence[Paper], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
@@ -32,38 +33,38 @@ def _accuracies(papers: Sequence[Paper]) -> Iterator[dict[str, Any]]:
 
 
 def _headlines(papers: Sequence[Paper]) -> Iterator[dict[str, Any]]:
-    """Every seed of every headline's comparisons, in units of the metric, with the verdict on the claim."""
+    """Estimate and verdict of every headline, in units of its metric."""
     for paper in papers:
-        for claim in paper.claims:
-            judged = paper.judged.get(claim.id)
-            if claim.role != "headline" or judged is None:
-                continue
-            for comparison in judged["comparisons"]:
-                for value in comparison["values"]:
-                    yield {
-                        "claim": f"{paper.name} {claim.id}: {judged['verdict']}",
-                        "comparison": comparison["label"],
-                        "value": value,
-                    }
+        for claim in _headline_claims(paper):
+            judged = paper.judged[claim.id]
+            decided = judged["comparisons"][judged["deciding"]]
+            if decided["estimate"] is not None:
+                name = f"{paper.name} {claim.id}: {judged['verdict']}"
+                yield {"claim": name, **{key: decided[key] for key in ("estimate", "low", "high")}}
+
+
+def _headline_claims(paper: Paper) -> list[Claim]:
+    return [claim for claim in paper.claims if claim.role == "headline" and claim.id in paper.judged]
 
 
 def _curves(
     papers: Sequence[Paper], curves: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """Mean validation accuracy by epoch, of each variant at its highest target."""
+    """Mean validation accuracy by epoch, of each variant of a headline at its highest target."""
     for paper in papers:
+        variants = {name for claim in _headline_claims(paper) for name in used_variants(claim)}
         for (dataset, architecture), cell in gather(paper.records).items():
-            for variant, targets in cell.items():
+            for variant in sorted(variants.intersection(cell)):
+                targets = cell[variant]
                 runs = [curves.get(record.settings_hash, ()) for record in targets[max(targets)]]
-                for epoch in range(max(map(len, runs), default=0)):
-                    values = [
-                        finite(run[epoch].get("validation_accuracy")) for run in runs if epoch < len(run)
-                    ]
-                    known = [value for value in values if value is not None]
-                    if known:
-                        line = f"{paper.name} {variant}, {dataset} {architecture}"
-                        yield {
-                            "line": line,
-                            "epoch": epoch,
-                            "validation_accuracy": float(f"{np.mean(known):.6g}"),
-                        }
+                for epoch, mean in enumerate(_means(runs)):
+                    line = f"{paper.name} {variant}, {dataset} {architecture}"
+                    yield {"line": line, "epoch": epoch + 1, "validation_accuracy": mean}
+
+
+def _means(runs: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[float | None]:
+    """The mean validation accuracy of each epoch, over the runs that have it."""
+    for epoch in range(max(map(len, runs), default=0)):
+        values = [finite(run[epoch].get("validation_accuracy")) for run in runs if epoch < len(run)]
+        known = [value for value in values if value is not None]
+        yield float(f"{np.mean(known):.6g}") if known else None

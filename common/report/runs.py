@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-EXPERIMENT = "pruning-replications/{paper}"
-"""The MLflow experiment that holds the runs of a paper."""
-
 
 def filters(comparison: Mapping[str, Any], profile: str) -> list[str]:
     """What finds exactly the runs of a comparison of the verdicts: one filter a side and point."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def entry_of(
     predictions: Predictions | None = None,
 ) -> Entry:
     """A record with what is kept beside it."""
-    beside = {"seconds": seconds, "has_state": has_state, "machine": machine(compute)}
+    beside = {"seconds": seconds, "ended": time.time(), "has_state": has_state, "machine": machine(compute)}
     beside |= {"predictions": predictions and predictions.text}
     return Entry(record=record, curves=_plain(curves), **beside)
 

@@ -6,10 +6,12 @@ run is found again by its key, so a resumed or repeated stage adds what is missi
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import platform
 import queue
+import re
 import subprocess
 import threading
 import time
@@ -29,9 +31,13 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from common.core.identity import digest
-from common.records import Entry, Record
+from common.naming import EXPERIMENT
+from common.records import TRIAL, Entry, Record
+from common.settings import ROOT, SettingsError
+from common.stage import descriptions
+from common.statistics.claims import CLAIMS_FILE, Claim, read
 
-EXPERIMENT = "pruning-replications/{paper}"
+_DESCRIPTION = "mlflow.note.content"
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _METRICS_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH = 1000, 100, 6000  # limits of the store
 
@@ -62,6 +68,9 @@ class StageLog:
     def __init__(self, paper: str, profile: str, environment: Mapping[str, Any]):
         self.paper, self.profile, self.environment = paper, profile, environment
         self.error: Exception | None = None
+        self._claims_file = ROOT / "replications" / paper / CLAIMS_FILE
+        self._page = page_of(profile)
+        self._accuracies: dict[tuple[str, int], list[float]] = {}
         self.added = 0
         self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._seconds, self._count, self._failed = 0.0, 0, 0
@@ -89,7 +98,10 @@ class StageLog:
     def _drain(self) -> None:
         mlflow.set_tracking_uri(store_uri())
         client = MlflowClient()
+        claims = _claims(self._claims_file)
         experiment = _experiment(client, self.paper)
+        about = descriptions.of_experiment(self.paper, claims, self._page)
+        client.set_experiment_tag(experiment, _DESCRIPTION, about)
         known = {
             run.data.tags["run_key"]
             for run in _search(
@@ -103,7 +115,7 @@ class StageLog:
             "origin": _origin(),
             "code": self.environment["code"],
         }
-        shared |= _revision()
+        shared |= _revision() | _source(self.paper)
         for group in ("machine", "versions"):
             shared |= {f"{group}.{key}": str(value) for key, value in self.environment[group].items()}
         parent = None
@@ -111,16 +123,57 @@ class StageLog:
             self._seconds += entry.seconds
             self._count += 1
             self._failed += entry.record.status == "failed"
+            self._note(entry.record)
             run_key = _run_key(entry.record, self.environment)
             if run_key not in known:
                 parent = parent or _stage_run(client, experiment, self.paper, shared)
-                _log_run(client, experiment, parent, entry, shared, run_key)
+                text = descriptions.of_run(entry.record, claims, self._page)
+                _log_run(client, experiment, parent, entry, {**shared, _DESCRIPTION: text}, run_key)
                 known.add(run_key)
                 self.added += 1
         if parent and self._complete:
             totals = {"runs": self._count, "failed": self._failed, "seconds": self._seconds}
-            _send(client, parent, metrics=totals)
+            _send(client, parent, metrics=totals, steps=self._averages())
+            if self._claims_file.is_file():
+                client.log_artifact(parent, str(self._claims_file))
             client.set_terminated(parent)
+
+    def _note(self, record: Record) -> None:
+        """Keep a test accuracy for the charts of the stage's run: one a variant, over its targets in %."""
+        accuracy = record.metrics.get("test_accuracy")
+        if accuracy is not None and not record.variant.startswith(TRIAL):
+            name = f"accuracy/{record.dataset} {record.architecture}/{record.variant}"
+            key = re.sub(r"[^\w\-. :/]", "_", name), round(100 * record.target)
+            self._accuracies.setdefault(key, []).append(accuracy)
+
+    def _averages(self) -> list[Metric]:
+        now = _milliseconds(time.time())
+        return [
+            Metric(name, sum(values) / len(values), now, step)
+            for (name, step), values in sorted(self._accuracies.items())
+        ]
+
+
+def page_of(profile: str) -> Path:
+    """The report's page of a profile, where the pipeline writes it."""
+    return Path("reports", profile, "index.html").resolve()
+
+
+def _claims(file: Path) -> tuple[Claim, ...]:
+    """The claims for which runs are evidence; none where the file cannot be read, which the statistics will say."""
+    try:
+        return read(file).claims
+    except SettingsError:
+        return ()
+
+
+def _source(paper: str) -> dict[str, str]:
+    """Who ran what, in the words of MLflow's columns."""
+    found = {"mlflow.source.name": f"python -m replications run {paper}", "mlflow.source.type": "LOCAL"}
+    try:
+        return found | {"mlflow.user": getpass.getuser()}
+    except (KeyError, OSError):  # a user without a name
+        return found
 
 
 def _stage_run(client: MlflowClient, experiment: str, paper: str, tags: Mapping[str, str]) -> str:
@@ -182,7 +235,7 @@ def _log_run(
 ) -> None:
     record = entry.record
     # machine and versions stand at the stage's run, which is the parent, unless another machine executed this one
-    own = {key: value for key, value in shared.items() if "." not in key or key.startswith("git.")}
+    own = {key: value for key, value in shared.items() if not key.startswith(("machine.", "versions."))}
     machine = {f"machine.{key}": str(value) for key, value in (entry.machine or {}).items()}
     own |= {key: value for key, value in machine.items() if shared.get(key) != value}
     tags = {**own, **{k: str(v) for k, v in record.identity.items()}, "mlflow.parentRunId": parent}
@@ -190,9 +243,13 @@ def _log_run(
         if (value := getattr(record, name)) is not None:
             tags[name] = value[:_VALUE_LENGTH]
     name = f"{record.variant} {record.architecture} t={record.target:g} s={record.seed}"
-    run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    params = dict(_flat("", record.settings))
-    numbers = {**_numbers("", record.metrics), **_numbers("cost.", record.cost), "seconds": entry.seconds}
+    ended = time.time() if entry.ended is None else entry.ended
+    started = _milliseconds(ended - entry.seconds)
+    run_id = client.create_run(experiment, started, run_name=name, tags=tags).info.run_id
+    params = {**dict(_flat("", record.settings)), **_trained(entry), **_identity(record)}
+    # as numbers, too, since MLflow compares params as text
+    numbers = {"target": record.target, "seed": float(record.seed), "seconds": entry.seconds}
+    numbers |= {**_numbers("", record.metrics), **_numbers("cost.", record.cost)}
     # the key by which the run is found again comes last: half a run is never taken for a whole one
     _send(client, run_id, params=params, metrics=numbers, curves=entry.curves, tags={"run_key": run_key})
     source = json.dumps(record.settings.get("data"))
@@ -205,7 +262,29 @@ def _log_run(
     ]
     if inputs:
         client.log_inputs(run_id, inputs)
-    client.set_terminated(run_id, "FINISHED" if record.status == "ok" else "FAILED")
+    status = "FINISHED" if record.status == "ok" else "FAILED"
+    client.set_terminated(run_id, status, _milliseconds(ended))
+
+
+def _identity(record: Record) -> dict[str, Any]:
+    """What names the run, as the filters on the report's page have it."""
+    return {
+        name: f"{v:g}" if isinstance(v, float) else v
+        for name, v in record.identity.items()
+        if name != "paper"
+    }
+
+
+def _trained(entry: Entry) -> dict[str, Any]:
+    """What the run was trained with in the end, where its settings leave a choice: what tuning chose, epochs, rate."""
+    chosen = entry.record.details.get("chosen")
+    found = {} if chosen is None else dict(_flat("chosen", chosen))
+    rates = [row["lr"] for row in entry.curves if isinstance(row.get("lr"), (int, float))]
+    if entry.curves:
+        found["trained.epochs"] = len(entry.curves)
+    if rates:
+        found["trained.learning_rate"] = f"{max(rates):.6g}"
+    return found
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -231,11 +310,12 @@ def _send(
     params: Mapping[str, Any] = _NONE,
     metrics: Mapping[str, float] = _NONE,
     curves: Sequence[Mapping[str, Any]] = (),
+    steps: Sequence[Metric] = (),
     tags: Mapping[str, str] = _NONE,
 ) -> None:
     """Send everything in as few calls as the store's limits allow, the tags in the last one."""
-    now = int(time.time() * 1000)
-    rows = [Metric(key, value, now, 0) for key, value in metrics.items()]
+    now = _milliseconds(time.time())
+    rows = [*(Metric(key, value, now, 0) for key, value in metrics.items()), *steps]
     for step, row in enumerate(curves):
         rows += [
             Metric(f"curve/{key}", value, now, step)
@@ -249,6 +329,10 @@ def _send(
     client.log_batch(run_id, rows, texts, [RunTag(key, value) for key, value in tags.items()])
 
 
+def _milliseconds(moment: float) -> int:
+    return int(1000 * moment)
+
+
 def _revision() -> dict[str, str]:
     def git(*arguments: str) -> str | None:
         found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
@@ -257,4 +341,8 @@ def _revision() -> dict[str, str]:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return {"git.commit": "unknown"}
-    return {"git.commit": commit, "git.dirty": str(bool(git("status", "--porcelain")))}
+    return {
+        "mlflow.source.git.commit": commit,
+        "git.commit": commit,
+        "git.dirty": str(bool(git("status", "--porcelain"))),
+    }

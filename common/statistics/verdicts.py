@@ -218,12 +218,20 @@ def _plain(value: Any) -> Any:
 
 
 def metrics(verdicts: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers for `dvc metrics show`: counts of verdicts by paper, estimate of what decides a claim and the claim's p."""
-    found = {}
+    """Numbers for `dvc metrics show`: how often each verdict on a headline was reached, and the headlines' estimates.
+
+    Estimates are those of the comparison that decides, in the units of the claim (points of accuracy, say).
+    """
+    counts: Counter[str] = Counter()
+    found: dict[str, Any] = {}
     for name, paper in verdicts["papers"].items():
-        found[name] = {verdict.replace(" ", "_"): count for verdict, count in paper["counts"].items()}
         for claim in paper["claims"]:
-            deciding = claim["comparisons"][claim["deciding"]]
-            values = {"estimate": deciding["estimate"], "p_holm": claim["p_holm"]}
-            found[name][claim["id"]] = {key: value for key, value in values.items() if value is not None}
-    return found
+            if claim["role"] != "headline":
+                continue
+            counts[claim["verdict"]] += 1
+            estimate = claim["comparisons"][claim["deciding"]]["estimate"]
+            if estimate is not None:
+                factor = 100 if claim["scale"] == "points" else 1
+                found.setdefault(name, {})[claim["id"]] = float(f"{factor * estimate:.4g}")
+    headlines = {verdict.replace(" ", "_"): count for verdict, count in _counts(counts).items()}
+    return {"headlines": headlines, **found}
