@@ -130,7 +130,7 @@ def view(claim: Claim, judged: Mapping[str, Any] | None, paper: str, profile: st
         estimate=shown["estimate"],
         interval=shown["interval"],
         p=deciding_p(judged),
-        n=shown["n"],
+        n=shown["n"] if judged["verdict"] != NOT_TESTED else "",
         matters=" or ".join(matters(claim, effect) for effect in effects),
         shown_of=shown["label"] if len(rows) > 1 else "",
         test=" ".join(
@@ -184,7 +184,7 @@ def _stability(found: Mapping[str, Any] | None) -> str:
 
 
 def _steady(found: Mapping[str, Any] | None) -> str:
-    return f"same on {found['held']} of {found['tried']} other terms" if found and found["tried"] else ""
+    return f"held on {found['held']} of {found['tried']} other terms" if found and found["tried"] else ""
 
 
 def _paper_value(claim: Claim) -> dict[str, str] | None:

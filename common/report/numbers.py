@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.statistics.claims import Claim
-from common.statistics.verdicts import CONTRADICTED
+from common.statistics.verdicts import CONTRADICTED, NOT_TESTED, OPEN
 
 
 def p_value(p: float | None) -> str:
@@ -18,10 +18,12 @@ def p_value(p: float | None) -> str:
 
 def deciding_p(judged: Mapping[str, Any]) -> str:
     """The p, after Holm's correction, of the answer that a claim was given; of an open claim both."""
+    if judged["verdict"] == NOT_TESTED:
+        return ""
     p, against = p_value(judged.get("p_holm")), p_value(judged.get("p_against_holm"))
     if judged["verdict"] == CONTRADICTED:
         return f"{against} against" if against else ""
-    if judged["verdict"] == "open" and against:
+    if judged["verdict"] == OPEN and against:
         return f"{p} for, {against} against"
     return p
 

@@ -12,7 +12,9 @@ from common.report.claim_figures import VERDICT_LOOKS
 from common.report.panels import VERDICTS, ImprovementPanel, ProfilesPanel, ScalesPanel
 
 _HEIGHT, _METHOD = 2.6, 0.3
-_NAMES, _CELL, _LINE, _AIR = 3.3, 2.0, 0.17, 0.09
+_NAMES, _CELL, _LINE, _AIR = 4.9, 1.8, 0.15, 0.1
+_STATEMENT = 84
+"""Characters of a statement in one line."""
 
 
 def profiles(panel: ProfilesPanel) -> Figure:
@@ -56,9 +58,11 @@ def improvements(panel: ImprovementPanel) -> Figure:
 def scales(panel: ScalesPanel) -> Figure:
     """Headlines down, profiles across: verdict by colour, sign and word, with estimate and interval."""
     width = _NAMES + _CELL * len(panel.profiles)
-    rows = [(paper, textwrap.wrap(statement, 54), cells) for paper, statement, cells in panel.rows]
-    heights = [max(3, len(lines) + 1) * _LINE + _AIR for _, lines, _ in rows]
-    head = 0.75
+    rows = [
+        (textwrap.wrap(f"{paper}: {statement}", _STATEMENT), cells) for paper, statement, cells in panel.rows
+    ]
+    heights = [max(2, len(lines)) * _LINE + _AIR for lines, _ in rows]
+    head = 0.62
     height = head + sum(heights)
     figure = Figure(figsize=(width, height), facecolor="none")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -66,26 +70,20 @@ def scales(panel: ScalesPanel) -> Figure:
     axes.axis("off")
     axes.text(0.1, 0.1, panel.title, va="top", fontsize=10, fontweight="bold")
     for number, profile in enumerate(panel.profiles):
-        axes.text(
-            _NAMES + _CELL * number + 0.08, head - 0.12, profile, va="bottom", fontsize=8.5, fontweight="bold"
-        )
+        x = _NAMES + _CELL * number + 0.06
+        axes.text(x, head - 0.08, profile, va="bottom", fontsize=8.5, fontweight="bold")
     top = head
-    for (paper, lines, cells), tall in zip(rows, heights, strict=True):
-        axes.text(0.1, top + 0.02, paper, va="top", fontsize=7.5, fontweight="bold")
-        axes.text(0.1, top + 0.02 + _LINE, "\n".join(lines), va="top", fontsize=7.5, linespacing=1.25)
+    for (lines, cells), tall in zip(rows, heights, strict=True):
+        axes.text(0.1, top + 0.02, "\n".join(lines), va="top", fontsize=7.5, linespacing=1.2)
         for number, cell in enumerate(cells):
             if cell.verdict is None:
                 continue
             x = _NAMES + _CELL * number
             colour = VERDICT_LOOKS[cell.verdict][0]
-            box = (x, top), _CELL - 0.06, tall - _AIR
+            box = (x, top), _CELL - 0.06, tall - _AIR / 2
             axes.add_patch(Rectangle(*box, facecolor=colour, alpha=0.2, linewidth=0))
             axes.add_patch(Rectangle(*box, fill=False, edgecolor=colour, linewidth=1.0))
-            words = (f"{VERDICTS[cell.verdict]} {cell.verdict}", cell.estimate, cell.interval)
-            for line, text in enumerate(words):
-                weight = "bold" if line == 0 else "normal"
-                axes.text(
-                    x + 0.08, top + 0.04 + line * _LINE, text, va="top", fontsize=7.2, fontweight=weight
-                )
+            words = f"{VERDICTS[cell.verdict]} {cell.verdict}   {cell.estimate}\n{cell.interval}"
+            axes.text(x + 0.06, top + 0.04, words, va="top", fontsize=7, linespacing=1.3)
         top += tall
     return figure
