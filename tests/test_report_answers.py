@@ -195,7 +195,8 @@ def test_where_a_claim_holds_names_only_what_differs():
     )
     text = places.summary([_compared("gmp", 0.9, "open"), _compared("gmp", 0.9, "replicated", "glyphs")])
     assert (
-        text.replace("\N{NO-BREAK SPACE}", " ") == "At 90 %, replicated: on glyphs mlp; open: on digits mlp."
+        text.replace("\N{NO-BREAK SPACE}", " ")
+        == "Replicated: on glyphs mlp at 90 %; open: on digits mlp at 90 %."
     )
     assert places.summary([_compared("gmp", 0.9, "open")]).startswith("Vs gmp at 90")
 

@@ -52,7 +52,7 @@ def against_target(panel: TargetPanel) -> Figure:
         _centres(axes, line, xs, panel.centre)
         if line.look is None and len(line.points) == 1 and len(targets) > 1:
             axes.axhline(
-                (np.mean if panel.centre == "mean" else interquartile_mean)(line.points[0].ys),
+                float((np.mean if panel.centre == "mean" else interquartile_mean)(line.points[0].ys)),
                 color=INK,
                 linewidth=0.8,
                 linestyle=(0, (1, 1.6)),

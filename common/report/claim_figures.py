@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -85,7 +86,7 @@ def effects(panel: ClaimPanel) -> Figure:
     axes.grid(visible=False)  # lines would cross the labels
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(panel.axis)
-    handles = [_verdict_handle(verdict) for verdict in present]
+    handles: list[Artist] = [_verdict_handle(verdict) for verdict in present]
     labels = list(present)
     if any(effect.bounds for effect in panel.effects):
         handles.append(Line2D([], [], color=INK, linewidth=1.0, linestyle=(0, (3, 1.5))))

@@ -21,8 +21,8 @@ from common.report.numbers import (
     sentence,
 )
 from common.statistics.claims import Claim
+from common.statistics.deciding import NOT_TESTED
 from common.statistics.opening import COLLAPSES, MIXED, NEEDS, STRUCTURAL
-from common.statistics.verdicts import NOT_TESTED
 
 KINDS = {
     NEEDS: "too few seeds: the interval still reaches into both answers; how many would decide is said",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.statistics.claims import Claim
-from common.statistics.verdicts import CONTRADICTED, NOT_TESTED, OPEN
+from common.statistics.deciding import CONTRADICTED, NOT_TESTED, OPEN
 
 
 def p_value(p: float | None) -> str:

@@ -45,7 +45,7 @@ def improvements(panel: ImprovementPanel) -> Figure:
         axes.text(0.005, y + 0.42, method, fontsize=7.6, va="center")
         axes.vlines(0.5, y - 0.14, y + 0.14, color=INK, linewidth=1.0)
         colour = look_of(look)["color"]
-        if low is not None:
+        if low is not None and high is not None:
             axes.hlines(y, low, high, color=colour, linewidth=1.6)
         axes.plot([value], [y], **look_of(look))
     axes.set(xlim=(-0.02, 1.02), ylim=(-len(panel.rows) - 0.05, 0.05), yticks=[])

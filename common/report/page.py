@@ -155,7 +155,7 @@ def scale(records: Sequence[Record]) -> str:
     train: dict[str, set[int]] = {}
     for record in shown:
         images = (record.settings.get("data") or {}).get("train")
-        train.setdefault(record.dataset, set()).update({images} - {None})
+        train.setdefault(record.dataset, set()).update([] if images is None else [images])
     data = [
         name + (f" ({max(images):,} training images)" if images else "") for name, images in train.items()
     ]

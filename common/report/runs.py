@@ -21,8 +21,9 @@ def filters(comparison: Mapping[str, Any], profile: str) -> list[str]:
 
 def _parts(comparison: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Variant, data set, architecture and target of each network that takes part."""
+    points: Sequence[Mapping[str, Any]] = comparison["points"] or ({},)
     for side in (comparison["treatment"], comparison["control"]):
-        for point in comparison["points"] or ({},):
+        for point in points:
             for part in (side, side.get("minus") if side else None):
                 if part is None:
                     continue

@@ -164,16 +164,17 @@ def _counts(rows: Sequence[Row]) -> list[dict[str, int]]:
 
 
 def _panel(found: Sequence[Scale], rows: Sequence[Row]) -> ScalesPanel:
+    def drawn(row: Row, scale: Scale, cell: ClaimView | None) -> ScaleCell:
+        # a picture has no room to say that a verdict is on an older version of the claim
+        if cell is None or row.paper in scale.older:
+            return ScaleCell(None, "", "")
+        return ScaleCell(cell.verdict, cell.estimate, cell.interval)
+
     shown = tuple(
         (
             row.paper,
             row.claim.statement,
-            tuple(
-                ScaleCell(None, "", "")
-                if cell is None
-                else ScaleCell(cell.verdict, cell.estimate, cell.interval)
-                for cell in row.cells
-            ),
+            tuple(drawn(row, scale, cell) for scale, cell in zip(found, row.cells, strict=True)),
         )
         for row in rows
     )
