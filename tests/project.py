@@ -15,6 +15,7 @@ _COPIED = (
     "common",
     "replications",
     ".dvc/config",
+    ".dvc/plots",
     ".dvcignore",
     ".gitignore",
     "dvc.yaml",
