@@ -120,6 +120,7 @@ def _paper(
         "title": paper.title,
         "runs": len(paper.records) - len(paper.failed),
         "scale": scale(paper.records),
+        "redrawn": redrawn(paper.records),
         "lost_trials": [_run_name(record) for record in paper.lost_trials],
         "failed": [
             {"name": _run_name(record), "reason": record.reason or "no reason given"}
@@ -175,6 +176,25 @@ def scale(records: Sequence[Record]) -> str:
         parts.append(f"up to {max(epochs)} epochs")
     parts.append(f"{len(seeds)} seed{'s' * (len(seeds) != 1)}")
     return "; ".join(parts)
+
+
+def redrawn(records: Sequence[Record]) -> str:
+    """What a seed of a paper's runs draws or chooses for itself, and what all seeds share."""
+    splits = {(record.settings.get("data") or {}).get("split") for record in records}
+    trials = {record.seed for record in records if record.variant.startswith(TRIAL)}
+    seeds = {record.seed for record in records if not record.variant.startswith(TRIAL)}
+    parts = []
+    if splits == {"per_seed"}:
+        parts.append("Each seed has training and validation images of its own, and the same test images.")
+    elif splits == {"shared"}:
+        parts.append("All seeds share their training, validation and test images.")
+    if trials:
+        parts.append(
+            "Settings are chosen anew with each seed."
+            if trials <= seeds
+            else "Settings are chosen once for all seeds, with seeds of their own."
+        )
+    return " ".join(parts)
 
 
 def _arithmetic(entry: Mapping[str, Any]) -> list[dict[str, str]]:
