@@ -10,7 +10,8 @@ from reporting import Structure, arguments, judge, make, small_project
 from synthetic import SEEDS, Maker, claim
 
 from common.report import command, judged, places, runs
-from common.report.numbers import deciding_p
+from common.report.numbers import decided_interval, deciding_p
+from common.statistics.claims import Claim
 from common.statistics.opening import COLLAPSES, MIXED, NEEDS, STRUCTURAL
 
 pytestmark = pytest.mark.slow
@@ -225,3 +226,9 @@ def test_filters_name_both_sides_and_the_seeds_that_were_used():
         ["0.8"],
         ["0.9"],
     ]
+
+
+def test_an_interval_that_is_infinite_both_ways_says_so():
+    points = Claim(**claim("C", "new", "old"))
+    assert decided_interval(points, {"low": None, "high": None, "level": 0.005}) == "no bound (99 %)"
+    assert decided_interval(points, {"low": None, "high": 0.01, "level": 0.05}) == "−∞ to +1.00 pp (90 %)"

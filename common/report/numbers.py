@@ -62,9 +62,14 @@ def interval(claim: Claim, found: Mapping[str, Any]) -> str:
 
 
 def decided_interval(claim: Claim, comparison: Mapping[str, Any]) -> str:
-    """The interval that decides, with its confidence where it has one; empty where there is no interval."""
+    """The interval that decides, with its confidence where it has one; empty where there is no interval.
+
+    One that is infinite both ways, as of an exact test with too few seeds for its level, is named as such.
+    """
     if comparison["level"] is None and comparison["low"] is None:
         return ""
+    if comparison["low"] is None and comparison["high"] is None:
+        return f"no bound ({confidence(comparison['level'])})"
     text = interval(claim, comparison)
     return text if comparison["level"] is None else f"{text} ({confidence(comparison['level'])})"
 
