@@ -90,5 +90,22 @@ def test_the_smallest_effect_is_that_of_the_level_which_the_claim_faces():
     assert other.problems and other.effect is None
 
 
+def test_a_comparison_without_runs_is_named_where_others_of_the_claim_have_theirs():
+    run = papers.runs("halo", papers.load("halo", ROOT / "params.yaml", "digits"))[0]
+    runs = [run_of(run, variant, seed) for variant in ("new", "old") for seed in range(6)]
+    made = claim(id="A", control=[{"variant": "old"}, {"variant": "absent"}], targets=[0.9])
+    (one,) = foreseen.foreseen("demo", runs, claims.ClaimsFile("demo", (made,), "", None))
+    assert (one.comparisons, one.seeds) == (2, 6)
+    assert len(one.problems) == 1 and "no run of absent" in one.problems[0]
+
+
+def test_too_few_seeds_for_any_verdict_are_named():
+    run = papers.runs("halo", papers.load("halo", ROOT / "params.yaml", "digits"))[0]
+    runs = [run_of(run, variant, seed) for variant in ("new", "old") for seed in range(3)]
+    (one,) = foreseen.foreseen("demo", runs, claims.ClaimsFile("demo", (claim(id="A"),), "", None))
+    assert (one.seeds, one.effect) == (3, None)
+    assert one.problems == ("too few seeds: no verdict from fewer than 5",)
+
+
 def run_of(run, variant, seed):
     return replace(run, variant=variant, seed=seed, target=0.9, needs=())

@@ -14,7 +14,7 @@ from common.stage.scheduler import in_order
 from common.statistics import claims, inference
 from common.statistics.comparisons import find
 from common.statistics.deciding import REPLICATED, Judged, families
-from common.statistics.records import Records
+from common.statistics.records import Records, place
 from common.statistics.soundness import absent
 from common.statistics.testing import FEWEST_PAIRS
 
@@ -23,7 +23,7 @@ from common.statistics.testing import FEWEST_PAIRS
 class Foreseen:
     """Of one claim in one profile.
 
-    comparisons: how many it makes. seeds: of each. level: that it faces for `replicated` before others of its role are.
+    comparisons: how many it makes. seeds: of each that has runs. level: that it faces for `replicated` before others of its role are.
     effect: the smallest mean difference, in standard deviations of a pair, that is shown with power 0.8 then; None for
     tests of another kind. problems: what is not run.
     """
@@ -47,13 +47,18 @@ def foreseen(paper: str, runs: Sequence[Run], file: claims.ClaimsFile) -> list[F
             one.level = {REPLICATED: family.level(one, REPLICATED)}
     found = []
     for one in judged:
-        usable = [comparison for comparison in one.comparisons if comparison.problem is None]
-        if one.claim.deviation and not usable:
-            continue
-        problems = [comparison.problem for comparison in one.comparisons if comparison.problem]
-        problems += [missing for comparison in usable for missing in absent(comparison, records)]
         unseen = records.above(one.claim.seen)
+        possible = [comparison for comparison in one.comparisons if comparison.problem is None]
+        if one.claim.deviation and not possible:
+            continue
+        lacking = [q for comparison in possible for q in comparison.quantities if not unseen.seeds(q)]
+        usable = [comparison for comparison in possible if not set(lacking) & set(comparison.quantities)]
+        problems = [comparison.problem for comparison in one.comparisons if comparison.problem]
+        problems += [f"no run of {place(quantity)}" for quantity in lacking]
+        problems += [missing for comparison in usable for missing in absent(comparison, records)]
         seeds = min((len(unseen.seeds(q)) for c in usable for q in c.quantities), default=0)
+        if 0 < seeds < FEWEST_PAIRS:
+            problems.append(f"too few seeds: no verdict from fewer than {FEWEST_PAIRS}")
         level = one.level.get(REPLICATED)
         effect = None
         if level and seeds >= FEWEST_PAIRS and one.claim.test not in ("sign", "diversity", "count"):
