@@ -337,7 +337,8 @@ class Profile(Strict):
         return self.seeds.planned_for(count) if self.seeds else (count,)
 
 
-class _NoDuplicates(yaml.SafeLoader):
+# LibYAML, where PyYAML was built with it, reads these files ten times as fast
+class _NoDuplicates(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML in which a key given twice is an error instead of a silent overwrite."""
 
 

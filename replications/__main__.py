@@ -28,6 +28,12 @@ def _time_budget(text: str) -> float:
     return time.time() + float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+def _begun(paper: str, profile: str | None) -> bool:
+    """Whether runs of the paper are kept here, in any profile if None: there may be nothing left to train then, and if
+    there is, workers are there some seconds later."""
+    return any(Path(".runs").glob(f"{profile or '*'}/{paper}"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m replications", description=__doc__)
@@ -91,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     take.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     options = parser.parse_args(arguments)
     processes.set_environment()
-    if options.command in ("run", "decide"):
+    if options.command == "decide" or options.command == "run" and not _begun(options.paper, options.profile):
         processes.prepare()
     # this loads torch, as the process that was just started does beside it
     from replications import commands

@@ -21,7 +21,7 @@ from common.core.run import Cell
 from common.core.trainer import Trainer
 from common.predictions import unpacked
 from common.settings import DatasetSettings, ExecutionSettings
-from common.stage import partial
+from common.stage import partial, processes
 from common.stage.scheduler import execute, in_order
 from common.stage.store import (
     OutOfTime,
@@ -32,6 +32,8 @@ from common.stage.store import (
     load_checked,
     save_checked,
 )
+from replications import commands
+from replications.__main__ import main
 from replications.equal_footing.protocol import Dense
 
 pytestmark = pytest.mark.slow
@@ -132,8 +134,10 @@ def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(project):
     assert "made to fail" in result.stderr
 
 
-def test_a_run_that_kills_its_worker_fails_alone(project):
-    params(project, example={"fails": ["kill:dense-1"]})
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_kills_its_worker_fails_alone(project, workers):
+    execution = {"device": "cpu", "precision": "float32", "threads": 1, "workers": workers}
+    params(project, execution=execution, example={"fails": ["kill:dense-1"]})
     result = run(project, *STAGE)
     assert result.returncode == 0, result.stderr
     records = {_identity(r): r for r in _records(project)}
@@ -146,6 +150,19 @@ def test_a_run_that_kills_its_worker_fails_alone(project):
     status = {name: r["status"] for name, r in records.items()}
     assert status.pop(("dense", 0.0, 1)) == "failed" and status.pop(("pruned", 0.9, 1)) == "failed"
     assert set(status.values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "kept, early", [("digits/halo", False), ("digits/imp_slr", True), ("other/halo", True)]
+)
+def test_workers_are_prepared_at_once_where_no_run_is_kept(tmp_path, monkeypatch, kept, early):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".runs" / kept).mkdir(parents=True)
+    prepared = []
+    monkeypatch.setattr(processes, "prepare", lambda: prepared.append(True))
+    monkeypatch.setattr(commands, "run_paper", lambda *arguments: None)
+    assert main(["run", "halo", "--profile", "digits"]) == 0
+    assert prepared == [True] * early
 
 
 def test_a_run_without_memory_beside_others_is_done_alone(project):

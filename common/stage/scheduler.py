@@ -281,11 +281,14 @@ class _Scheduler:
         return ProcessPoolExecutor(workers, start, initializer=_start_worker, initargs=(self.execution,))
 
     def _drain(self, pool: Executor, workers: int, waiting: list[Run]) -> None:
+        # one run waits in the pool, so that a worker that is free goes on while this process records what it did; a
+        # single worker has none beside the one that may kill it
+        most = workers + 1 if workers > 1 else 1
         while waiting or self.running:
             if self.budget.spent:
                 waiting.clear()
             ready = (run for run in waiting if all(need.settings_hash in self.entries for need in run.needs))
-            for run in list(itertools.islice(ready, workers - len(self.running))):
+            for run in list(itertools.islice(ready, most - len(self.running))):
                 waiting.remove(run)
                 keep = run.settings_hash in self.needed
                 future = pool.submit(_work, run, self.store, self.execution, keep, self.budget)

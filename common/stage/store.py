@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import ValidationError
@@ -244,7 +245,12 @@ def data_settings(run: Run) -> list[DatasetSettings]:
 
 def data_prints(run: Run) -> list[str]:
     """The fingerprints of the run's data sets."""
-    return [loading.fingerprint(data) for data in data_settings(run)]
+    if run not in _prints:
+        _prints[run] = [loading.fingerprint(data) for data in data_settings(run)]
+    return list(_prints[run])
+
+
+_prints: WeakKeyDictionary[Run, list[str]] = WeakKeyDictionary()
 
 
 # ---------------------------------------------------------------------------------------------- code
