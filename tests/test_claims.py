@@ -287,7 +287,8 @@ def command(*arguments):
 
 @pytest.mark.slow
 def test_the_command_judges_files_and_folders_alike(tmp_path, capsys):
-    claims_of_demo = claims_file(tmp_path / "replications/demo", GOOD)
+    headline = {"role": "headline", "source": "abstract", "matters_from": "a reader's need"}
+    claims_of_demo = claims_file(tmp_path / "replications/demo", GOOD | headline)
     file = records_file(tmp_path / "results")
     (tmp_path / "results/demo.curves.jsonl").write_text('{"settings_hash": "a", "curves": []}\n')
     out, metrics, other = (tmp_path / name for name in ("new/verdicts.json", "metrics.json", "other.json"))
@@ -303,9 +304,9 @@ def test_the_command_judges_files_and_folders_alike(tmp_path, capsys):
     assert paper["claims_digest"] == hashlib.sha256(claims_of_demo.read_bytes()).hexdigest()
     (claim,) = paper["claims"]
     assert claim["verdict"] == "replicated" and claim["statement"] == GOOD["statement"]
-    short = json.loads(metrics.read_text())["demo"]
-    assert short["replicated"] == 1 and short["not_tested"] == 0
-    assert short["H1"]["estimate"] == claim["comparisons"][0]["estimate"]
+    short = json.loads(metrics.read_text())
+    assert short["headlines"] == {"replicated": 1, "contradicted": 0, "open": 0, "not_tested": 0}
+    assert short["demo"]["H1"] == pytest.approx(claim["comparisons"][0]["estimate"], rel=1e-3)
 
 
 def test_floats_are_written_with_ten_digits_and_nothing_that_is_not_a_number(tmp_path):
