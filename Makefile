@@ -52,7 +52,7 @@ types: setup
 	$(BIN)/mypy
 
 report: checkout setup
-	$(BIN)/dvc repro --single-item --force statistics report
+	$(BIN)/dvc repro --single-item --force settings statistics report
 
 mlflow: setup
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT) --workers 1

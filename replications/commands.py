@@ -205,7 +205,7 @@ def import_results(folder: Path, only: Sequence[str], params: str, unfinished: b
         if stage.unfinished:
             print(
                 f"{stage.paper} is not complete, so DVC is not told of it and `dvc repro {stage.paper}` trains: "
-                f"{plan.CONTINUES}. `dvc repro --single-item --force statistics report` judges what is there",
+                f"{plan.CONTINUES}. `dvc repro --single-item --force settings statistics report` judges what is there",
                 file=sys.stderr,
             )
 

@@ -13,8 +13,14 @@ from common.stage import foreseen, papers
 from common.statistics import claims, inference
 from tests.made_up import claim
 
-IMAGES = {"mnist": (28, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100), "svhn": (32, 3, 10)}
-"""Of the sources that are not embedded: height, channels, classes."""
+IMAGES = {
+    "npz": (8, 1, 50),
+    "mnist": (28, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "svhn": (32, 3, 10),
+}
+"""Of the sources that are not embedded (`npz`: the drawn corpus): height, channels, classes."""
 COUNT = 50_000
 
 
@@ -67,12 +73,12 @@ def test_headlines_have_their_runs_in_the_profiles_that_are_run(paper, profile, 
 
 
 @pytest.mark.parametrize("paper", papers.papers())
-def test_no_claim_of_the_embedded_profile_lacks_runs(paper):
+def test_no_claim_of_the_embedded_profile_lacks_runs(paper, stand_ins):
     assert [one for one in foreseen_in(paper, "digits") if one.problems] == []
 
 
 @pytest.mark.parametrize("paper", [paper for paper in papers.papers() if paper != "equal_footing"])
-def test_each_deviation_is_measured_in_the_profile_of_deviations(paper):
+def test_each_deviation_is_measured_in_the_profile_of_deviations(paper, stand_ins):
     file = claims.read(ROOT / "replications" / paper / claims.CLAIMS_FILE)
     named = {one.id for one in file.claims if one.deviation}
     found = {one.claim: one for one in foreseen_in(paper, "digits-deviations")}

@@ -39,7 +39,11 @@ def project(tmp_path):
         shutil.copytree(ROOT / name, found / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "tests/conftest.py", found / "tests")
     add_example(found)
-    params(found, example={"seeds": [0, 1, 2]}, halo={"training": {"epochs": 1, "milestones": []}})
+    params(
+        found,
+        example={"seeds": [0, 1, 2]},
+        halo={"training": {"epochs": 2, "milestones": []}, "fine_tuning_epochs": 1},
+    )
     (found / "sitecustomize.py").write_text(BARE)
     return found
 

@@ -202,7 +202,7 @@ def test_dvc_does_not_take_it_for_complete(project, folder):
     for command in (["git", "init", "-q"], ["git", "add", "-A"]):
         assert run(project, *command).returncode == 0
     assert replications(project, "import", str(folder), "--partial").returncode == 0
-    judged = run(project, "dvc", "repro", "--single-item", "--force", "statistics")
+    judged = run(project, "dvc", "repro", "--single-item", "--force", "settings", "statistics")
     assert judged.returncode == 0, judged.stderr
     assert "example" in json.loads((project / "reports/digits/verdicts.json").read_text())["papers"]
     repro = run(project, "dvc", "repro", "example")

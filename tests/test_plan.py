@@ -182,7 +182,8 @@ def _command(project, *command):
 def _cells(result, stage="example"):
     """Runs, done and epochs of a stage."""
     assert result.returncode == 0, result.stderr
-    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
+    table = result.stdout.split("\n\n")[1]  # below it, what open claims need
+    rows = {line.split()[0]: line.split() for line in table.splitlines()}
     return tuple(rows[stage][1:4])
 
 

@@ -263,7 +263,10 @@ def _predictions(records: Sequence[Record], content: bytes, file: Path) -> dict[
 
 def _loses_nothing(stage: Imported, results: Path) -> None:
     """Raises StageError if results here hold finished runs, of those that are listed, that a stage lacks."""
-    here = recorded(results, stage.profile, stage.paper, stage.environment["code"])
+    try:
+        here = recorded(results, stage.profile, stage.paper, stage.environment["code"])
+    except SettingsError:
+        return  # damaged files hold nothing, and these take their place
     taken = {entry.record.settings_hash for entry in stage.entries}
     if here and (lost := (here.hashes & stage.listed) - taken):
         unfinished = f", of which {stage.unfinished} runs are not finished" if stage.unfinished else ""
