@@ -1,6 +1,7 @@
 # make repro    set up, then run the whole pipeline: training, statistics, report
 # make decide   the reference results: profile digits-decided, more seeds for what is open (TIME=2h stops, and again goes on)
 # make test     set up, then run the tests
+# make test-long  set up, then run the few tests that it leaves out: kills and stops between looks, again and again
 # make check    set up, then lint, types and the fast tests: what to run before a commit
 # make report   draw figures and page again from the records, without training
 # make mlflow   browse every run in the MLflow UI
@@ -26,7 +27,7 @@ export DO_NOT_TRACK = true
 # one process per core is faster than threads for small networks, and threads must not spin while others work
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro decide test check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
+.PHONY: repro decide test test-long check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
 
 repro: checkout setup
 	$(BIN)/dvc repro
@@ -39,7 +40,10 @@ decide: checkout setup
 	@echo "report: reports/$(PROFILE)/index.html"
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist worksteal tests
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long" tests
+
+test-long: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long tests
 
 check: lint types
 	$(BIN)/python -m pytest -n auto --dist worksteal -m fast tests

@@ -173,6 +173,7 @@ def test_a_raised_count_trains_only_what_is_new(project, whole):
     assert before.items() <= _kept(project).items()
 
 
+@pytest.mark.long
 def test_decide_runs_judges_and_draws_and_the_plan_says_what_is_missing(finished):
     decided = replications(finished, "decide", "--profile", "digits")
     assert decided.returncode == 0, decided.stderr
@@ -193,6 +194,7 @@ def test_decide_runs_judges_and_draws_and_the_plan_says_what_is_missing(finished
 # ------------------------------------------------------------------------------------------ interrupted
 
 
+@pytest.mark.long
 def test_ten_kills_inside_and_between_looks_change_no_byte(project, whole):
     variables = environment(PYTHONPATH=str(project))
     kills = 0
@@ -219,6 +221,7 @@ def test_ten_kills_inside_and_between_looks_change_no_byte(project, whole):
     assert not (project / "results/partial/digits/example.jsonl").exists()
 
 
+@pytest.mark.long
 def test_a_stop_between_looks_leaves_the_look_before(project):
     # the time is over before the second look begins
     (project / "sitecustomize.py").write_text(
@@ -249,6 +252,7 @@ def test_records_count_as_done_where_nothing_else_is_left(finished, whole):
     assert about["seconds"] == json.loads((whole / BESIDE).read_text())["seconds"] and time.time() > begun
 
 
+@pytest.mark.long
 def test_a_network_is_trained_again_only_for_what_starts_from_it(finished, whole):
     shutil.rmtree(finished / ".runs")
     _plan(finished, count=11, looks=(5, 7, 11))  # two more seeds, whose dense networks are new
@@ -371,6 +375,7 @@ def test_one_look_needs_no_scipy(without):
     assert _seeds(without) == dict.fromkeys(BOUGHT, 5)
 
 
+@pytest.mark.long
 def test_without_scipy_the_first_look_is_trained_and_then_what_is_listed(without, tmp_path):
     stopped = _done(without)
     assert "scipy" in stopped.stderr and "python -m replications open example > FILE" in stopped.stderr
@@ -387,6 +392,7 @@ def test_without_scipy_the_first_look_is_trained_and_then_what_is_listed(without
     assert replications(elsewhere, "open", "example").stdout == ""
 
 
+@pytest.mark.long
 def test_a_wrong_list_is_named(project):
     for text, message in (
         ("", "list: names no run"),
@@ -400,6 +406,7 @@ def test_a_wrong_list_is_named(project):
         assert wrong.returncode == 2 and message in wrong.stderr
 
 
+@pytest.mark.long
 def test_a_list_alone_is_not_a_whole_stage(project, whole, tmp_path):
     listed = [run for run in _records(whole) if run["seed"] >= 105]
     (project / "list").write_text("\n".join(json.dumps(run) for run in listed))
