@@ -269,6 +269,7 @@ def test_a_network_is_trained_again_only_for_what_starts_from_it(finished, whole
     assert len(list((finished / ".runs/digits/example").glob("*.pt"))) == 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["code", "settings", "execution", "damage", "torch"])
 def test_a_record_of_something_else_does_not_count(finished, change):
     shutil.rmtree(finished / ".runs")
@@ -301,6 +302,7 @@ def _rewritten(project, change, **beside):
     (project / BESIDE).write_text(json.dumps({**about, **beside}))
 
 
+@pytest.mark.long
 def test_an_imported_record_is_not_trained_again(base, finished, tmp_path):
     machine = {"device": "a GPU", "cores": 1, "system": "Linux"}
     _rewritten(finished, lambda r: {**r, "device": "cuda", "precision": "bfloat16"}, machine=machine)

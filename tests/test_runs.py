@@ -330,6 +330,7 @@ def test_two_trainers_of_a_run_keep_their_states_apart(tmp_path, monkeypatch):
     assert not (tmp_path / "run.part").exists()
 
 
+@pytest.mark.long
 def test_a_spent_time_budget_stops_between_runs_and_the_stage_goes_on_later(project):
     params(project, example={"seconds": 3.0})
     for seconds in range(4, 80, 4):  # how long a process takes to start is not known
