@@ -16,6 +16,7 @@ import numpy as np
 
 matplotlib.use("agg")
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -101,6 +102,23 @@ def look_of(index: int | None) -> dict[str, Any]:
     }
 
 
+def legend(
+    figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int, **spacing: float
+) -> None:
+    """A legend at the foot of a figure, in so many columns. spacing: as of matplotlib's legend."""
+    figure.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0.08 / WIDTH, 0.02 / figure.get_figheight()),
+        ncol=columns,
+        borderpad=0.1,
+        borderaxespad=0.0,
+        fontsize=7.5,
+        **spacing,
+    )
+
+
 def blank(
     panel: Panel, height: float, labels: Sequence[str], looks: Sequence[int | None]
 ) -> tuple[Figure, float]:
@@ -111,19 +129,7 @@ def blank(
     figure = Figure(figsize=(WIDTH, bottom + height + top_of(panel)), facecolor="none")
     title(figure, panel)
     handles = [Line2D([], [], **look_of(look)) for look in looks]
-    figure.legend(
-        handles,
-        labels,
-        loc="lower left",
-        bbox_to_anchor=(0.08 / WIDTH, 0.02 / figure.get_figheight()),
-        ncol=columns,
-        handlelength=2.6,
-        columnspacing=1.2,
-        labelspacing=0.25,
-        borderpad=0.1,
-        borderaxespad=0.0,
-        fontsize=7.5,
-    )
+    legend(figure, handles, labels, columns, handlelength=2.6, columnspacing=1.2, labelspacing=0.25)
     return figure, bottom
 
 

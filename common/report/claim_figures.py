@@ -8,7 +8,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from common.report.canvas import BOTTOM, GRID, INK, MUTED, PALETTE, ROW, WIDTH, log_ticks, title, top_of
+from common.report.canvas import (
+    BOTTOM,
+    GRID,
+    INK,
+    MUTED,
+    PALETTE,
+    ROW,
+    WIDTH,
+    legend,
+    log_ticks,
+    title,
+    top_of,
+)
 from common.report.panels import VERDICTS, ClaimPanel
 
 VERDICT_LOOKS = {
@@ -97,18 +109,7 @@ def effects(panel: ClaimPanel) -> Figure:
     if panel.paper_value is not None:
         handles.append(Line2D([], [], color=PALETTE[4], linewidth=1.4, linestyle=(0, (1, 1))))
         labels.append("paper's number")
-    figure.legend(
-        handles,
-        labels,
-        loc="lower left",
-        bbox_to_anchor=(0.08 / WIDTH, 0.02 / whole),
-        ncol=5,
-        handlelength=1.6,
-        columnspacing=1.0,
-        borderpad=0.1,
-        borderaxespad=0.0,
-        fontsize=7.5,
-    )
+    legend(figure, handles, labels, 5, handlelength=1.6, columnspacing=1.0)
     return figure
 
 
