@@ -168,10 +168,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Needed:
-    """A finished run that another one starts from: its record and what it kept for others."""
+    """A finished run that another one starts from: its record, what it kept for others, and its curves."""
 
     record: Record
     state: dict[str, Any] = field(default_factory=dict)
+    curves: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Generic, Literal, Self, TypeVar
 from pydantic import model_validator
 
 from common.core.failures import Diverged
-from common.core.run import Context, Job
+from common.core.recipe import Recipe
+from common.core.run import Context, Job, Outcome
 from common.records import TRIAL, Record
 from common.settings import PaperSettings, Seeds, parts
 
@@ -63,6 +64,27 @@ class Tuned(Generic[Option]):
             else None
             for found in records
         ]
+
+
+class Chosen(Job):
+    """The best of a variant's trials, as it is: nothing is trained again.
+
+    choice: from runs at this one's target, each of which left its network; they may be tried at other targets as well.
+    training: of the networks; only its batch size and the like play a role.
+    """
+
+    choice: Tuned[Job]
+    training: Recipe
+
+    def execute(self, context: Context) -> Outcome:
+        best = context.of(self.choice.chosen(context))
+        model = context.network()
+        model.load_state_dict(best.state["model"])
+        outcome = context.measured(self.training.trainer(context, model))
+        outcome.metrics = {**best.record.metrics, **outcome.metrics}
+        outcome.details |= best.record.details
+        outcome.curves = best.curves
+        return outcome
 
 
 def tuned(

@@ -78,7 +78,7 @@ def perform(
 def _needed(need: Run, store: Store) -> Needed:
     if (entry := store.load(need)) is None:
         raise StageError(f"{need} is no longer in {store.folder}; the same command does it again")
-    return Needed(entry.record, store.state(need) or {})
+    return Needed(entry.record, store.state(need) or {}, entry.curves)
 
 
 def _ended(context: Context) -> Outcome | Failed:

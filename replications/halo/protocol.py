@@ -24,7 +24,7 @@ from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.recipe import NotNegative, Recipe
 from common.core.run import Context, Job, Outcome
 from common.core.trainer import Trainer
-from common.core.tuning import Tuned
+from common.core.tuning import Chosen, Tuned
 from common.records import TRIAL
 from common.settings import Count, Rate, SettingsError, Strict
 from replications.halo import measures, method
@@ -174,9 +174,12 @@ class Settings(VariantSettings):
         for name, found in TRAINED.items():
             if name in self.wanted and found.grid and getattr(self.trials, found.grid) is None:
                 raise ValueError(f"variants.{name} needs trials.{found.grid}")
-        if self.fine_tuning_epochs >= self.training.epochs:
+        starts = {found.start for name, found in FINE_TUNED.items() if name in self.wanted}
+        shortened = any(TRAINED[name].shortened for name in {*starts, *self.wanted} & {*TRAINED})
+        if shortened and self.fine_tuning_epochs >= self.training.epochs:
             raise ValueError(
-                f"fine_tuning_epochs must be fewer than the {self.training.epochs} epochs of training"
+                f"fine_tuning_epochs must be fewer than the {self.training.epochs} epochs of training, which "
+                "magnitude-equal-budget has fewer of"
             )
         if self.training.schedule != "multistep" or self.training.warmup_epochs:
             raise ValueError("training.schedule must be multistep without a warm-up")
@@ -327,21 +330,6 @@ class FineTune(Job):
 FineTune.model_rebuild()
 
 
-class Chosen(Job):
-    """The best of a variant's trials at a target, as it is."""
-
-    trials: Tuned[Mask | FineTune]
-    training: Recipe
-
-    def execute(self, context: Context) -> Outcome:
-        best = context.of(self.trials.chosen(context))
-        trainer = _restored(self.training, context, best.state["model"])
-        outcome = context.measured(trainer)
-        outcome.metrics = {**best.record.metrics, **outcome.metrics}
-        outcome.details |= best.record.details
-        return outcome
-
-
 def _restored(recipe: Recipe, context: Context, weights: dict[str, Any]) -> Trainer:
     model = context.network()
     model.load_state_dict(weights)
@@ -433,7 +421,7 @@ class Experiment(experiment.Experiment[Settings]):
         if len(found) == 1:
             return found[0]
         choice = Tuned(found, tuple((trial,) for trial in found))
-        return self.job(Chosen, variant, seed, target, trials=choice)
+        return self.job(Chosen, variant, seed, target, choice=choice)
 
 
 def _names(variant: str, count: int) -> list[str]:

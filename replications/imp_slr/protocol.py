@@ -21,7 +21,7 @@ from common.core.pruning.masks import Allocation, Infeasible, KeepMasked, Masks,
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context, Job, Outcome
 from common.core.trainer import Trainer
-from common.core.tuning import Tuned, TuningSettings, tuned
+from common.core.tuning import Chosen, Tuned, TuningSettings, tuned
 from common.settings import Count, Rate, Seeds, SettingsError, Strict
 from replications.imp_slr import measures, method
 from replications.imp_slr.during import Baseline, DuringSettings, Preparing, Swept
@@ -214,12 +214,15 @@ class PruneDuring(Job):
         trainer.fit(own.rates(len(trainer.batches)), self.method)
         masks = hook.finish(trainer)
         if self.pruning is None:
-            return _measured(context, trainer, recipe, self.training)
-        trainer.add_hook(KeepMasked(masks))
-        trainer.fresh_optimizer(momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        before = trainer.evaluate(Batches(context.data, "test"))["accuracy"]
-        cycles, metrics = self.pruning.done(context, trainer, masks, self.target, recipe, before)
-        return _measured(context, trainer, recipe, self.training, cycles, metrics)
+            outcome = _measured(context, trainer, recipe, self.training)
+        else:
+            trainer.add_hook(KeepMasked(masks))
+            trainer.fresh_optimizer(momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+            before = trainer.evaluate(Batches(context.data, "test"))["accuracy"]
+            cycles, metrics = self.pruning.done(context, trainer, masks, self.target, recipe, before)
+            outcome = _measured(context, trainer, recipe, self.training, cycles, metrics)
+        outcome.state = {"model": trainer.model.state_dict()}
+        return outcome
 
 
 class PruneAndRetrain(Job):
@@ -378,7 +381,7 @@ class Experiment(experiment.Experiment[Settings]):
             else:
                 yield from self.trained(name, options, seed)
 
-    def trained(self, name: str, options: Baseline, seed: int) -> Iterator[PruneDuring]:
+    def trained(self, name: str, options: Baseline, seed: int) -> Iterator[Job]:
         """One with a target, at the learning rate that is best over all targets."""
         shared = {"cell": self.cell, "method": name, "method_options": options}
         epochs, cuts = self.settings.total_epochs, self.settings.cuts("during")
@@ -390,8 +393,13 @@ class Experiment(experiment.Experiment[Settings]):
             return tuple(PruneDuring(**identity, target=target, **shared) for target in cuts)
 
         training = tuned(self.settings, seed, name, self.recipes(epochs=epochs), trial)
-        for target in cuts:
-            yield PruneDuring(variant=name, target=target, seed=seed, training=training, **shared)
+        for number, target in enumerate(cuts):
+            if training.trials and self.settings.tuning == "per_seed":
+                # a trial is what the chosen learning rate gives
+                choice = Tuned(tuple(jobs[number] for jobs in training.trials), training.trials)
+                yield self.job(Chosen, name, seed, target, choice=choice)
+            else:
+                yield PruneDuring(variant=name, target=target, seed=seed, training=training, **shared)
 
     def swept(self, name: str, options: Swept, seed: int) -> Iterator[Job]:
         """One without a target with each of its values, and IMP at the sparsity that it reached."""

@@ -70,7 +70,7 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Settings(VariantSettings):
-    """Settings of the paper; the defaults are those of the 8x8 digits."""
+    """Settings of the paper; the defaults fit the 8x8 digits."""
 
     cells: Cells = (CellSettings(architecture="digits_vgg"),)
     targets: Cuts = (0.5, 0.8)
