@@ -14,7 +14,7 @@ from project import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command
-from benchmarks import comparisons, isolation, measuring
+from benchmarks import comparisons, isolation, measuring, profiles
 from benchmarks.bench import BATCH, Bench, random_images, result
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.loops import TensorBatches
@@ -24,7 +24,7 @@ from common.core.loading import load
 from common.core.models import build
 from common.records import Entry, Record
 from common.settings import DatasetSettings
-from common.stage import processes
+from common.stage import papers, processes
 
 pytestmark = pytest.mark.slow
 
@@ -231,3 +231,15 @@ def test_wrong_data_ends_with_one_line(tmp_path, monkeypatch, capsys):
     assert command.main(["--data", str(tmp_path / "absent.npz"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "absent.npz" in error and error.count("\n") == 1
+
+
+def test_a_profile_s_networks_are_measured_as_its_stages_train_them(tmp_path):
+    profile = papers.load("imp_slr", profile="digits")
+    found = profiles.trained(profile, "imp_slr")
+    assert [one.label for one in found] == ["mlp, batches of 64", "digits_cnn_strided, batches of 64"]
+    measured = profiles.share_of_bare_step(profile, found[0], rounds=2)
+    assert measured["steps"] == 10 and set(measured["sides"]) == {"bare step", "core"}
+    assert profiles.core_seconds(tmp_path, "digits", "imp_slr") is None
+    (tmp_path / "environment" / "digits").mkdir(parents=True)
+    (tmp_path / "environment" / "digits" / "imp_slr.json").write_text('{"seconds": {"a": 1.25, "b": 0.5}}')
+    assert profiles.core_seconds(tmp_path, "digits", "imp_slr") == {"runs": 2, "core_seconds": 1.8}

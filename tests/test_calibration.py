@@ -121,7 +121,15 @@ def test_the_page_shows_what_misses_its_goal(tmp_path):
     assert [entry["missed"] for entry in content[:2]] == [["replicated"], []]
     readme = (tmp_path / "README.md").read_text()
     assert "| superiority, truth 0 | normal | **30.0** / 3.0 |" in readme
+    assert (
+        "- 100 papers of one comparison (superiority, truth 0, normal), judged by looks at 8, 16, 32, 64: 4.00"
+        in readme
+    )
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
+
+
+def test_a_cell_may_have_a_number_of_papers_of_its_own():
+    assert settled(Cell("null", NULLS[4], "normal", papers=30), 20).papers in (30, 30 * AGAIN)
 
 
 def test_what_diverges_is_shifted_like_all_other_outcomes_of_its_arm():

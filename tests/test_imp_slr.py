@@ -530,6 +530,17 @@ def test_a_learning_rate_is_tuned_with_each_seed_where_the_profile_says_so():
         assert {need.seed for need in run.needs} <= {run.seed}
 
 
+def test_a_trial_with_the_seed_of_the_run_is_not_trained_again(tmp_path):
+    settings = DURING | {"learning_rates": [1e-4, 0.1], "tuning": "per_seed", "during": {"dpf": {}}}
+    found = outcomes(profile(**settings), tmp_path)
+    for name in ("gmp", "dpf"):
+        run, trial = found[name], found[f"tuning-{name}-1"]
+        assert run["record"]["settings"]["job"] == "Chosen"
+        for what in ("metrics", "details", "cost", "predictions"):
+            assert run["record"][what] == trial["record"][what]
+        assert run["curves"] == trial["curves"]
+
+
 def test_each_method_is_tuned_with_as_many_pruned_networks_over_the_same_targets():
     settings = {"targets": [0.5, 0.7, 0.9], "at": {"during": [0.5, 0.7]}, "during": {}}
     settings |= {"learning_rates": [0.01, 0.1, 0.3], "tuning_seeds": [50]}

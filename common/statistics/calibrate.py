@@ -43,7 +43,11 @@ def simulate(cell: Cell, papers: int, stream: int = 0) -> Result:
 
 
 def settled(cell: Cell, papers: int) -> Result:
-    """The cell's result. One above its goal is told from chance by more papers, which are new ones."""
+    """The cell's result, of its own number of papers or of this one.
+
+    One above its goal is told from chance by more papers, which are new ones.
+    """
+    papers = cell.papers or papers
     if cell.kind == "power":
         return simulate(cell, AGAIN * papers)
     result = simulate(cell, papers)

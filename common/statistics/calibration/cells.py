@@ -155,6 +155,8 @@ class Design:
 FIXED = tuple(Design(n) for n in (5, 8, 16, 32, 64))
 LOOKED = Design(64, (8, 16, 32, 64))
 FIVE, EIGHT = FIXED[:2]
+SERIES = 20_000
+"""Papers on the null that are judged look by look: what looking again and again could spoil is told to a third of a percent."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of paper. kind: `null`, `power`, or `shown` for what has no goal; power: the goal, if any."""
+    """One kind of paper. kind: `null`, `power`, or `shown` for what has no goal; power: the goal, if any.
+
+    papers: how many are made up, where not as many as of other cells.
+    """
 
     kind: str
     question: Question
@@ -195,11 +200,12 @@ class Cell:
     design: Design = EIGHT
     family: Family = Family()
     power: float | None = None
+    papers: int | None = None
 
     @property
     def size(self) -> int:
-        """Comparisons times seeds."""
-        return self.family.size * self.design.seeds
+        """Comparisons times seeds, of as many papers as other cells have or of its own."""
+        return self.family.size * self.design.seeds * (self.papers or 1)
 
     @property
     def key(self) -> str:
@@ -212,7 +218,9 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """All cells, in the order of the tables."""
     for question, outcome in itertools.product(NULLS, EQUAL):
-        yield from (Cell("null", question, outcome, design) for design in _designs(question, outcome))
+        for design in _designs(question, outcome):
+            looked = question is NULLS[0] and outcome == "normal" and design is LOOKED
+            yield Cell("null", question, outcome, design, papers=SERIES if looked else None)
     several = [question for question in NULLS if question.test not in ("threshold", "trend")]
     for outcome, many, question in itertools.product(("normal", "collapsing", "diverging"), (3, 9), several):
         if (outcome, many) != ("diverging", 9):
@@ -224,7 +232,7 @@ def cells() -> Iterator[Cell]:
     for question, power in POWERS:
         yield Cell("power" if power else "shown", question, "normal", power=power)
     holds, half = Question("superiority", 1, (REPLICATED,)), Question("superiority", 0.5, (REPLICATED,))
-    yield Cell("shown", half, "normal", LOOKED)
+    yield Cell("power", half, "normal", LOOKED, power=0.9)
     yield from (Cell("shown", holds, "collapsing", design) for design in (EIGHT, LOOKED))
     for question, outcome, design in itertools.product(NULLS, UNEQUAL, (EIGHT, LOOKED)):
         if len(question.answers) == 2 and question.test in ("superiority", "noninferiority", "equivalence"):
