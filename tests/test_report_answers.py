@@ -148,6 +148,9 @@ def test_each_figure_has_its_values_as_tidy_csv(project, verdicts):
     assert {row["of"] for row in rows} <= {f"seed {seed}" for seed in SEEDS}
     rows = list(csv.DictReader((project / "report/figures/gates-digits-vgg-target.csv").open()))
     assert len(rows) == 9 and set(rows[0]) == {"variant", "target", "seed", "test_accuracy"}
+    curves = list(csv.DictReader((project / "report/figures/gates-digits-vgg-training.csv").open()))
+    assert set(curves[0]) == {"variant", "seed", "epoch", "validation_accuracy", "train_loss"}
+    assert {row["seed"] for row in curves} == {row["seed"] for row in rows}
     for path in (project / "report" / "figures").glob("*.svg"):
         assert len(list(csv.reader(io.StringIO(path.with_suffix(".csv").read_text())))) > 1
 

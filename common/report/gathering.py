@@ -250,11 +250,11 @@ def cost_panel(
 def _curve_panels(
     stem: str, place: str, heading: str, cell: Mapping[str, Targets], look: Looks, curves: Curves
 ) -> list[Panel]:
-    chosen: dict[str, tuple[float, list[Sequence[Mapping[str, Any]]]]] = {}
+    chosen: dict[str, tuple[float, dict[int, Sequence[Mapping[str, Any]]]]] = {}
     for variant in look:
         for target, records in reversed(cell.get(variant, {}).items()):
-            runs = [curves[r.settings_hash] for r in records if len(curves.get(r.settings_hash, ())) > 1]
-            if runs:
+            found = {r.seed: curves.get(r.settings_hash, ()) for r in records}
+            if runs := {seed: run for seed, run in found.items() if len(run) > 1}:
                 chosen[variant] = (target, runs)
                 break
     if not chosen:
@@ -283,23 +283,29 @@ def _phases(curves: Sequence[Curve]) -> str:
     return f" ({'; or '.join(named)})" if 0 < len(named) <= 3 else ""
 
 
-def _curve(label: str, look: int | None, runs: Sequence[Sequence[Mapping[str, Any]]]) -> Curve:
-    longest = max(runs, key=len)
+def _curve(label: str, look: int | None, runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> Curve:
+    """runs: the rows of each seed's epochs."""
+    longest = max(runs.values(), key=len)
     epochs = list(range(0, len(longest), math.ceil(len(longest) / MOST_EPOCHS)))
     if epochs[-1] != len(longest) - 1:
         epochs.append(len(longest) - 1)
-    statistics = np.full((3, len(MEASURES), len(epochs)), np.nan)
-    for row, measure in enumerate(MEASURES):
-        scale = 100.0 if measure.endswith("accuracy") else 1.0
-        for column, epoch in enumerate(epochs):
-            values = [finite(run[epoch].get(measure)) for run in runs if epoch < len(run)]
-            known = [scale * value for value in values if value is not None]
-            if known:
-                statistics[:, row, column] = mean_interval(known)
+    values = np.full((len(runs), len(MEASURES), len(epochs)), np.nan)
+    for number, run in enumerate(runs.values()):
+        for row, measure in enumerate(MEASURES):
+            scale = 100.0 if measure.endswith("accuracy") else 1.0
+            for column, epoch in enumerate(epochs):
+                if epoch < len(run) and (value := finite(run[epoch].get(measure))) is not None:
+                    values[number, row, column] = scale * value
+    statistics = np.full((3, *values.shape[1:]), np.nan)
+    for place in np.ndindex(values.shape[1:]):
+        known = values[:, *place][~np.isnan(values[:, *place])]
+        if len(known):
+            statistics[:, *place] = mean_interval(known.tolist())
     phases: list[tuple[int, str]] = []
     for epoch, measurements in enumerate(longest):
         name = str(measurements.get("phase", ""))
         if not phases or phases[-1][1] != name:
             phases.append((epoch + 1, name))
     means, lows, highs = statistics
-    return Curve(label, look, tuple(epoch + 1 for epoch in epochs), means, lows, highs, tuple(phases))
+    shown = tuple(epoch + 1 for epoch in epochs)
+    return Curve(label, look, shown, tuple(runs), values, means, lows, highs, tuple(phases))

@@ -76,11 +76,16 @@ class CostPanel(Panel):
 
 @dataclass(frozen=True)
 class Curve:
-    """One variant's training: mean and interval of each measure, [measures, epochs], NaN where unknown."""
+    """One variant's training: each seed's measures, [seeds, measures, epochs], and their mean and interval, [measures, epochs].
+
+    NaN where unknown.
+    """
 
     label: str
     look: int | None
     epochs: tuple[int, ...]
+    seeds: tuple[int, ...]
+    values: np.ndarray
     means: np.ndarray
     lows: np.ndarray
     highs: np.ndarray

@@ -7,6 +7,8 @@ import functools
 import io
 from collections.abc import Iterator
 
+import numpy as np
+
 from common.report.panels import (
     ClaimPanel,
     CostPanel,
@@ -59,15 +61,12 @@ def _(panel: CostPanel) -> Iterator[dict[str, object]]:
 def _(panel: CurvesPanel) -> Iterator[dict[str, object]]:
     names = ("validation_accuracy", "train_loss")
     for curve in panel.curves:
-        for column, epoch in enumerate(curve.epochs):
-            row: dict[str, object] = {"variant": curve.label, "epoch": epoch}
-            for number, name in enumerate(names):
-                row |= {
-                    name: f"{curve.means[number, column]:.6g}",
-                    f"{name}_low": f"{curve.lows[number, column]:.6g}",
-                    f"{name}_high": f"{curve.highs[number, column]:.6g}",
-                }
-            yield row
+        for number, seed in enumerate(curve.seeds):
+            for column, epoch in enumerate(curve.epochs):
+                measured = curve.values[number, :, column]
+                if not np.isnan(measured).all():
+                    row = {"variant": curve.label, "seed": seed, "epoch": epoch}
+                    yield row | {name: f"{value:.6g}" for name, value in zip(names, measured, strict=True)}
 
 
 @_rows.register
