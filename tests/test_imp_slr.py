@@ -535,7 +535,7 @@ def test_a_trial_with_the_seed_of_the_run_is_not_trained_again(tmp_path):
     found = outcomes(profile(**settings), tmp_path)
     for name in ("gmp", "dpf"):
         run, trial = found[name], found[f"tuning-{name}-1"]
-        assert run["record"]["settings"]["job"] == "Chosen"
+        assert (run["record"]["paper"], run["record"]["settings"]["job"]) == ("imp_slr", "Chosen")
         for what in ("metrics", "details", "cost", "predictions"):
             assert run["record"][what] == trial["record"][what]
         assert run["curves"] == trial["curves"]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from common.core import experiment
+from common.core import experiment, tuning
 from common.core.experiment import Cells, CellSettings, Cuts, VariantSettings
 from common.core.failures import Unreachable
 from common.core.models import Network
@@ -24,7 +24,7 @@ from common.core.pruning.masks import KeepMasked, Layers, Masks, prunable
 from common.core.recipe import NotNegative, Recipe
 from common.core.run import Context, Job, Outcome
 from common.core.trainer import Trainer
-from common.core.tuning import Chosen, Tuned
+from common.core.tuning import Tuned
 from common.records import TRIAL
 from common.settings import Count, Rate, SettingsError, Strict
 from replications.halo import measures, method
@@ -328,6 +328,10 @@ class FineTune(Job):
 
 
 FineTune.model_rebuild()
+
+
+class Chosen(tuning.Chosen):
+    """The best of a variant's trials at a target, as it is."""
 
 
 def _restored(recipe: Recipe, context: Context, weights: dict[str, Any]) -> Trainer:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from common.core import experiment
+from common.core import experiment, tuning
 from common.core.data import Batches, Dataset
 from common.core.experiment import Cells, CellSettings, Cuts, ExperimentSettings
 from common.core.failures import Unreachable
@@ -21,7 +21,7 @@ from common.core.pruning.masks import Allocation, Infeasible, KeepMasked, Masks,
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context, Job, Outcome
 from common.core.trainer import Trainer
-from common.core.tuning import Chosen, Tuned, TuningSettings, tuned
+from common.core.tuning import Tuned, TuningSettings, tuned
 from common.settings import Count, Rate, Seeds, SettingsError, Strict
 from replications.imp_slr import measures, method
 from replications.imp_slr.during import Baseline, DuringSettings, Preparing, Swept
@@ -259,6 +259,10 @@ class PruneAndRetrain(Job):
                 f"{self.like.variant} reached a sparsity of {reached:g}: nothing to compare with"
             )
         return reached
+
+
+class Chosen(tuning.Chosen):
+    """The trial of a method at a target whose learning rate is best over all targets, as it is."""
 
 
 class BIMPInOneRun(Job):
