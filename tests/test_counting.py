@@ -137,8 +137,110 @@ def test_counting_leaves_the_network_as_it_was():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+class Sequence(nn.Module):
+    """A layer of 4 features that sees the 16 pixels of an image one after another."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        found = self.layer(*[x.flatten(2).mT] * (3 if isinstance(self.layer, nn.MultiheadAttention) else 1))
+        return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize(
+    "layer, kind, macs",
+    [
+        (nn.Conv1d(16, 8, 3, padding=1, groups=2), "grouped", 8 * 8 * 3 * 4),
+        (nn.ConvTranspose1d(16, 8, 2, 2), "transposed", 16 * 8 * 2 * 4),
+    ],
+)
+def test_convolutions_of_sequences_and_transposed_ones(layer, kind, macs):
+    (found,) = layer_costs(Sequence(layer), (4, 4, 4))
+    assert (found.kind, found.macs, found.weights) == (kind, macs, layer.weight.numel())
+
+
+def test_convolutions_of_volumes():
+    (found,) = layer_costs(nn.Conv3d(2, 3, 3, padding=1, stride=2), (2, 4, 4, 4))
+    assert (found.positions, found.weights) == (8, 2 * 3 * 27)
+
+
+def test_layers_that_share_a_weight_have_it_once_and_use_it_twice():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(10, 10), nn.Linear(10, 10))
+    model[2].weight = model[1].weight
+    with torch.no_grad():
+        model[1].weight[:5] = 0
+    found = cost(model, (10, 1, 1))
+    assert (found["weights"], found["parameters"], found["macs"]) == (100, 120, 200)
+    assert (found["nonzero_weights"], found["sparse_macs"], found["sparsity"]) == (50, 100, 0.5)
+
+
+ATTENTION = 4 * 4 * 4 * 16 + 2 * 4 * 16 * 16  # four products with weights, and two of activations
+
+
+@pytest.mark.parametrize(
+    "layer, macs",
+    [
+        (nn.MultiheadAttention(4, 2, batch_first=True), ATTENTION),
+        (nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), ATTENTION + 2 * 4 * 8 * 16),
+        (nn.LSTM(4, 5, batch_first=True), 16 * 4 * 5 * (4 + 5)),
+    ],
+)
+def test_products_outside_of_convolutions_and_linear_layers_are_named_or_counted(layer, macs):
+    model = Sequence(layer).eval()
+    where = r" \(layer.self_attn\)" if isinstance(layer, nn.TransformerEncoderLayer) else r" \(layer\)"
+    with pytest.raises(ValueError, match=rf"conv_linear does not count the products in \w+{where}, which"):
+        cost(model, (4, 4, 4))
+    assert cost(model, (4, 4, 4), convention="products")["macs"] == macs
+
+
+class Functional(nn.Module):
+    """Uses the weight of a layer without the layer, and one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.own = nn.Linear(4, 6), nn.Parameter(torch.zeros(6, 4))
+
+    def forward(self, x):
+        y = self.encoder(x.flatten(1)) + self.own[:, 0]
+        return y @ self.own + nn.functional.linear(y, self.encoder.weight.t())
+
+
+def test_products_of_a_forward_pass_are_named_or_counted():
+    with pytest.raises(ValueError, match="the products in Functional, which"):
+        cost(Functional(), (4, 1, 1))
+    assert cost(Functional(), (4, 1, 1), convention="products")["macs"] == 3 * 24
+
+
+@pytest.mark.parametrize("convention", ["conv_linear", "products"])
+def test_what_nobody_counts_is_named(convention):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Bilinear(4, 4, 3)
+
+        def forward(self, x):
+            return self.both(x.flatten(1), x.flatten(1))
+
+    with pytest.raises(
+        ValueError, match=r"Pair: \w+ does not count Bilinear \(both\), which calls _trilinear"
+    ):
+        cost(Pair(), (4, 1, 1), convention=convention)
+
+
+def test_a_transformer_has_the_size_that_torchvision_publishes():
+    from torchvision.models import vit_b_16
+
+    with torch.device("meta"):
+        model = vit_b_16().eval()
+    assert cost(model, (3, 224, 224), convention="products")["macs"] == pytest.approx(17.56e9, rel=1e-3)
+
+
 def test_an_unknown_convention_is_named():
-    with pytest.raises(ValueError, match="'exact': must be one of conv_linear, pool_inputs, same_padding"):
+    with pytest.raises(
+        ValueError, match="'exact': must be one of conv_linear, pool_inputs, same_padding, pr"
+    ):
         cost(odd_network(), (2, 11, 7), convention="exact")
 
 

@@ -1,17 +1,22 @@
 """Physical removal of channels: a network becomes narrower in place, and so do the optimiser's moments.
 
 The network (`Network.channel_groups`) or the caller describes what can be removed. A narrowed network equals
-the one in which the removed channels are masked (see `masks`), in training and in evaluation mode.
+the one in which the removed channels are masked (see `masks`), in training and in evaluation mode. A description is
+checked against the network before anything changes, and one that is not of a named architecture is tried on a copy.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from common.core.models import ChannelGroup, Scatter, module_of, weight_of
+from common.core.models import ARCHITECTURES, ChannelGroup, Scatter, module_of, weight_of
+from common.core.pruning import trial
+from common.core.pruning.groups import channelwise, check, check_whole_groups
+from common.core.pruning.layers import CHANNEL_NORMS, CONVOLUTIONS, NORMS
 from common.settings import hint
 
 Keep = Mapping[str, Sequence[int] | Tensor]
@@ -35,31 +40,63 @@ def remove(
     keep: Keep,
     optimizer: torch.optim.Optimizer | None = None,
     groups: Sequence[ChannelGroup] | None = None,
+    image_shape: Sequence[int] | None = None,
 ) -> None:
     """Remove from the named groups every channel that `keep` leaves out, with all that belongs to it.
 
     Parameters stay the same objects, so an optimiser goes on with them; its state (momentum, Adam's moments)
     is narrowed when it is passed, and its next step fails otherwise. Batch-norm statistics stay with their
     channels. Gradients are dropped, and an earlier forward pass can no longer be differentiated. groups: for
-    a network that does not describe itself. Raises ValueError, before anything has changed, for an unknown
-    group or network and for channels that do not exist, repeat or are too few.
+    a network that does not describe itself. image_shape: (channels, height, width) of what goes into a network that is no
+    named architecture, which is tried; found where it is usual.
+
+    Raises ValueError, before anything has changed, for an unknown group or network, for channels that do not exist, repeat or
+    are too few, for layers whose channels cannot leave, and where the rest of the network would not compute what it
+    computes with these channels masked.
     """
-    for group, index in _checked(model, keep, groups):
+    chosen = _checked(model, keep, groups)
+    if groups is not None or type(model) not in {known.network for known in ARCHITECTURES.values()}:
+        _try(model, chosen, image_shape)
+    _remove(model, chosen, optimizer)
+
+
+Chosen = Sequence[tuple[ChannelGroup, Tensor]]
+"""Groups with the indices of the channels that stay."""
+
+
+def _remove(model: nn.Module, chosen: Chosen, optimizer: torch.optim.Optimizer | None = None) -> None:
+    for group, index in chosen:
         channels = weight_of(model, group.name).shape[0]
         if len(index) == channels:
             continue
-        for name in filter(None, (group.name, group.norm, *group.followers)):
-            module = model.get_submodule(name)
+        for _, module in channelwise(model, group):
             for entry in ("weight", "bias", "running_mean", "running_var"):
                 _narrow(module, entry, 0, index, optimizer)
-            _renumber(module)
+            _renumber(module, len(index))
         for name in group.consumers:
             module = model.get_submodule(name)
             _narrow(module, "weight", 1, _columns(weight_of(model, name), index, channels), optimizer)
-            _renumber(module)
+            _renumber(module, len(index))
         if group.scatter is not None:
             scatter = module_of(model, group.scatter, Scatter)
             scatter.index = index if scatter.index is None else scatter.index[index]
+
+
+def _try(model: nn.Module, chosen: Chosen, image_shape: Sequence[int] | None) -> None:
+    """Remove from a copy and compare it with one that is masked. Raises ValueError."""
+    masked, images = trial.copy_with_images(model, image_shape)
+    narrow = copy.deepcopy(masked)
+    _remove(narrow, chosen)
+    parameters = dict(masked.named_parameters())
+    for name, mask in _masks(masked, chosen, norms=True).items():
+        parameters[name].mul_(mask)
+    names = ", ".join(group.name for group, _ in chosen)
+    who = f"{names}: without these channels {type(model).__name__}"
+    found = trial.outputs(narrow, images, f"{who} no longer computes")
+    if not trial.equal(found, trial.outputs(masked, images, f"{who} is masked, which does not compute")):
+        raise ValueError(
+            f"{who} computes something else than with them masked: something behind them mixes channels or is not in the group"
+        )
 
 
 def masks(
@@ -67,11 +104,15 @@ def masks(
 ) -> dict[str, Tensor]:
     """Boolean masks [shape of the parameter] by parameter name, False for what `remove` would remove.
 
-    They cover the filters and their biases, the batch norm's scale and shift, depthwise followers, and the
-    columns that read the channels. norms=False leaves out batch norms: what they emit for a masked channel is
+    They cover the filters and their biases, the norm's scale and shift, followers, and the
+    columns that read the channels. norms=False leaves out norms: what they emit for a masked channel is
     read by nothing. The norm behind a residual branch belongs to the stream and is never masked. Raises
-    ValueError as `remove` does.
+    ValueError as `remove` does of layers and channels.
     """
+    return _masks(model, _checked(model, keep, groups), norms)
+
+
+def _masks(model: nn.Module, chosen: Chosen, norms: bool) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     found: dict[str, Tensor] = {}
 
@@ -84,10 +125,10 @@ def masks(
         shape = [-1 if i == dim else 1 for i in range(parameter.ndim)]
         found[name] = found.get(name, True) & line.view(shape).expand_as(parameter)
 
-    for group, index in _checked(model, keep, groups):
+    for group, index in chosen:
         channels = weight_of(model, group.name).shape[0]
-        for name in filter(None, (group.name, group.norm, *group.followers)):
-            if norms or not isinstance(model.get_submodule(name), nn.BatchNorm2d):
+        for name, module in channelwise(model, group):
+            if norms or not isinstance(module, NORMS):
                 exclude(f"{name}.weight", 0, index)
                 exclude(f"{name}.bias", 0, index)
         for name in group.consumers:
@@ -104,19 +145,30 @@ def _checked(
     for name, indices in keep.items():
         if name not in by_name:
             raise ValueError(f"no removable channels are called {name!r}; {hint(name, list(by_name))}")
-        group, weight = by_name[name], weight_of(model, name)
-        index = torch.as_tensor(indices, dtype=torch.long, device=weight.device)
-        channels = weight.shape[0]
-        if len(index) and (index[0] < 0 or index[-1] >= channels or (index.diff() < 1).any()):
-            raise ValueError(
-                f"{name}: kept channels must ascend from 0 to at most {channels - 1}: {index.tolist()}"
-            )
+        group = by_name[name]
+        channels = check(model, group)
+        index = _index(name, indices, channels).to(weight_of(model, name).device)
         if len(index) < group.minimum:
             raise ValueError(
                 f"{name}: {len(index)} of {channels} channels kept; at least {group.minimum} must stay"
             )
+        check_whole_groups(model, group, index)
         chosen.append((group, index))
     return chosen
+
+
+def _index(name: str, indices: Sequence[int] | Tensor, channels: int) -> Tensor:
+    index = torch.as_tensor(indices)
+    if index.ndim != 1 or len(index) and (index.is_floating_point() or index.dtype == torch.bool):
+        raise ValueError(
+            f"{name}: the numbers of the channels that stay are needed, not {index.dtype} {tuple(index.shape)}"
+        )
+    index = index.long()
+    if len(index) and (index[0] < 0 or index[-1] >= channels or (index.diff() < 1).any()):
+        raise ValueError(
+            f"{name}: kept channels must ascend from 0 to at most {channels - 1}: {index.tolist()}"
+        )
+    return index
 
 
 def _columns(weight: Tensor, index: Tensor, channels: int) -> Tensor:
@@ -150,13 +202,18 @@ def _taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     return tensor.index_select(dim, index).contiguous(memory_format=layout)
 
 
-def _renumber(module: nn.Module) -> None:
-    """Make a layer's own numbers agree with its weight."""
-    if isinstance(module, nn.BatchNorm2d):
-        module.num_features = len(module.weight)
+def _renumber(module: nn.Module, channels: int) -> None:
+    """Make a layer's own numbers agree with its weight, and those of a norm or an activation with its channels."""
+    if isinstance(module, CHANNEL_NORMS):
+        module.num_features = channels
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = channels * module.num_groups // module.num_channels
+        module.num_channels = channels
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = channels
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, CONVOLUTIONS):
         module.out_channels = len(module.weight)
         if module.groups > 1:
             module.groups = module.in_channels = module.out_channels

@@ -1,7 +1,8 @@
 """Counting: parameters, multiply-accumulates (MACs), sparsity and theoretical speed-up of a network.
 
 One MAC is one multiplication with its addition. Convolutions and linear layers count, without their biases;
-batch norm, activations and additions do not. A weight that is zero costs nothing.
+batch norm, activations and additions do not. A weight that is zero costs nothing. What multiplies in another way is
+refused by name, or counted where the convention says so.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Convention = Literal["conv_linear", "pool_inputs", "same_padding"]
+from common.core.pruning.layers import CONVOLUTIONS, TRANSPOSED
+from common.core.pruning.products import Products
 
-Counted = nn.Conv2d | nn.Linear | nn.AvgPool2d | nn.AdaptiveAvgPool2d
-_WEIGHTED = (nn.Conv2d, nn.Linear)
+Convention = Literal["conv_linear", "pool_inputs", "same_padding", "products"]
+
+_Convolution = nn.modules.conv._ConvNd
+_Weighted = _Convolution | nn.Linear
+_Counted = _Weighted | nn.AvgPool2d | nn.AdaptiveAvgPool2d
+_WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 _POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -30,8 +36,9 @@ Call = tuple[torch.Size, torch.Size]
 class LayerCost:
     """Cost of one layer for one image.
 
-    kind: `conv`, `depthwise`, `grouped`, `linear` or `pool`. shape: of the weight. positions: how often each
-    weight is used. nonzero: weights that are not zero. extra: MACs without weights.
+    kind: `conv`, `depthwise`, `grouped`, `transposed`, `linear`, `pool` or `products`. shape: of the weight. positions:
+    how often each weight is used, by all layers that share it. nonzero: weights that are not zero. extra: MACs without
+    such weights.
     """
 
     name: str
@@ -66,62 +73,91 @@ def layer_costs(
 ) -> list[LayerCost]:
     """Cost of every convolution and linear layer, in module order, for one image of `image_shape` (C, H, W).
 
-    `conv_linear` is exact, also for grouped and unpadded convolutions. `pool_inputs` adds average-pool
+    Layers that share a weight are one, by the name of the first. `conv_linear` is exact, also for grouped, transposed and
+    unpadded convolutions. `pool_inputs` adds average-pool
     modules at one MAC for each input element (pruning from scratch). `same_padding` is the rule of the
     IMP+SLR release: every convolution has ceil(side / stride) output positions a side, and groups are
-    ignored. The model is neither run nor changed: only shapes go through it, of one model at a time, since threads may
-    count the same one. Raises ValueError for an unknown convention.
+    ignored. `products` adds the matrix products and convolutions of all other modules (attention, recurrent layers) as
+    torch's own counter counts them, without regard to zeros. The model is neither run nor changed: only shapes go through
+    it, of one model at a time, since threads may
+    count the same one. Raises ValueError for an unknown convention, and naming layers that multiply and are not counted.
     """
     if convention not in get_args(Convention):
         raise ValueError(f"convention = {convention!r}: must be one of {', '.join(get_args(Convention))}")
-    counted: tuple[type[Counted], ...] = (*_WEIGHTED, *(_POOLS if convention == "pool_inputs" else ()))
+    counted = (*_WEIGHTED, *(_POOLS if convention == "pool_inputs" else ()))
     names = {module: name for name, module in model.named_modules() if isinstance(module, counted)}
     with _COUNTING:
-        seen = _shapes(model, names, image_shape)
-    return [_cost(name, module, seen[module], convention) for module, name in names.items()]
+        seen, others = _shapes(model, names, image_shape)
+    if reason := others.refusal(counts_products=convention == "products"):
+        raise ValueError(f"{type(model).__name__}: {convention} does not count {reason}")
+    sharing: dict[nn.Module | nn.Parameter, list[_Counted]] = {}
+    for module in names:
+        weight = module._parameters.get("weight")
+        sharing.setdefault(module if weight is None else weight, []).append(module)
+    costs = [
+        _cost(names[modules[0]], modules[0], sum(_positions(m, seen[m], convention) for m in modules))
+        for modules in sharing.values()
+    ]
+    if convention == "products":
+        costs += [LayerCost(name, "products", (), 0, 0, macs) for name, macs in others.macs.items()]
+    return costs
 
 
 def _shapes(
-    model: nn.Module, modules: Mapping[Counted, str], image_shape: Sequence[int]
-) -> dict[Counted, list[Call]]:
-    """Input and output shapes of each call of `modules`, found with tensors that have no values."""
-    seen: dict[Counted, list[Call]] = {module: [] for module in modules}
+    model: nn.Module, modules: Mapping[_Counted, str], image_shape: Sequence[int]
+) -> tuple[dict[_Counted, list[Call]], Products]:
+    """Input and output shapes of each call of `modules`, found with tensors that have no values, and what others do."""
+    seen: dict[_Counted, list[Call]] = {module: [] for module in modules}
 
-    def note(module: Counted, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: _Counted, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen[module].append((inputs[0].shape, output.shape))
 
-    handles = [module.register_forward_hook(note) for module in modules]
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    # two images: batch norm in training mode refuses one value per channel
+    images = torch.empty(2, *image_shape, dtype=dtype, device="meta")
+    others = Products(model, _WEIGHTED, list(hollow.values()), len(images))
+    handles = [module.register_forward_hook(note) for module in modules]
     try:
-        with torch.no_grad():
-            # two images: batch norm in training mode refuses one value per channel
-            images = torch.empty(2, *image_shape, dtype=dtype, device="meta")
+        with torch.no_grad(), others:
             torch.func.functional_call(model, hollow, (images,))
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return seen, others
 
 
-def _cost(name: str, module: Counted, calls: Sequence[Call], convention: Convention) -> LayerCost:
+def _positions(module: _Counted, calls: Sequence[Call], convention: Convention) -> int:
+    """How often a layer's weights are used, or the inputs of a pool."""
     if isinstance(module, _POOLS):
-        return LayerCost(name, "pool", (), 0, 0, sum(math.prod(inputs[1:]) for inputs, _ in calls))
-    weight = module.weight
-    shape = tuple(weight.shape)
-    nonzero = _nonzero(weight)
+        return sum(math.prod(inputs[1:]) for inputs, _ in calls)
     if isinstance(module, nn.Linear):
-        positions = sum(math.prod(output[1:-1]) for _, output in calls)
-        return LayerCost(name, "linear", shape, positions, nonzero)
-    positions = sum(math.prod(output[2:]) for _, output in calls)
-    if convention == "same_padding":
+        return sum(math.prod(output[1:-1]) for _, output in calls)
+    if isinstance(module, TRANSPOSED):
+        return sum(math.prod(inputs[2:]) for inputs, _ in calls)
+    if convention == "same_padding" and isinstance(module, CONVOLUTIONS):
         # each weight counts once for every group, because the rule takes the layer for an ungrouped one
         outputs = [[math.ceil(n / step) for n, step in zip(inputs[2:], module.stride)] for inputs, _ in calls]
-        positions = module.groups * sum(map(math.prod, outputs))
-    depthwise = module.groups == module.in_channels > 1
-    kind = "depthwise" if depthwise else "grouped" if module.groups > 1 else "conv"
-    return LayerCost(name, kind, shape, positions, nonzero)
+        return module.groups * sum(map(math.prod, outputs))
+    return sum(math.prod(output[2:]) for _, output in calls)
+
+
+def _cost(name: str, module: _Counted, positions: int) -> LayerCost:
+    if isinstance(module, _POOLS):
+        return LayerCost(name, "pool", (), 0, 0, positions)
+    weight = module.weight
+    return LayerCost(name, _kind(module), tuple(weight.shape), positions, _nonzero(weight))
+
+
+def _kind(module: _Weighted) -> str:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, TRANSPOSED):
+        return "transposed"
+    if module.groups == module.in_channels > 1:
+        return "depthwise"
+    return "grouped" if module.groups > 1 else "conv"
 
 
 def cost(

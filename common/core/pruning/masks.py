@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.core.failures import Unreachable
+from common.core.pruning.layers import CONVOLUTIONS, TRANSPOSED, weight_parameter
 from common.core.trainer import Hooks, Trainer
 
 Layers = Literal["conv+linear", "conv"]
@@ -22,8 +23,8 @@ Allocation = Literal["global", "uniform", "uniform_plus", "ERK", "LAMP", "random
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 
 _MODULES = {
-    "conv+linear": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
-    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "conv+linear": (*CONVOLUTIONS, *TRANSPOSED, nn.Linear),
+    "conv": (*CONVOLUTIONS, *TRANSPOSED),
 }
 # largest share of the last linear layer that Uniform+ removes
 _UNIFORM_PLUS_LAST = 0.8
@@ -36,12 +37,17 @@ class Infeasible(Unreachable):
 def prunable(model: nn.Module, layers: Layers = "conv+linear") -> dict[str, nn.Parameter]:
     """The weight tensors that may be pruned, by parameter name, in module order.
 
-    An allow-list: convolutions and, unless layers="conv", linear layers. Biases and normalisation never
-    belong to it.
+    An allow-list: convolutions, transposed ones too, and, unless layers="conv", linear layers. Biases and
+    normalisation never belong to it. A weight that several layers share is there once, by its first name. Raises
+    ValueError naming a layer whose weight is no plain parameter.
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, _MODULES[layers])]
-    names = [f"{name}.weight" if name else "weight" for name in found]
-    return {name: model.get_parameter(name) for name in names}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = [
+        weight_parameter(module, name)
+        for name, module in model.named_modules()
+        if isinstance(module, _MODULES[layers])
+    ]
+    return {names[weight]: weight for weight in found}
 
 
 # ------------------------------------------------------------------------------------------ how many per
