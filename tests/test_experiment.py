@@ -221,7 +221,11 @@ def test_a_profile_says_of_a_recipe_what_is_other_than_by_default():
         ),
         (
             {"cells": [{"architecture": "mlp", "options": {"hiden": [3]}}]},
-            r"cells\[0\] \(mlp\): option 'hiden'",
+            r"test\.made_up\.cells\[0\]: option 'hiden' of 'mlp': unknown; .*'hidden'",
+        ),
+        (
+            {"cells": [{"architecture": "mlp", "options": {"hidden": ["8"]}}]},
+            r"test\.made_up\.cells\[0\]: option 'hidden' of 'mlp' = \['8'\]: should be a valid integer",
         ),
         ({"cells": [{"architecture": "mlpp"}]}, r"made_up\.cells\[0\]\.architecture = 'mlpp': .*mean 'mlp'"),
         ({"cells": []}, r"made_up\.cells = \[\]"),

@@ -309,7 +309,31 @@ def test_states_with_a_batch_counter_load(name):
         ("vgg16", {"image_shape": (32, 32)}, ValueError, "channels, height, width"),
         ("vgg16", {"classes": 0}, ValueError, "classes = 0"),
         ("vgg16", {"conv_init": "xavier", "widths": [1] * 13}, ValueError, "conv_init = 'xavier'.*fan_out"),
-        ("resnet20", {"shortcut": "C"}, ValueError, "shortcut = 'C'"),
+        (
+            "resnet20",
+            {"shortcut": "C"},
+            SettingsError,
+            "'shortcut' of 'resnet20' = 'C': should be 'A' or 'B'",
+        ),
+        (
+            "resnet20",
+            {"stem": "8"},
+            SettingsError,
+            "option 'stem' of 'resnet20' = '8': should be a valid integer",
+        ),
+        ("resnet20", {"stem": True}, SettingsError, "option 'stem' of 'resnet20' = True: should be"),
+        (
+            "vgg16",
+            {"dropout": "no"},
+            SettingsError,
+            "option 'dropout' of 'vgg16' = 'no': should be a valid number",
+        ),
+        (
+            "vgg16",
+            {"hidden": [64.5]},
+            SettingsError,
+            r"option 'hidden' of 'vgg16' = \[64.5\]: should be a valid int",
+        ),
     ],
 )
 def test_bad_input_is_named(name, options, error, message):

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from common.core import loading
 from common.core.data import Dataset
 from common.core.identity import canonical
-from common.core.models import ArchitectureName
+from common.core.models import ArchitectureName, check_options
 from common.core.recipe import Recipe
 from common.core.run import Cell, Job, Run
 from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Strict, Targets
@@ -37,6 +37,14 @@ class CellSettings(Strict):
     """In place of the profile's data set."""
     settings: dict[str, Any] = {}
     """Settings of the paper that are others here; tables are merged, as in a profile that extends another."""
+
+    @model_validator(mode="after")
+    def _options_are_known(self) -> CellSettings:
+        try:
+            check_options(self.architecture, self.options)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 Cells = Annotated[tuple[CellSettings, ...], Field(min_length=1)]

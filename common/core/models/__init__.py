@@ -5,14 +5,15 @@ build("resnet20", classes=10, image_shape=(3, 32, 32), widths=[8] * 3 + [16] * 3
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from common.core.models.chain import MLP, VGG, ConvNet
 from common.core.models.mobilenet import MobileNetV1, MobileNetV2
@@ -37,6 +38,7 @@ __all__ = [
     "Scatter",
     "architecture",
     "build",
+    "check_options",
     "module_of",
     "weight_of",
 ]
@@ -132,6 +134,30 @@ ArchitectureName = Annotated[str, AfterValidator(_known)]
 """The name of an architecture, in settings."""
 
 
+@functools.cache
+def _kinds(network: type[Network]) -> dict[str, TypeAdapter[Any]]:
+    """What the options of a network may be, by name: those of its class, and those of `build` for all."""
+    hints = get_type_hints(network.__init__)
+    parameters = inspect.signature(network.__init__).parameters.values()
+    kinds = {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    shared = get_type_hints(build)
+    kinds |= {name: shared[name] for name in ("widths", "conv_init", "linear_init", "norm_scale", "seed")}
+    return {name: TypeAdapter(kind, config=ConfigDict(strict=True)) for name, kind in kinds.items()}
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise SettingsError for an option that a network of that architecture does not have, or that is of another kind."""
+    known = _kinds(architecture(name).network)
+    for option, value in options.items():
+        if option not in known:
+            raise SettingsError(f"option {option!r} of {name!r}: unknown; {hint(option, list(known))}")
+        try:
+            known[option].validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Input ")
+            raise SettingsError(f"option {option!r} of {name!r} = {value!r}: {problem}") from None
+
+
 def build(
     name: str,
     *,
@@ -155,14 +181,11 @@ def build(
     or options that cannot be.
     """
     arch = architecture(name)
-    parameters = inspect.signature(arch.network.__init__).parameters.values()
-    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for option in options:
-        if option not in known:
-            raise SettingsError(f"option {option!r} of {name!r}: unknown; {hint(option, list(known))}")
+    check_options(name, options)
     options = {**arch.options, **options}
-    for option, default in known.items():
-        if default is inspect.Parameter.empty and option not in options:
+    for option, parameter in inspect.signature(arch.network.__init__).parameters.items():
+        required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        if required and option not in options:
             raise SettingsError(f"option {option!r} of {name!r}: missing")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape = {tuple(image_shape)}: must be (channels, height, width)")
