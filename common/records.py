@@ -124,7 +124,8 @@ class Entry(_Line):
 
     seconds: of its execution; ended: when that was over (`time.time()`), which an import does not know. has_state: whether the run has left something for others to start from. machine: on which it was executed, as of
     `common.stage.records.machine`; an earlier revision has not written it. predictions: those of the record, as the text
-    of `common.predictions.Predictions`.
+    of `common.predictions.Predictions`. measured: what its network takes on that machine, as of
+    `common.stage.latency.measured`; None where it was not measured.
     """
 
     record: Record
@@ -134,6 +135,7 @@ class Entry(_Line):
     has_state: bool = False
     machine: dict[str, Any] | None = None
     predictions: str | None = None
+    measured: dict[str, float] | None = None
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -319,6 +319,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
+Keep = Literal["none", "headline"]
+
+
 class Profile(Strict):
     """Everything `params.yaml` says for one paper in one profile."""
 
@@ -327,6 +330,8 @@ class Profile(Strict):
     execution: ExecutionSettings
     seeds: SeedSettings | None = None
     """Of all papers that do not say others."""
+    keep: Keep = "none"
+    """`headline`: the networks of the runs that headline claims compare stay in `.runs`, and go to MLflow."""
     paper: Any
     """The settings object of the paper."""
 

@@ -1,7 +1,8 @@
 """`python -m replications run PAPER`: the stage of a paper, from settings to records; what `dvc repro` calls.
 
 Beside it, `decide` does all of a profile, `open` lists what open claims wait for, `plan` says what a profile will cost on
-this machine, `claims` what each claim will compare there, and `import` takes in the results of another machine.
+this machine, `claims` what each claim will compare there, `import` takes in the results of another machine, and `export`
+writes a trained network for other tools.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from common.settings import PARAMS_FILE
 from common.stage import processes
@@ -32,6 +34,12 @@ def _begun(paper: str, profile: str | None) -> bool:
     """Whether runs of the paper are kept here, in any profile if None: there may be nothing left to train then, and if
     there is, workers are there some seconds later."""
     return any(Path(".runs").glob(f"{profile or '*'}/{paper}"))
+
+
+def _of_run(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a run that were given."""
+    fields = ("variant", "dataset", "architecture", "target", "seed")
+    return {name: value for name in fields if (value := getattr(options, name)) is not None}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,12 +103,34 @@ def main(arguments: list[str] | None = None) -> int:
         help="also of stages that were stopped: what they had finished, from its folder `partial`",
     )
     take.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    give = known.add_parser(
+        "export", help="write the network of one run for other tools, as plain modules of torch"
+    )
+    give.add_argument("paper")
+    give.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    give.add_argument("--profile", help="profile to use in place of the one that the file selects")
+    for field, kind in (
+        ("variant", str),
+        ("dataset", str),
+        ("architecture", str),
+        ("target", float),
+        ("seed", int),
+    ):
+        give.add_argument(
+            f"--{field}", type=kind, help="of the run, as in its record; not needed where one run is left"
+        )
+    give.add_argument(
+        "--remove-channels", action="store_true", help="without the channels that nothing reads"
+    )
+    give.add_argument(
+        "--out", type=Path, required=True, help="file that ends in .pt2 (torch.export), .onnx or .safetensors"
+    )
     options = parser.parse_args(arguments)
     processes.set_environment()
     if options.command == "decide" or options.command == "run" and not _begun(options.paper, options.profile):
         processes.prepare()
     # this loads torch, as the process that was just started does beside it
-    from replications import commands
+    from replications import commands, exporting
 
     o = options
     command = {
@@ -109,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
         "claims": lambda: commands.print_claims(o.params, o.profile),
         "decide": lambda: commands.decide(o.profile, o.time_budget),
         "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
+        "export": lambda: exporting.export(
+            o.paper, o.params, o.profile, _of_run(o), o.remove_channels, o.out
+        ),
         "import": lambda: commands.import_results(o.folder, o.paper, o.params, o.partial),
     }
     return commands.status(command[o.command])

@@ -14,7 +14,7 @@ from common.core.identity import canonical
 from common.core.run import Run
 from common.records import Entry
 from common.settings import PARAMS_FILE, Profile, SettingsError
-from common.stage import importing, looks, pipeline, plan
+from common.stage import headlines, importing, looks, pipeline, plan
 from common.stage.papers import load, papers
 from common.stage.partial import PartialResults, partial_file
 from common.stage.recorded import recorded, take_over
@@ -81,6 +81,7 @@ def run_paper(
     listed = pipeline.listed(paper, profile)
     claims = looks.claims_of(paper, profile)
     first = looks.first_look(listed, profile)
+    networks = headlines.networks(paper, profile, listed)
     chosen = looks.with_needs(looks.read_list(only, listed), listed) if only else first
     store = Store(SCRATCH / profile.name / paper, profile.execution)
     compute = Compute.choose(profile.execution.device, profile.execution.precision)
@@ -88,12 +89,15 @@ def run_paper(
     known = take_over(RESULTS, profile.name, paper, listed, store, about)
     so_far = PartialResults(partial_file(RESULTS, profile.name, paper), about)
     entries: dict[str, Entry] = {}
+    kept = {
+        run.settings_hash: store.network_file(run) for run in listed if run.settings_hash in networks.kept
+    }
     with _tracking(paper, profile.name, about) as log, so_far:
 
         def finished(entry: Entry) -> None:
             if entry.record.settings_hash not in entries:
                 entries[entry.record.settings_hash] = entry
-                log.add(entry)
+                log.add(entry, kept.get(entry.record.settings_hash))
                 so_far.add(entry)
 
         while chosen:
@@ -101,7 +105,7 @@ def run_paper(
             known |= {run.settings_hash for run in chosen}
             runs = [run for run in listed if run.settings_hash in known]
             try:
-                found = execute(runs, store, profile.execution, paper, finished, TimeBudget(ends))
+                found = execute(runs, store, profile.execution, paper, finished, TimeBudget(ends), networks)
             except StageError as stop:
                 taken = f"`python -m replications import --partial` takes them from {so_far.file}"
                 raise type(stop)(f"{stop}; {taken}") from None
@@ -229,7 +233,7 @@ class _NoTracking:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Entry, network: Path | None = None) -> None:
         pass
 
 

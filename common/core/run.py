@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,12 +180,14 @@ class Needed:
 class Tested:
     """The test images as a network of a run took them.
 
-    scores: as of `Context.scores`. labels: true classes, [images]. classes: predicted ones, in parts by batch.
+    scores: as of `Context.scores`. labels: true classes, [images]. classes: predicted ones, in parts by batch. network: a
+    copy of it with the weights that it was tested with, where the context keeps networks.
     """
 
     scores: dict[str, float]
     labels: Tensor
     classes: list[Tensor]
+    network: nn.Module | None = None
 
 
 class TrainerOptions(TypedDict, total=False):
@@ -203,13 +206,15 @@ class Context:
     """What a run gets to execute with.
 
     needs: the finished runs that `run.needs` lists, in that order; a job asks for them by `of`. checkpoints: makes the
-    place in which the run's next trainer keeps its state. tested: what `scores` has measured so far.
+    place in which the run's next trainer keeps its state. keeps_networks: whether what is tested is kept. tested: what
+    `scores` has measured so far.
     """
 
     run: Run
     compute: Compute
     needs: tuple[Needed, ...]
     checkpoints: Callable[[], Checkpoints] | None = None
+    keeps_networks: bool = False
     tested: list[Tested] = field(default_factory=list)
 
     @property
@@ -284,8 +289,15 @@ class Context:
         for split, predicted in (("validation", None), ("test", classes)):
             scores = trainer.evaluate(Batches(data, split), predicted)
             found |= {f"{split}_{name}": value for name, value in scores.items()}
-        self.tested.append(Tested(found, data.labels["test"], classes))
+        network = _frozen(trainer) if self.keeps_networks else None
+        self.tested.append(Tested(found, data.labels["test"], classes, network))
         return found
+
+    def reported(self, metrics: Mapping[str, Any]) -> Tested | None:
+        """What has been tested last with the accuracy and loss of these metrics; None where they are of no network of this
+        run (interpolated, or those of a run that it needs)."""
+        wanted = tested_as(metrics)
+        return next((one for one in reversed(self.tested) if tested_as(one.scores) == wanted), None)
 
     def measured(
         self,
@@ -303,6 +315,20 @@ class Context:
         data = data or self.data
         costs = cost(trainer.model, data.image_shape) if costs is None else costs
         return Outcome(self.scores(trainer, data), dict(costs), trainer.history, state, dict(details or {}))
+
+
+def tested_as(metrics: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Test accuracy and loss, by which one knows a network again."""
+    # a tuple equals another with the same object in it, so also one of NaN
+    return metrics.get("test_accuracy"), metrics.get("test_loss")
+
+
+@torch.no_grad()
+def _frozen(trainer: Trainer) -> nn.Module:
+    twin = copy.deepcopy(trainer.model)
+    for name, weights in trainer.effective().items():
+        twin.get_parameter(name).copy_(weights)
+    return twin
 
 
 @functools.lru_cache(maxsize=8)

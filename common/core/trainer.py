@@ -242,7 +242,7 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One update; returns the loss and the logits of the batch."""
-        effective = self._effective()
+        effective = self.effective()
         try:
             if self._capturable and not effective:
                 loss, logits = self._captured(images, labels)
@@ -299,7 +299,7 @@ class Trainer:
         while fitting:
             release_memory(self.compute.device)
             try:
-                self._pass(images[:fitting], labels[:fitting], self._effective())
+                self._pass(images[:fitting], labels[:fitting], self.effective())
                 break
             except RuntimeError as error:
                 if not out_of_memory(error):
@@ -308,8 +308,8 @@ class Trainer:
         fits = f"a batch of {fitting} fits" if fitting else "not even one image fits"
         return f"out of memory on {self.compute.device} with a batch of {len(labels)} images of {tuple(images.shape[1:])}; {fits}"
 
-    def _effective(self) -> dict[str, Tensor]:
-        """The weights that hooks put in place of the stored ones."""
+    def effective(self) -> dict[str, Tensor]:
+        """The weights by parameter name that hooks put in place of the stored ones."""
         effective: dict[str, Tensor] = {}
         for hook in self.hooks:
             effective |= hook.weights(self) or {}
@@ -329,7 +329,7 @@ class Trainer:
         The network stays in training or evaluation mode, whichever it is in.
         """
         with self.compute.turn():
-            return self._forward(images, self._effective())
+            return self._forward(images, self.effective())
 
     def _network(self) -> Callable[[Tensor], Tensor]:
         """The model, compiled where that was chosen; a hook may have put another model in its place."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.naming import anchor, slug
-from common.records import Record
+from common.records import Identity, Record
 from common.statistics.claims import Claim, Selection
 
 
@@ -42,7 +42,7 @@ def link(page: Path, paper: str, claim: str) -> str:
     return f"{page.as_uri()}#{anchor(paper, claim)}"
 
 
-def reads(claim: Claim, record: Record) -> bool:
+def reads(claim: Claim, record: Identity) -> bool:
     """Whether the claim's comparisons can read the run: by variant, cell, target and seed."""
     if record.seed <= claim.seen or not claim.covers(record.dataset, record.architecture):
         return False
@@ -71,7 +71,7 @@ def _given(selection: Selection) -> dict[str, object]:
     return {name: value for name in fields if (value := getattr(selection, name)) is not None}
 
 
-def _selects(selection: Selection, targets: tuple[float, ...] | None, record: Record) -> bool:
+def _selects(selection: Selection, targets: tuple[float, ...] | None, record: Identity) -> bool:
     named = ("variant", "architecture", "dataset")
     if any(getattr(selection, name) not in (None, getattr(record, name)) for name in named):
         return False

@@ -57,6 +57,7 @@ class _Beside(_Environment):
     seconds: dict[str, float]
     sha256: dict[str, str]
     elsewhere: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, float]] = {}
 
 
 class _Partial(_Environment):
@@ -198,6 +199,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
             seconds=about.seconds[row.settings_hash],
             machine=about.elsewhere.get(row.settings_hash, about.machine),
             predictions=row.predictions and predicted[row.predictions].text,
+            measured=about.measured.get(row.settings_hash),
         )
         for row, own in zip(rows, of_curves)
     ]

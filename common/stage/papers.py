@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from common.core import experiment
 from common.core.loading import prepared_file
@@ -16,6 +16,7 @@ from common.settings import (
     ROOT,
     DatasetSettings,
     ExecutionSettings,
+    Keep,
     Profile,
     SeedSettings,
     SettingsError,
@@ -51,7 +52,7 @@ def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None 
     if paper not in known:
         raise SettingsError(f"unknown paper {paper!r}; {hint(paper, known)}")
     settings = protocol(paper).Settings
-    allowed = ["extends", "dataset", "execution", "seeds", *known]
+    allowed = ["extends", "dataset", "execution", "seeds", "keep", *known]
     for name, block in profile_chain(file, profile):  # so an error is named where it is written
         where = f"{file}: profiles.{name}"
         for key in block:
@@ -61,11 +62,18 @@ def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None 
         loaded = Profile(
             name=name,
             seeds=seeds and validated(SeedSettings, seeds, f"{where}.seeds"),
+            keep=_keep(block.get("keep", "none"), f"{where}.keep"),
             dataset=validated(DatasetSettings, block.get("dataset") or {}, f"{where}.dataset"),
             execution=validated(ExecutionSettings, block.get("execution") or {}, f"{where}.execution"),
             paper=validated(settings, written(block, paper), f"{where}.{paper}"),
         )
     return loaded
+
+
+def _keep(value: Any, where: str) -> Keep:
+    if value not in get_args(Keep):
+        raise SettingsError(f"{where} = {value!r}: must be one of {', '.join(get_args(Keep))}")
+    return value
 
 
 def written(block: Mapping[str, Any], paper: str) -> Any:

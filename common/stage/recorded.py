@@ -102,6 +102,7 @@ def take_over(
                 has_state=name in states,
                 machine=machine,
                 predictions=record.predictions and predictions[record.predictions].text,
+                measured=found.environment.get("measured", {}).get(name),
             )
             store.take_over(run, entry, elsewhere)
         taken.add(name)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from common.core.compute import Compute
 from common.core.identity import canonical
-from common.core.run import Context, Outcome, Run
+from common.core.run import Context, Outcome, Run, tested_as
 from common.predictions import Predictions, packed, predictions_file
 from common.records import Cause, Curves, Entry, Failure, Record, curves_file
 from common.settings import DatasetSettings
@@ -57,10 +57,11 @@ def entry_of(
     curves: Sequence = (),
     has_state: bool = False,
     predictions: Predictions | None = None,
+    measured: dict[str, float] | None = None,
 ) -> Entry:
     """A record with what is kept beside it."""
     beside = {"seconds": seconds, "ended": time.time(), "has_state": has_state, "machine": machine(compute)}
-    beside |= {"predictions": predictions and predictions.text}
+    beside |= {"predictions": predictions and predictions.text, "measured": measured}
     return Entry(record=record, curves=_plain(curves), **beside)
 
 
@@ -70,21 +71,20 @@ def predictions_of(context: Context, outcome: Outcome, store: Store) -> Predicti
     It is one that the run has tested, the last of equals, or that of a run that it needs, whose results it takes over. None
     where the accuracy is of no network (interpolated, say).
     """
-    reported = _tested(outcome.metrics)
-    for tested in reversed(context.tested):
-        if tested.classes and _tested(tested.scores) == reported:
-            with context.compute.turn():
-                return Predictions.of(tested.labels.cpu(), torch.cat(tested.classes).cpu())
-    for need, left in zip(context.run.needs, context.needs, strict=True):
-        taken_over = left.record.predictions and _tested(left.record.metrics) == reported
-        if taken_over and (entry := store.load(need)) and entry.predictions:
+    tested = context.reported(outcome.metrics)
+    if tested and tested.classes:
+        with context.compute.turn():
+            return Predictions.of(tested.labels.cpu(), torch.cat(tested.classes).cpu())
+    for need in taken_over(context, outcome):
+        if (entry := store.load(need)) and entry.predictions:
             return Predictions.from_text(entry.predictions)
     return None
 
 
-def _tested(metrics: Mapping[str, Any]) -> tuple[Any, Any]:
-    # a tuple equals another with the same object in it, so also one of NaN
-    return metrics.get("test_accuracy"), metrics.get("test_loss")
+def taken_over(context: Context, outcome: Outcome) -> list[Run]:
+    """The runs needed whose test accuracy and loss are those that a run reports."""
+    pairs = zip(context.run.needs, context.needs, strict=True)
+    return [need for need, left in pairs if tested_as(left.record.metrics) == tested_as(outcome.metrics)]
 
 
 def chance(run: Run, compute: Compute) -> float | None:
@@ -157,7 +157,8 @@ def results_files(
     """What a stage leaves, by path below the results folder: records, curves, predictions, and the environment of all.
 
     about: what the runs share, to which seconds, the machine of each run that is of another one (`elsewhere`), which runs
-    have left a state for others to start from (`states`), and the digests come by which one knows that the files are whole.
+    have left a state for others to start from (`states`), what was measured of networks (`measured`), and the digests come
+    by which one knows that the files are whole.
     """
     records = Path(profile, f"{paper}.jsonl")
     curves = [Curves(settings_hash=e.record.settings_hash, curves=e.curves) for e in entries]
@@ -175,6 +176,8 @@ def results_files(
     sha256 = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
     states = sorted(entry.record.settings_hash for entry in entries if entry.has_state)
     beside = {**about, "seconds": seconds, "elsewhere": elsewhere, "states": states, "sha256": sha256}
+    if measured := {e.record.settings_hash: e.measured for e in entries if e.measured}:
+        beside["measured"] = measured
     files[environment_file(profile, paper)] = json.dumps(beside, indent=1, sort_keys=True).encode()
     return files
 

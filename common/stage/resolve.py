@@ -53,6 +53,8 @@ def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, A
             paper: written(block, paper) or None,
             "defaults": defaults,
         }
+        if complete.keep != "none":
+            stages[paper]["keep"] = complete.keep
         if more := getattr(protocol(paper), "code", None):
             # of papers that enter a comparison, which its stage need not know by name
             entering = set(code_files(paper, more())) - set(code_files(paper))

@@ -24,19 +24,20 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from common.core import tuning
+from common.core import networks, tuning
 from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
 from common.core.failures import OutOfMemory, RunFailed
 from common.core.identity import canonical
 from common.core.run import Context, Needed, Outcome, Run
 from common.records import Entry
 from common.settings import ExecutionSettings
-from common.stage import processes
-from common.stage.records import Failed, entry_of, predictions_of, record_of
+from common.stage import latency, processes
+from common.stage.records import Failed, entry_of, predictions_of, record_of, taken_over
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 
 RUNS_PER_GPU = 8
@@ -45,10 +46,26 @@ STREAMS_PER_GPU = 32
 """torch has no more; two threads on one stream would be in each other's captures."""
 
 
+@dataclass(frozen=True)
+class Networks:
+    """Of which runs the networks are wanted, by the hashes of their settings.
+
+    kept: in a file. measured: for what they take on this machine.
+    """
+
+    kept: frozenset[str] = frozenset()
+    measured: frozenset[str] = frozenset()
+
+
 def perform(
-    run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget | None = None
+    run: Run,
+    store: Store,
+    execution: ExecutionSettings,
+    keep_state: bool,
+    budget: TimeBudget | None = None,
+    wanted: Networks = Networks(),
 ) -> Entry | None:
-    """Execute one run in this process and keep it.
+    """Execute one run in this process and keep it, and its network if that is wanted.
 
     Returns what it leaves, or None if the time budget ended before the run did.
     """
@@ -56,7 +73,8 @@ def perform(
     compute = Compute.choose(execution.device, execution.precision, execution.compilation)
     needs = tuple(_needed(need, store) for need in run.needs)
     checkpoints = store.checkpoints(run, budget)
-    context = Context(run, compute, needs, checkpoints.of_next_trainer)
+    kept, measured = (run.settings_hash in hashes for hashes in (wanted.kept, wanted.measured))
+    context = Context(run, compute, needs, checkpoints.of_next_trainer, kept or measured)
     try:
         ended = _ended(context)
     except OutOfTime:
@@ -69,10 +87,31 @@ def perform(
         predictions = predictions_of(context, ended, store)
     record = record_of(run, compute, ended, predictions)
     seconds = round(time.perf_counter() - begun, 3)
-    entry = entry_of(record, compute, seconds, curves, state is not None, predictions)
+    takes = None
+    if isinstance(ended, Outcome) and kept:
+        store.save_network(run, _network(context, ended, store))
+    if (
+        isinstance(ended, Outcome)
+        and measured
+        and (tested := context.reported(ended.metrics))
+        and tested.network
+    ):
+        takes = latency.measured(context, tested.network)
+    entry = entry_of(record, compute, seconds, curves, state is not None, predictions, takes)
     entry = store.save(run, entry, state)
     checkpoints.clear()
     return entry
+
+
+def _network(context: Context, outcome: Outcome, store: Store) -> bytes:
+    """The file of the network whose accuracy a run reports; empty where there is none."""
+    tested = context.reported(outcome.metrics)
+    if tested and tested.network:
+        about = {**context.run.identity, "settings_hash": context.run.settings_hash}
+        data = context.data
+        return networks.packed(tested.network, context.job.cell, data.classes, data.image_shape, about)
+    files = [store.network_file(need) for need in taken_over(context, outcome)]
+    return next((file.read_bytes() for file in files if file.exists()), b"")
 
 
 def _needed(need: Run, store: Store) -> Needed:
@@ -133,11 +172,16 @@ def _start_thread(devices: queue.SimpleQueue[str]) -> None:
 
 
 def _work(
-    run: Run, store: Store, execution: ExecutionSettings, keep_state: bool, budget: TimeBudget
+    run: Run,
+    store: Store,
+    execution: ExecutionSettings,
+    keep_state: bool,
+    budget: TimeBudget,
+    wanted: Networks,
 ) -> Entry | None:
     if device := getattr(_own, "device", None):
         execution = execution.model_copy(update={"device": device})
-    return None if budget.spent else perform(run, store, execution, keep_state, budget)
+    return None if budget.spent else perform(run, store, execution, keep_state, budget, wanted)
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
@@ -171,11 +215,12 @@ def execute(
     title: str,
     finished: Callable[[Entry], object] = lambda entry: None,
     budget: TimeBudget | None = None,
+    wanted: Networks = Networks(),
 ) -> list[Entry]:
     """Execute all runs that are not finished yet, several at once, and return the entries of all, in order.
 
     finished: called with each entry as soon as it is there, also with those of an earlier attempt. budget: when to stop;
-    none by default. A run that fails leaves a `failed` record and the others go on. Raises StageError for what
+    none by default. wanted: networks; a run whose network is to be kept, and is not, is done again. A run that fails leaves a `failed` record and the others go on. Raises StageError for what
     concerns the stage: a full disk, a folder that cannot be written, a defect in the code; and OutOfTime.
     """
     ordered = in_order(runs)
@@ -183,7 +228,7 @@ def execute(
     entries: dict[str, Entry] = {}
     starts = set[str]()  # the runs from which those that are not finished start
     for run in reversed(ordered):
-        if entry := store.finished(run, run.settings_hash in starts):
+        if entry := store.finished(run, run.settings_hash in starts, run.settings_hash in wanted.kept):
             entries[run.settings_hash] = entry
         else:
             starts |= {need.settings_hash for need in run.needs}
@@ -203,7 +248,7 @@ def execute(
                 finished(entry)
 
             scheduler = _Scheduler(
-                store, execution, workers, devices, needed, entries, done_with, budget or TimeBudget()
+                store, execution, workers, devices, needed, entries, done_with, budget or TimeBudget(), wanted
             )
             scheduler.execute(todo)
     return [entries[run.settings_hash] for run in ordered]
@@ -240,8 +285,10 @@ class _Scheduler:
         entries: Mapping[str, Entry],
         finish: Callable[[Entry], object],
         budget: TimeBudget,
+        wanted: Networks,
     ):
         self.store, self.execution, self.workers, self.devices = store, execution, workers, devices
+        self.wanted = wanted
         self.needed, self.entries, self.finish, self.budget = needed, entries, finish, budget
         self.running: dict[Future[Entry | None], Run] = {}
         self.crowded: list[Run] = []
@@ -291,7 +338,7 @@ class _Scheduler:
             for run in list(itertools.islice(ready, most - len(self.running))):
                 waiting.remove(run)
                 keep = run.settings_hash in self.needed
-                future = pool.submit(_work, run, self.store, self.execution, keep, self.budget)
+                future = pool.submit(_work, run, self.store, self.execution, keep, self.budget, self.wanted)
                 self.running[future] = run
             if not self.running:
                 if not self.crowded:  # else what is left may need one of them

@@ -220,14 +220,27 @@ class Store:
         save_checked(self.folder / f"{self.key(run)}.json", canonical(entry).encode())
         return entry
 
+    def network_file(self, run: Run) -> Path:
+        """Where the network that a run reports is kept, if it is; empty where it reports none."""
+        return self.folder / f"{self.key(run)}.safetensors"
+
+    def save_network(self, run: Run, content: bytes) -> None:
+        """Keep a network, as of `common.core.networks`."""
+        write_atomically(self.network_file(run), content)
+
     def forget(self, run: Run) -> None:
         """Have the run done again."""
         (self.folder / f"{self.key(run)}.json").unlink(missing_ok=True)
 
-    def finished(self, run: Run, needed: bool) -> Entry | None:
-        """As `load`, but None as well when others need a state that has been lost or damaged, or was never here."""
+    def finished(self, run: Run, needed: bool, with_network: bool = False) -> Entry | None:
+        """As `load`, but None as well when others need a state that has been lost or damaged, or was never here.
+
+        with_network: also when its network is not here.
+        """
         entry = self.load(run)
         if entry and needed and entry.has_state and self.state(run) is None:
+            return None
+        if entry and with_network and entry.record.status == "ok" and not self.network_file(run).exists():
             return None
         return entry
 

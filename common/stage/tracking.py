@@ -72,7 +72,7 @@ class StageLog:
         self._page = page_of(profile)
         self._accuracies: dict[tuple[str, int], list[float]] = {}
         self.added = 0
-        self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._entries: queue.SimpleQueue[tuple[Entry, Path | None] | None] = queue.SimpleQueue()
         self._seconds, self._count, self._failed = 0.0, 0, 0
         self._thread = threading.Thread(target=self._log, daemon=True)
 
@@ -85,9 +85,9 @@ class StageLog:
         self._entries.put(None)
         self._thread.join()
 
-    def add(self, entry: Entry) -> None:
-        """Log one entry; returns at once."""
-        self._entries.put(entry)
+    def add(self, entry: Entry, network: Path | None = None) -> None:
+        """Log one entry, and its network where that is in a file; returns at once."""
+        self._entries.put((entry, network))
 
     def _log(self) -> None:
         try:
@@ -103,7 +103,7 @@ class StageLog:
         about = descriptions.of_experiment(self.paper, claims, self._page)
         client.set_experiment_tag(experiment, _DESCRIPTION, about)
         known = {
-            run.data.tags["run_key"]
+            run.data.tags["run_key"]: run.info.run_id
             for run in _search(
                 client, experiment, f"tags.profile = '{self.profile}' and attributes.status != 'RUNNING'"
             )
@@ -119,7 +119,8 @@ class StageLog:
         for group in ("machine", "versions"):
             shared |= {f"{group}.{key}": str(value) for key, value in self.environment[group].items()}
         parent = None
-        while (entry := self._entries.get()) is not None:
+        while (found := self._entries.get()) is not None:
+            entry, network = found
             self._seconds += entry.seconds
             self._count += 1
             self._failed += entry.record.status == "failed"
@@ -128,9 +129,12 @@ class StageLog:
             if run_key not in known:
                 parent = parent or _stage_run(client, experiment, self.paper, shared)
                 text = descriptions.of_run(entry.record, claims, self._page)
-                _log_run(client, experiment, parent, entry, {**shared, _DESCRIPTION: text}, run_key)
-                known.add(run_key)
+                known[run_key] = _log_run(
+                    client, experiment, parent, entry, {**shared, _DESCRIPTION: text}, run_key
+                )
                 self.added += 1
+            if network and network.exists() and network.stat().st_size:
+                _log_network(client, known[run_key], network)
         if parent and self._complete:
             totals = {"runs": self._count, "failed": self._failed, "seconds": self._seconds}
             _send(client, parent, metrics=totals, steps=self._averages())
@@ -232,7 +236,8 @@ def _log_run(
     entry: Entry,
     shared: Mapping[str, str],
     run_key: str,
-) -> None:
+) -> str:
+    """Log a run and return its id."""
     record = entry.record
     # machine and versions stand at the stage's run, which is the parent, unless another machine executed this one
     own = {key: value for key, value in shared.items() if not key.startswith(("machine.", "versions."))}
@@ -250,6 +255,7 @@ def _log_run(
     # as numbers, too, since MLflow compares params as text
     numbers = {"target": record.target, "seed": float(record.seed), "seconds": entry.seconds}
     numbers |= {**_numbers("", record.metrics), **_numbers("cost.", record.cost)}
+    numbers |= _numbers("measured.", entry.measured or {})
     # the key by which the run is found again comes last: half a run is never taken for a whole one
     _send(client, run_id, params=params, metrics=numbers, curves=entry.curves, tags={"run_key": run_key})
     source = json.dumps(record.settings.get("data"))
@@ -264,6 +270,13 @@ def _log_run(
         client.log_inputs(run_id, inputs)
     status = "FINISHED" if record.status == "ok" else "FAILED"
     client.set_terminated(run_id, status, _milliseconds(ended))
+    return run_id
+
+
+def _log_network(client: MlflowClient, run_id: str, network: Path) -> None:
+    """Hang a network on its run, once."""
+    if not client.list_artifacts(run_id, "network"):
+        client.log_artifact(run_id, str(network), "network")
 
 
 def _identity(record: Record) -> dict[str, Any]:

@@ -135,8 +135,9 @@ ArchitectureName = Annotated[str, AfterValidator(_known)]
 
 
 @functools.cache
-def _kinds(network: type[Network]) -> dict[str, TypeAdapter[Any]]:
+def _kinds(name: str) -> dict[str, TypeAdapter[Any]]:
     """What the options of a network may be, by name: those of its class, and those of `build` for all."""
+    network = architecture(name).network
     hints = get_type_hints(network.__init__)
     parameters = inspect.signature(network.__init__).parameters.values()
     kinds = {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -147,7 +148,7 @@ def _kinds(network: type[Network]) -> dict[str, TypeAdapter[Any]]:
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raise SettingsError for an option that a network of that architecture does not have, or that is of another kind."""
-    known = _kinds(architecture(name).network)
+    known = _kinds(name)
     for option, value in options.items():
         if option not in known:
             raise SettingsError(f"option {option!r} of {name!r}: unknown; {hint(option, list(known))}")

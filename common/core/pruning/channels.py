@@ -60,6 +60,27 @@ def remove(
     _remove(model, chosen, optimizer)
 
 
+def read(model: nn.Module, groups: Sequence[ChannelGroup] | None = None) -> dict[str, Tensor]:
+    """The channels that do something, by group: those of which a reader has weights that are not zero, and in the last
+    convolution of a branch those with such weights. The network computes the same without the others.
+
+    As many stay as must, also if none does anything. Raises ValueError as `groups_of`.
+    """
+    found = {}
+    for group in groups_of(model) if groups is None else groups:
+        weight = weight_of(model, group.name)
+        readers = [weight_of(model, name) for name in group.consumers]
+        # [channels, all that belongs to each]
+        parts = (
+            [r.transpose(0, 1).reshape(len(weight), -1) for r in readers] if readers else [weight.flatten(1)]
+        )
+        alive = torch.stack([part.count_nonzero(1) > 0 for part in parts]).any(0)
+        if not alive.sum() >= group.minimum:
+            alive[: group.minimum] = True
+        found[group.name] = alive.nonzero().flatten()
+    return found
+
+
 Chosen = Sequence[tuple[ChannelGroup, Tensor]]
 """Groups with the indices of the channels that stay."""
 
