@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from typing import Any
 
 from pydantic import BaseModel
+
+GLOBAL_GENERATOR = threading.Lock()
+"""Drawing from torch's global generator is for one thread at a time."""
 
 
 def canonical(value: Any) -> str:

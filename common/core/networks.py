@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 from common.core import models
 from common.core.identity import canonical
-from common.core.models import Network, tensor_files
+from common.core.models import Network, own_code, tensor_files
+from common.core.pruning import channels
 from common.core.run import Cell
 
 _BUILT = "network"
 
 
 def packed(
-    model: nn.Module, cell: Cell, classes: int, image_shape: tuple[int, ...], about: Mapping[str, Any]
+    model: Network, cell: Cell, classes: int, image_shape: Sequence[int], about: Mapping[str, Any]
 ) -> bytes:
     """The content of a safetensors file with a network of this cell, and JSON values about it."""
     built = {"architecture": cell.architecture, "options": cell.options, "classes": classes}
-    built |= {"image_shape": image_shape, "widths": model.widths if isinstance(model, Network) else None}
+    built |= {"image_shape": list(image_shape), "widths": model.widths}
     words = {_BUILT: canonical(built)} | {name: canonical(value) for name, value in about.items()}
     return tensor_files.packed(model.state_dict(), words)
 
@@ -31,9 +30,14 @@ def unpacked(content: bytes) -> tuple[Network, dict[str, Any]]:
     tensors, words = tensor_files.unpacked(content)
     about = {name: json.loads(value) for name, value in words.items()}
     built = about.pop(_BUILT)
-    options = built["options"] | {"widths": built["widths"]}
-    model = models.build(
-        built["architecture"], classes=built["classes"], image_shape=built["image_shape"], **options
-    )
+    name, widths = built["architecture"], built["widths"]
+    wanted = {key: built[key] for key in ("classes", "image_shape")} | built["options"]
+    if own_code(name):
+        model = models.build(name, **wanted)
+        if widths:
+            groups = zip(model.channel_groups(), widths, strict=True)
+            channels.remove(model, {group.name: range(width) for group, width in groups})
+    else:
+        model = models.build(name, **wanted, widths=widths)
     model.load_state_dict(tensors)
     return model.eval(), about | {"image_shape": built["image_shape"]}

@@ -18,7 +18,7 @@ from common.core import loading, models
 from common.core.compute import Compute
 from common.core.data import Batches, Dataset
 from common.core.identity import digest, stream
-from common.core.models import ArchitectureName, Network
+from common.core.models import ArchitectureName, Network, own_code
 from common.core.pruning.counting import cost
 from common.core.trainer import Checkpoints, Decays, Hooks, Trainer
 from common.records import Identity, Record
@@ -140,7 +140,7 @@ class Job(Strict):
             settings,
             self,
             tuple(need.run for need in self.needs),
-            self.code,
+            (*self.code, *own_code(self.cell.architecture)),
         )
 
     @model_serializer

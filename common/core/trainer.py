@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,10 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from common.core.compute import Capture, CaptureFailed, Compute, out_of_memory, release_memory
 from common.core.failures import Diverged, OutOfMemory
-from common.core.identity import stream
-
-# drawing from the global generator is for one thread at a time
-_GLOBAL_GENERATOR = threading.Lock()
+from common.core.identity import GLOBAL_GENERATOR, stream
 
 
 class Hooks:
@@ -217,7 +213,7 @@ class Trainer:
                 self._checkpoints.offer(fit, lambda: self._snapshot(epoch + 1), epoch + 1 == epochs)
 
     def _epoch(self, learning_rates: Sequence[float]) -> dict[str, float]:
-        with _GLOBAL_GENERATOR if self._draws else nullcontext():
+        with GLOBAL_GENERATOR if self._draws else nullcontext():
             if self._draws:
                 # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself
                 torch.manual_seed(stream(self.seed, "dropout", self.epochs_done))

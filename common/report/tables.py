@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ def accuracies(paper: Paper) -> list[dict[str, Any]]:
     gathered = gather(paper.records)
     lost = Counter((r.dataset, r.architecture, r.variant, r.target) for r in paper.failed)
     named = {variant for claim in paper.claims for variant in used_variants(claim)}
+    takes = (paper.environment or {}).get("measured") or {}
     tables = []
     for (dataset, architecture), cell in gathered.items():
         targets = sorted({target for found in cell.values() for target in found})
@@ -43,12 +44,17 @@ def accuracies(paper: Paper) -> list[dict[str, Any]]:
                     "shift of that mean that n seeds could have shown (power 0.8, one-sided 5 %)."
                 ),
                 "targets": [percent(target) for target in targets],
+                "measured": bool(takes),
                 "rows": [{"variant": variant, "cells": rows[variant]} for variant in main],
                 "others": [
                     {"variant": variant, "cells": rows[variant]} for variant in rows if variant not in main
                 ],
                 "costs": [
-                    {"variant": variant, "target": percent(target), "values": _costs(records)}
+                    {
+                        "variant": variant,
+                        "target": percent(target),
+                        "values": _costs(records) + (_on_machine(records, takes) if takes else []),
+                    }
                     for variant, found in cell.items()
                     for target, records in found.items()
                 ],
@@ -85,6 +91,19 @@ def _costs(records: Sequence[Record]) -> list[str]:
         known = [value for record in records if (value := measured(record, name)) is not None]
         shown.append(form.format(sum(known) / len(known)) if known else "–")
     return shown
+
+
+def _on_machine(records: Sequence[Record], takes: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What the network of the seed that was measured takes, beside the dense one: time of one image, and its file."""
+    found = next((takes[r.settings_hash] for r in records if r.settings_hash in takes), None)
+    if found is None:
+        return ["–", "–", "–"]
+    faster = found["dense_milliseconds"] / found["milliseconds"]
+    return [
+        f"{found['milliseconds']:.3g} ms, {faster:.2f}×",
+        f"{found['bytes']:,.0f}",
+        f"{found['compressed_bytes']:,.0f}",
+    ]
 
 
 def footing(found: equal_footing.Footing) -> dict[str, Any]:

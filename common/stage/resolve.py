@@ -16,12 +16,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from common.core.experiment import CellSettings
+from common.core.models import own_code
 from common.settings import (
     PARAMS_FILE,
     AugmentationSettings,
     DatasetSettings,
     PaperSettings,
     SettingsError,
+    parts,
     profile_chain,
     profile_looks,
 )
@@ -53,6 +56,9 @@ def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, A
             paper: written(block, paper) or None,
             "defaults": defaults,
         }
+        cells = parts(complete.paper, CellSettings)
+        if own := {Path(file) for cell in cells for file in own_code(cell.architecture)}:
+            stages[paper]["networks"] = code_prints(sorted(own))
         if complete.keep != "none":
             stages[paper]["keep"] = complete.keep
         if more := getattr(protocol(paper), "code", None):

@@ -33,6 +33,7 @@ from common.core import networks, tuning
 from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
 from common.core.failures import OutOfMemory, RunFailed
 from common.core.identity import canonical
+from common.core.models import Network
 from common.core.run import Context, Needed, Outcome, Run
 from common.records import Entry
 from common.settings import ExecutionSettings
@@ -106,7 +107,7 @@ def perform(
 def _network(context: Context, outcome: Outcome, store: Store) -> bytes:
     """The file of the network whose accuracy a run reports; empty where there is none."""
     tested = context.reported(outcome.metrics)
-    if tested and tested.network:
+    if tested and isinstance(tested.network, Network):
         about = {**context.run.identity, "settings_hash": context.run.settings_hash}
         data = context.data
         return networks.packed(tested.network, context.job.cell, data.classes, data.image_shape, about)

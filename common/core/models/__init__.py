@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
+from common.core.models import own
 from common.core.models.chain import MLP, VGG, ConvNet
 from common.core.models.mobilenet import MobileNetV1, MobileNetV2
 from common.core.models.network import (
@@ -40,6 +41,7 @@ __all__ = [
     "build",
     "check_options",
     "module_of",
+    "own_code",
     "weight_of",
 ]
 
@@ -116,6 +118,10 @@ def architecture(name: str) -> Architecture:
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
+    if own.is_own(name):
+        raise SettingsError(
+            f"architecture = {name!r}: a network of one's own cannot stand here, only one of the suite"
+        )
     depth = re.fullmatch(r"resnet(\d+)", name)
     if depth and int(depth[1]) > 2 and int(depth[1]) % 6 == 2:
         return _cifar_resnet(int(depth[1]))
@@ -124,7 +130,7 @@ def architecture(name: str) -> Architecture:
 
 def _known(name: str) -> str:
     try:
-        architecture(name)
+        own.function(name) if own.is_own(name) else architecture(name)
     except SettingsError as error:
         raise ValueError(str(error)) from None
     return name
@@ -137,13 +143,21 @@ ArchitectureName = Annotated[str, AfterValidator(_known)]
 @functools.cache
 def _kinds(name: str) -> dict[str, TypeAdapter[Any]]:
     """What the options of a network may be, by name: those of its class, and those of `build` for all."""
-    network = architecture(name).network
-    hints = get_type_hints(network.__init__)
-    parameters = inspect.signature(network.__init__).parameters.values()
-    kinds = {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if own.is_own(name):
+        kinds = own.options_of(name)
+    else:
+        network = architecture(name).network
+        hints = get_type_hints(network.__init__)
+        parameters = inspect.signature(network.__init__).parameters.values()
+        kinds = {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY}
     shared = get_type_hints(build)
     kinds |= {name: shared[name] for name in ("widths", "conv_init", "linear_init", "norm_scale", "seed")}
     return {name: TypeAdapter(kind, config=ConfigDict(strict=True)) for name, kind in kinds.items()}
+
+
+def own_code(name: str) -> tuple[str, ...]:
+    """The file of a network of one's own, relative to the project; none for one of the suite. Raises SettingsError."""
+    return (own.file_of(name),) if own.is_own(name) else ()
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -172,31 +186,39 @@ def build(
     norm_scale: float = 1.0,
     **options: Any,
 ) -> Network:
-    """A freshly initialised network.
+    """A freshly initialised network of that architecture, or of one's own (FILE.py:FUNCTION, see `own`).
 
     image_shape: (channels, height, width). widths: see `Network.widths` and the class of the architecture;
     its own when absent. seed: of the initial values, which are drawn on the CPU; the global random state is
     not touched. device: "meta" gives shapes without memory, for counting. conv_init, linear_init: see
-    `initialise` (default: as the architecture says). norm_scale: first value of the batch norms' scales.
-    options: of the network's class. Raises SettingsError for an unknown name or option, ValueError for widths
+    `initialise` (default: as the architecture says, or the function of one's own). norm_scale: first value of the batch norms' scales.
+    options: of the network's class or function. Raises SettingsError for an unknown name or option, ValueError for widths
     or options that cannot be.
     """
-    arch = architecture(name)
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape = {tuple(image_shape)}: must be (channels, height, width)")
+    if classes < 1:
+        raise ValueError(f"classes = {classes}: must be at least 1")
     check_options(name, options)
+    generator = torch.Generator().manual_seed(seed)
+    if own.is_own(name):
+        if widths:
+            raise SettingsError(
+                f"architecture {name!r}: a network of one's own has no other widths than its own"
+            )
+        found = own.build_own(name, classes, image_shape, seed, options)
+        initialise(found, generator, conv_init, linear_init, None if norm_scale == 1.0 else norm_scale)
+        return found.to(device)
+    arch = architecture(name)
     options = {**arch.options, **options}
     for option, parameter in inspect.signature(arch.network.__init__).parameters.items():
         required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
         if required and option not in options:
             raise SettingsError(f"option {option!r} of {name!r}: missing")
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape = {tuple(image_shape)}: must be (channels, height, width)")
-    if classes < 1:
-        raise ValueError(f"classes = {classes}: must be at least 1")
     hollow = torch.device(device).type == "meta"
     with torch.device("meta" if hollow else "cpu"):
         model = arch.network(classes, image_shape, widths, **options)
     if hollow:
         return model
-    generator = torch.Generator().manual_seed(seed)
     initialise(model, generator, conv_init or arch.conv_init, linear_init or arch.linear_init, norm_scale)
     return model.to(device)

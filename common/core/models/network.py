@@ -171,24 +171,28 @@ def checked_widths(
 
 
 def initialise(
-    model: nn.Module, generator: torch.Generator, conv: Fill, linear: Fill, norm_scale: float
+    model: nn.Module,
+    generator: torch.Generator,
+    conv: Fill | None,
+    linear: Fill | None,
+    norm_scale: float | None,
 ) -> None:
-    """Fill all convolutions and linear layers in module order, and set the scale of every batch norm.
+    """Fill all convolutions and linear layers in module order, and set the scale of every batch norm; None leaves them.
 
     `fan_out`, `fan_in`: normal with standard deviation sqrt(2 / (k*k*outputs)) or sqrt(2 / (k*k*inputs)),
     zero bias; `normal`: standard deviation 0.01, zero bias; `torch`: uniform within 1/sqrt(inputs), bias too.
     Raises ValueError.
     """
     for what, fill in (("conv_init", conv), ("linear_init", linear)):
-        if fill not in get_args(Fill):
+        if fill is not None and fill not in get_args(Fill):
             raise ValueError(f"{what} = {fill!r}: must be one of {', '.join(get_args(Fill))}")
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and conv:
                 _fill(module, conv, generator)
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear) and linear:
                 _fill(module, linear, generator)
-            elif isinstance(module, BatchNorm2d):
+            elif isinstance(module, nn.BatchNorm2d) and norm_scale is not None:
                 module.weight.fill_(norm_scale)
 
 

@@ -69,11 +69,12 @@ _COUNTING = threading.Lock()
 
 
 def layer_costs(
-    model: nn.Module, image_shape: Sequence[int], convention: Convention = "conv_linear"
+    model: nn.Module, image_shape: Sequence[int], convention: Convention | None = None
 ) -> list[LayerCost]:
     """Cost of every convolution and linear layer, in module order, for one image of `image_shape` (C, H, W).
 
-    Layers that share a weight are one, by the name of the first. `conv_linear` is exact, also for grouped, transposed and
+    Layers that share a weight are one, by the name of the first. convention: `conv_linear` by default, and `products` of a
+    network of one's own (see `common.core.models.own`). `conv_linear` is exact, also for grouped, transposed and
     unpadded convolutions. `pool_inputs` adds average-pool
     modules at one MAC for each input element (pruning from scratch). `same_padding` is the rule of the
     IMP+SLR release: every convolution has ceil(side / stride) output positions a side, and groups are
@@ -82,23 +83,24 @@ def layer_costs(
     it, of one model at a time, since threads may
     count the same one. Raises ValueError for an unknown convention, and naming layers that multiply and are not counted.
     """
-    if convention not in get_args(Convention):
-        raise ValueError(f"convention = {convention!r}: must be one of {', '.join(get_args(Convention))}")
-    counted = (*_WEIGHTED, *(_POOLS if convention == "pool_inputs" else ()))
+    chosen: Convention = convention or getattr(model, "convention", "conv_linear")
+    if chosen not in get_args(Convention):
+        raise ValueError(f"convention = {chosen!r}: must be one of {', '.join(get_args(Convention))}")
+    counted = (*_WEIGHTED, *(_POOLS if chosen == "pool_inputs" else ()))
     names = {module: name for name, module in model.named_modules() if isinstance(module, counted)}
     with _COUNTING:
         seen, others = _shapes(model, names, image_shape)
-    if reason := others.refusal(counts_products=convention == "products"):
-        raise ValueError(f"{type(model).__name__}: {convention} does not count {reason}")
+    if reason := others.refusal(counts_products=chosen == "products"):
+        raise ValueError(f"{type(model).__name__}: {chosen} does not count {reason}")
     sharing: dict[nn.Module | nn.Parameter, list[_Counted]] = {}
     for module in names:
         weight = module._parameters.get("weight")
         sharing.setdefault(module if weight is None else weight, []).append(module)
     costs = [
-        _cost(names[modules[0]], modules[0], sum(_positions(m, seen[m], convention) for m in modules))
+        _cost(names[modules[0]], modules[0], sum(_positions(m, seen[m], chosen) for m in modules))
         for modules in sharing.values()
     ]
-    if convention == "products":
+    if chosen == "products":
         costs += [LayerCost(name, "products", (), 0, 0, macs) for name, macs in others.macs.items()]
     return costs
 
@@ -164,7 +166,7 @@ def cost(
     model: nn.Module,
     image_shape: Sequence[int],
     dense: Mapping[str, Any] | None = None,
-    convention: Convention = "conv_linear",
+    convention: Convention | None = None,
 ) -> dict[str, Any]:
     """What a network costs, beside the dense network it comes from.
 
