@@ -69,7 +69,7 @@ def test_channels_leave_where_the_module_describes_them():
         ("tutorials/nowhere.py:net", {}, "there is no file tutorials/nowhere.py in the project"),
         ("tutorials/networks.py:nothing", {}, "tutorials/networks.py has no function nothing"),
         ("../networks.py:net", {}, "is FILE.py:FUNCTION"),
-        (SEPARABLE, {"widht": 8}, "option 'widht'.* did you mean 'width"),
+        (SEPARABLE, {"widht": 8}, "option 'widht'.*did you mean 'width"),
         (SEPARABLE, {"width": "8"}, "option 'width' of .* = '8': should be a valid integer"),
         (SEPARABLE, {"width": -1}, "networks.py:separable': .*Error: "),
         (SEPARABLE, {"widths": [4]}, "has no other widths than its own"),
