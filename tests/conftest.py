@@ -1,5 +1,6 @@
 """Options and defaults of the test suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,3 +27,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.fast)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m fast`, files all of whose tests are slow are not imported, nor what they alone import."""
+    if config.option.markexpr == "fast" and collection_path.suffix == ".py":
+        return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() or None
+    return None
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: nobody looks for garbage in it again."""
+    gc.collect()
+    gc.freeze()

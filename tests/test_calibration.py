@@ -37,6 +37,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell", [*SHORT, *NINE, Cell("null", NULLS[0], "normal", LOOKED)], ids=lambda cell: cell.key
 )
@@ -50,6 +51,7 @@ def test_what_holds_by_one_standard_deviation_is_found_by_eight_seeds(question, 
     assert rate >= power - 0.06  # two simulation errors
 
 
+@pytest.mark.slow
 def test_it_counts_the_verdicts_that_are_written():
     cell = Cell("null", NULLS[0], "diverging", LOOKED, Family(comparisons=3))
     for records in Papers(cell).draw(np.random.default_rng(3), 10):
@@ -62,6 +64,7 @@ def test_it_counts_the_verdicts_that_are_written():
         assert graded == [comparison.graded for comparison in judged[0].comparisons]
 
 
+@pytest.mark.slow
 def test_the_same_papers_on_every_run_and_with_any_number_of_processes():
     some = [SHORT[0], NINE[1]]
     alone, together = (simulate_all(some, 20, jobs) for jobs in (1, 2))

@@ -1,6 +1,7 @@
 """What claims will compare in a profile, before anything is trained."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -57,12 +58,14 @@ def stand_ins(monkeypatch):
     )
 
 
+@cache
 def foreseen_in(paper, profile):
     loaded = papers.load(paper, ROOT / "params.yaml", profile)
     file = claims.read(ROOT / "replications" / paper / claims.CLAIMS_FILE)
     return foreseen.foreseen(paper, papers.runs(paper, loaded), file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["digits", "cifar10-cpu", "cifar10"])
 @pytest.mark.parametrize("paper", papers.papers())
 def test_headlines_have_their_runs_in_the_profiles_that_are_run(paper, profile, stand_ins):
@@ -77,6 +80,7 @@ def test_no_claim_of_the_embedded_profile_lacks_runs(paper, stand_ins):
     assert [one for one in foreseen_in(paper, "digits") if one.problems] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", [paper for paper in papers.papers() if paper != "equal_footing"])
 def test_each_deviation_is_measured_in_the_profile_of_deviations(paper, stand_ins):
     file = claims.read(ROOT / "replications" / paper / claims.CLAIMS_FILE)

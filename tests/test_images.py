@@ -63,6 +63,7 @@ def test_the_variance_is_that_of_an_analysis_of_variance(arm):
     assert crossed_interval(treatment, control, 0.05) == pytest.approx((mean - half, mean + half))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image, arm, seed", [(1.0, 1.0, 0.01), (1.0, 0.5, 0.1), (0.5, 0.0, 0.2)])
 def test_it_covers_the_truth_over_seeds_and_images(image, arm, seed):
     random = np.random.default_rng(9)

@@ -709,6 +709,7 @@ def test_arms_differ_in_their_trunk_alone(tmp_path):
     assert not torch.equal(starts["fine-tuned-shuffled"][conv], starts["fine-tuned"][conv])
 
 
+@pytest.mark.slow
 def test_every_variant_leaves_its_record(tmp_path):
     suffixes = protocol.LOOPS.keys() - {""}
     variants = ["fine-tuned", "scratch", "small-scratch", *(f"fine-tuned{suffix}" for suffix in suffixes)]
@@ -777,6 +778,7 @@ def test_single_weights_go_and_stay_away(tmp_path, changes):
     assert last["share_needed"] == last["share_needed_own"] and 0.2 - 1e-9 <= last["share_needed"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "selection",
     [
@@ -793,6 +795,7 @@ def test_filters_can_be_chosen_otherwise(tmp_path, selection):
     assert found["scratch", 0.8]["metrics"] != plain["scratch", 0.8]["metrics"]
 
 
+@pytest.mark.slow
 def test_gradual_pruning_may_mask_until_the_end(tmp_path):
     ways = [{"removal": "at_events"}, {"removal": "at_end"}, {"removal": "at_end", "masks": "before_forward"}]
     found = [
@@ -805,6 +808,7 @@ def test_gradual_pruning_may_mask_until_the_end(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_chosen_on_validation(tmp_path):
     rates = {"learning_rates": [1e-6, 0.05], "gradual": {"span": 1}}
     found = records(tmp_path, ["scratch", "scratch-gradual"], **rates)

@@ -656,6 +656,7 @@ def test_equal_epochs_or_equal_macs(records):
     assert records["pfs-b", 0.6]["details"]["widths"] == records["pfs-e", 0.6]["details"]["widths"]
 
 
+@pytest.mark.slow
 def test_the_whole_of_either_pipeline_costs_the_same(records):
     def spent(variant):
         return records[variant, 0.6]["metrics"]["training_cost"]
