@@ -40,3 +40,18 @@ def pytest_collection_finish():
     """What is imported by now stays: nobody looks for garbage in it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """The folder of the made-up papers with their report, for all who only read it."""
+    from reporting import arguments, make
+
+    from common.report import command
+
+    folder = tmp_path_factory.mktemp("reported")
+    make(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "WORKERS", 1)  # other processes take longer to start than this to draw
+        assert command.main(arguments(folder)) == 0
+    return folder

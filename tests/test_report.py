@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reporting import SVG, Structure, arguments, contents, judge, make, marks, small_project
+from reporting import SVG, Structure, arguments, contents, judge, marks, small_project
 from scipy import stats
 from synthetic import SEEDS, Maker, claim
 
@@ -23,15 +23,18 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    make(folder)
-    assert command.main(arguments(folder)) == 0
-    return folder
+@pytest.fixture(autouse=True)
+def drawn_here(monkeypatch):
+    """Other processes take longer to start than this one to draw so few figures."""
+    monkeypatch.setattr(command, "WORKERS", 1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def project(reported):
+    return reported
+
+
+@pytest.fixture
 def page(project):
     return (project / "report" / "index.html").read_text()
 

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from reporting import Structure, arguments, judge, make, small_project
+from reporting import Structure, arguments, judge, small_project
 from synthetic import SEEDS, Maker, claim
 
 from common.report import command, judged, places, runs
@@ -17,20 +17,23 @@ from common.statistics.opening import COLLAPSES, MIXED, NEEDS, STRUCTURAL
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("answers")
-    make(folder)
-    assert command.main(arguments(folder)) == 0
-    return folder
+@pytest.fixture(autouse=True)
+def drawn_here(monkeypatch):
+    """Other processes take longer to start than this one to draw so few figures."""
+    monkeypatch.setattr(command, "WORKERS", 1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def project(reported):
+    return reported
+
+
+@pytest.fixture
 def page(project):
     return (project / "report" / "index.html").read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def verdicts(project):
     return json.loads((project / "verdicts.json").read_text())["papers"]
 
