@@ -1,5 +1,6 @@
 """The benchmark: how it pairs and judges what it measures, and what it writes. Nothing here depends on speed."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from a_side import appending
 from PIL import Image
 from project import ROOT
 
@@ -123,11 +125,11 @@ def test_both_usual_loops_see_every_image_once_an_epoch():
 
 
 def test_a_process_of_its_own_has_its_threads_and_passes_errors_on():
-    assert isolation.alone(os.getenv, "OMP_NUM_THREADS", threads=3) == "3"
+    read = "[__import__('os').getenv(name) for name in ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT')]"
     for tuned, wanted in ((True, processes.ENVIRONMENT["GOMP_SPINCOUNT"]), (False, None)):
-        assert isolation.alone(os.getenv, "GOMP_SPINCOUNT", threads=1, tuned=tuned) == wanted
+        assert isolation.alone(eval, read, threads=3, tuned=tuned) == ["3", wanted]
     with pytest.raises(FileNotFoundError):
-        isolation.alone(os.listdir, "/nowhere", threads=1)
+        isolation.alone(os.listdir, "/nowhere", threads=1, tuned=False)
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
@@ -142,12 +144,6 @@ def test_a_side_apart_is_made_once_and_called_again_and_again(tmp_path):
         isolation.Apart(appending, tmp_path / "no folder" / "calls", threads=1, tuned=False)
 
 
-def appending(file):
-    """A function that adds to the file, which begins with the number of the process."""
-    file.write_text(f"{os.getpid()}\n")
-    return lambda: file.open("a").write("called\n")
-
-
 def test_the_plan_names_functions_that_exist():
     for benchmark in BENCHMARKS.values():
         assert callable(getattr(comparisons, benchmark.function))
@@ -157,6 +153,19 @@ def test_the_plan_names_functions_that_exist():
 def tiny():
     """A benchmark with batches of 16 random images."""
     return Bench(data=None, device="cpu", precision="float32", quick=True, batch=16)
+
+
+class Here(contextlib.AbstractContextManager):
+    """In place of a process of its own."""
+
+    def __init__(self, make, *arguments, threads, tuned):
+        self._call = make(*arguments)
+
+    def __call__(self):
+        self._call()
+
+    def __exit__(self, *_):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,8 @@ def tiny():
         ("shrunken", 2, {}),
     ],
 )
-def test_comparisons_run_on_a_small_network(tiny, name, steps, goals):
+def test_comparisons_run_on_a_small_network(tiny, name, steps, goals, monkeypatch):
+    monkeypatch.setattr(comparisons, "Apart", Here)
     found = getattr(comparisons, name)(tiny, "resnet8", steps=steps, rounds=3, **goals)
     assert found["rounds"] == 3 and found["images_per_round"] == 16 * steps // 2
     for finding in found["findings"]:
