@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,18 +71,25 @@ def params(project: Path, profile: str = "digits", **papers: dict) -> Path:
 def environment(**extra: str) -> dict[str, str]:
     """Variables for a process of the copied project: its own code first, one thread, no telemetry."""
     quiet = {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    places = [str(Path(executable).parent) for executable in (warm.python(), sys.executable)]
+    path = os.pathsep.join([*places, os.environ["PATH"]])
     clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "PYTHONPATH")}
     return {**clean, **quiet, "PATH": path, **extra}
 
 
-def run(project: Path, *command: str, **extra: str) -> subprocess.CompletedProcess:
-    """Run a command of the project's Python environment in the copy."""
+def start(project: Path, *command: str, **extra: str) -> subprocess.Popen[str]:
+    """Start a command of the project's Python environment in the copy; its process group has its number."""
     if command[0] == "python":
-        command = (sys.executable, *command[1:])
-    return subprocess.run(
-        command, cwd=project, env=environment(**extra), capture_output=True, text=True, check=False
-    )
+        command = (warm.python(), *command[1:])
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=project, env=environment(**extra), start_new_session=True, **streams)
+
+
+def run(project: Path, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run such a command to its end."""
+    process = start(project, *command, **extra)
+    texts = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, *texts)
 
 
 BARE = "import sys\nsys.modules['mlflow'] = sys.modules['dvc'] = None\n"

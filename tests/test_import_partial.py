@@ -5,12 +5,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from project import environment, only_example, params, replications, run
+from project import only_example, params, replications, run, start
 
 from common.core.identity import canonical
 from common.records import Entry
@@ -182,9 +180,7 @@ def test_a_killed_stage_leaves_what_it_had_finished(project):
     params(project, example={"seconds": 2.0})
     there = project.parent / "killed"
     shutil.copytree(project, there)
-    command = [sys.executable, "-m", "replications", "run", "example"]
-    variables = environment(PYTHONPATH=str(there))
-    process = subprocess.Popen(command, cwd=there, env=variables, start_new_session=True, stderr=-3)
+    process = start(there, "python", "-m", "replications", "run", "example", PYTHONPATH=str(there))
     deadline = time.monotonic() + 80
     while len(list((there / ".runs/digits/example").glob("*.json"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None

@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from made_up_jobs import made_up
-from project import add_example, copy, environment, params, run
+from project import add_example, copy, params, run, start
 
 from common.core.data import Batches
 from common.core.loading import load
@@ -101,8 +100,7 @@ def test_a_killed_stage_resumes_and_ends_with_the_same_bytes(project, finished):
     assert run(project, *STAGE).returncode == 0
     expected = _bytes(project)
     subprocess.run(["rm", "-rf", ".runs", "results"], cwd=project, check=True)
-    command = [sys.executable, *STAGE[1:]]
-    process = subprocess.Popen(command, cwd=project, env=environment(), start_new_session=True, stderr=-3)
+    process = start(project, *STAGE)
     folder = project / ".runs/digits/example"
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*.json"))) < finished:
