@@ -42,6 +42,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # what is left at the end of Python is reported by some packages
+
+
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory):
     """The folder of the made-up papers with their report, for all who only read it."""
