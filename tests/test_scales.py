@@ -110,3 +110,20 @@ def test_equal_cells_do_not_shrink_the_interval_below_their_noise():
 
 def test_fewer_than_five_cells_are_not_pooled():
     assert pooling.pool([0.1] * 4, [0.1] * 4) is None
+
+
+def test_a_profile_that_measures_deviations_is_no_scale_but_a_ledger(project):
+    paper = Maker(project, "gates")
+    switches = [
+        claim(f"D{n}", "gated", "random", role="probe", deviation=f"switch {n}", matters=0.01) for n in (1, 2)
+    ]
+    paper.claims([claim("G1", "gated", "random", **HEADLINE), *switches])
+    paper.grid(("gated", "random"), (0.8,), SEEDS[:5], architecture="net0")
+    paper.write()
+    judge(project)
+    (project / "reports" / "switches").mkdir()
+    shutil.copy(project / "verdicts.json", project / "reports" / "switches")
+    page = _write(project)
+    assert 'data-name="switches"' not in page and 'data-name="large"' in page
+    assert "What each deviation moves: switches" in page
+    assert page.count("<td>switch 1</td>") == page.count("<td>switch 2</td>") == 1

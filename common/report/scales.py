@@ -1,4 +1,4 @@
-"""All profiles that have verdicts on one page: headlines down, profiles across."""
+"""All profiles that have verdicts on one page: headlines down, profiles across, and the ledger of deviations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from common.report.panels import VERDICTS, ScaleCell, ScalesPanel
 from common.report.pooling import Pooled, pool
 from common.settings import SettingsError
 from common.statistics.claims import CLAIMS_FILE, Claim, ClaimsFile, read_all
+from common.statistics.deciding import NOT_TESTED
 
 _POOLED = ("superiority", "difference", "noninferiority", "equivalence")
 """Tests of a mean paired difference, which cells have in common."""
@@ -34,6 +35,14 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Ledger:
+    """The deviations that a profile judges, each with its paper, in the order of the claims."""
+
+    scale: Scale
+    deviations: tuple[tuple[str, ClaimView], ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One headline at all scales; a view is None where a profile does not judge it."""
 
@@ -46,20 +55,47 @@ class Row:
 def write(reports: Path, replications: Path) -> int:
     """Write `index.html` and `overview.png` into the folder of reports; returns the number of profiles.
 
-    Every folder in it that holds a verdicts.json is a profile. Raises ReportError, OSError.
+    Every folder in it that holds a verdicts.json is a profile. One that judges more deviations than headlines is a ledger,
+    which has the runs of another profile and a few more, so it is no scale of its own. Raises ReportError, OSError.
     """
     try:
         files = read_all(sorted(replications.glob(f"*/{CLAIMS_FILE}")))
     except SettingsError as error:
         raise ReportError(str(error)) from error
-    found = [_scale(path, files) for path in sorted(reports.glob("*/verdicts.json"))]
-    rows = [row for file in sorted(files, key=_order) for row in _rows(file, found)]
+    files.sort(key=_order)
+    profiles = [_scale(path, files) for path in sorted(reports.glob("*/verdicts.json"))]
+    found, ledgers = [], []
+    for scale in profiles:
+        deviations = _ledger(scale, files)
+        if len(deviations.deviations) > _headlines(scale, files):
+            ledgers.append(deviations)
+        else:
+            found.append(scale)
+    rows = [row for file in files for row in _rows(file, found)]
     text = (
-        page.templates().get_template("scales.html.j2").render(scales=found, rows=rows, counts=_counts(rows))
+        page.templates()
+        .get_template("scales.html.j2")
+        .render(scales=found, rows=rows, counts=_counts(rows), ledgers=ledgers)
     )
     (reports / "index.html").write_text(text, encoding="utf-8")
     (reports / "overview.png").write_bytes(figures.png(_panel(found, rows)))
-    return len(found)
+    return len(profiles)
+
+
+def _ledger(scale: Scale, files: Sequence[ClaimsFile]) -> Ledger:
+    found = (
+        (file.paper, view(claim, entry, file.paper, scale.profile))
+        for file in files
+        for claim in file.claims
+        if claim.deviation is not None and (entry := _entry(scale, file.paper, claim))
+    )
+    return Ledger(scale, tuple((paper, shown) for paper, shown in found if shown.verdict != NOT_TESTED))
+
+
+def _headlines(scale: Scale, files: Sequence[ClaimsFile]) -> int:
+    """How many headlines the profile has an answer to."""
+    judged = (_entry(scale, file.paper, c) for file in files for c in file.claims if c.role == "headline")
+    return sum(entry is not None and entry["verdict"] != NOT_TESTED for entry in judged)
 
 
 def _order(file: ClaimsFile) -> tuple[bool, str]:
