@@ -7,7 +7,6 @@ module that gives [B, classes] for images [B, *image_shape]. The function's furt
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import re
 import sys
@@ -107,13 +106,11 @@ def function(architecture: str) -> Callable[..., nn.Module]:
 
 @functools.cache
 def _module(file: Path) -> ModuleType:
-    name = f"_own_{digest(str(file))[:16]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec and spec.loader  # a file that ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = ModuleType(f"_own_{digest(str(file))[:16]}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
     except Exception as error:  # code of one's own may fail in any way
         raise SettingsError(f"{file}: cannot be loaded: {type(error).__name__}: {error}") from None
     return module

@@ -83,7 +83,8 @@ def layer_costs(
     it, of one model at a time, since threads may
     count the same one. Raises ValueError for an unknown convention, and naming layers that multiply and are not counted.
     """
-    chosen: Convention = convention or getattr(model, "convention", "conv_linear")
+    own: Any = getattr(model, "convention", "conv_linear")
+    chosen: Convention = convention or own
     if chosen not in get_args(Convention):
         raise ValueError(f"convention = {chosen!r}: must be one of {', '.join(get_args(Convention))}")
     counted = (*_WEIGHTED, *(_POOLS if chosen == "pool_inputs" else ()))
