@@ -83,8 +83,11 @@ def predictions_of(context: Context, outcome: Outcome, store: Store) -> Predicti
 
 def taken_over(context: Context, outcome: Outcome) -> list[Run]:
     """The runs needed whose test accuracy and loss are those that a run reports."""
+    reported = tested_as(outcome.metrics)
     pairs = zip(context.run.needs, context.needs, strict=True)
-    return [need for need, left in pairs if tested_as(left.record.metrics) == tested_as(outcome.metrics)]
+    return [
+        need for need, left in pairs if reported[0] is not None and tested_as(left.record.metrics) == reported
+    ]
 
 
 def chance(run: Run, compute: Compute) -> float | None:

@@ -91,13 +91,8 @@ def perform(
     takes = None
     if isinstance(ended, Outcome) and kept:
         store.save_network(run, _network(context, ended, store))
-    if (
-        isinstance(ended, Outcome)
-        and measured
-        and (tested := context.reported(ended.metrics))
-        and tested.network
-    ):
-        takes = latency.measured(context, tested.network)
+    if isinstance(ended, Outcome) and measured:
+        takes = _takes(context, ended)
     entry = entry_of(record, compute, seconds, curves, state is not None, predictions, takes)
     entry = store.save(run, entry, state)
     checkpoints.clear()
@@ -113,6 +108,17 @@ def _network(context: Context, outcome: Outcome, store: Store) -> bytes:
         return networks.packed(tested.network, context.job.cell, data.classes, data.image_shape, about)
     files = [store.network_file(need) for need in taken_over(context, outcome)]
     return next((file.read_bytes() for file in files if file.exists()), b"")
+
+
+def _takes(context: Context, outcome: Outcome) -> dict[str, float] | None:
+    """What the network whose accuracy a run reports takes on this machine; None where that cannot be measured."""
+    tested = context.reported(outcome.metrics)
+    if tested is None or tested.network is None:
+        return None
+    try:
+        return latency.measured(context, tested.network)
+    except (RuntimeError, MemoryError):  # of memory for a second network, say: the run is complete without
+        return None
 
 
 def _needed(need: Run, store: Store) -> Needed:
