@@ -31,7 +31,7 @@ class Dataset:
     ImageFiles in its place.
     labels: split name -> int64 tensor [N].
     scale: the pixel value that means 1.0 (255, or 16 for the 8x8 digits).
-    mean, std: per channel, in units of `scale`; used to normalise.
+    mean, std: per channel, in units of `scale`; used to normalise. A channel that is constant is divided by 1.
     """
 
     name: str
@@ -48,6 +48,15 @@ class Dataset:
         """(channels, height, width) of one image."""
         height, width, channels = self.images["train"].shape[1:]
         return channels, height, width
+
+    @property
+    def constant_channels(self) -> list[int]:
+        """The channels that have one value in all training images; files are not looked into."""
+        images = self.images["train"]
+        if isinstance(images, ImageFiles):
+            return []
+        pixels = images.flatten(0, 2)
+        return torch.nonzero(pixels.amin(0) == pixels.amax(0)).flatten().tolist()
 
     @cached_property
     def digest(self) -> str:
@@ -72,6 +81,7 @@ class Dataset:
         """The same data with only `count` training images, stratified by class and chosen by `seed`."""
         labels = self.labels["train"].cpu().numpy()
         (kept,) = stratified(labels, [count], stream(seed, "train-subset", self.name))
+        check_classes(labels[kept], self.classes, self.name)
         index = torch.from_numpy(kept).to(self.labels["train"].device)
         return replace(
             self,
@@ -101,6 +111,16 @@ def stratified(labels: np.ndarray, counts: Sequence[int], seed: int) -> list[np.
             take[c] += 1
         parts.append(np.sort(np.array([left[c].pop() for c in left for _ in range(take[c])], dtype=np.int64)))
     return parts
+
+
+def check_classes(labels: np.ndarray, classes: int, name: str) -> None:
+    """Raise DataError, which begins with `name`, where a class has none of the training images."""
+    absent = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if len(absent):
+        raise DataError(
+            f"{name}: the {len(labels)} training images have none of class {absent[0]}, and of {len(absent)} of {classes} "
+            "classes in all: more training images are needed, or fewer classes"
+        )
 
 
 # of a pass without gradients
@@ -191,7 +211,10 @@ class Batches:
         angles = torch.rand(len(x), generator=self._generator("rotate", number, start)).to(x.device, x.dtype)
         angles = torch.deg2rad((2 * angles - 1) * self.augmentation.rotation)
         cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-        matrix = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+        # the grid runs from -1 to 1 along either side, however long
+        across = x.shape[2] / x.shape[3]
+        rows = [torch.stack([cos, -sin * across, zero], 1), torch.stack([sin / across, cos, zero], 1)]
+        matrix = torch.stack(rows, 1)
         grid = torch.nn.functional.affine_grid(matrix, list(x.shape), align_corners=False)
         return torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
 

@@ -7,19 +7,21 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from common.core.data import SPLITS, Dataset, stratified
+from common.core.data import SPLITS, Dataset, check_classes, stratified
+from common.core.files import Arrays, read_npz, reading, size_of
 from common.core.identity import digest, stream
 from common.core.streamed import ImageFiles
 from common.settings import AugmentationSettings, DataError, DatasetSettings
 
-Arrays = dict[str, np.ndarray]
 DIGITS_SHA256 = "65e5b4619795efb40c1082f4c350c049e4ad552200d369b6ae99e21eef5e72c5"
 DIGITS_TEST = 1000
+NEEDED = ("x_train", "y_train", "x_test", "y_test")
+"""What an array file must hold."""
+PREPARES = "`dvc repro data` or `python -m common.stage.prepare`"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -65,9 +67,13 @@ class Source:
             draw = stream(settings.split_seed, "split", settings.source, seed)
             counts = [len(train), len(validation)]
             train, validation = (self.rest[i] for i in stratified(self.labels[self.rest], counts, draw))
+        check_classes(self.labels[train], self.classes, settings.origin)
         parts = dict(zip(SPLITS, (train, validation, self.test)))
         what = settings.source, parts, self.images, self.labels, self.classes
-        return make_dataset(*what, self.scale, settings.augmentation)
+        data = make_dataset(*what, self.scale, settings.augmentation)
+        if data.constant_channels == list(range(data.image_shape[0])):
+            raise DataError(f"{settings.origin}: every channel of the training images is constant")
+        return data
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,12 +82,11 @@ def fingerprint(settings: DatasetSettings) -> str:
     if settings.source == "digits":
         return DIGITS_SHA256
     if settings.source != "npz":
-        return str(_opened(prepared_file(settings), settings, "sha256")["sha256"])
-    try:
+        return str(_opened(prepared_file(settings), settings, "sha256").get("sha256"))
+    with reading(settings.local, "cannot be read"):
+        size_of(settings.local)
         with open(settings.local, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{settings.path}: cannot be read: {error.strerror}") from None
 
 
 def prepared_file(settings: DatasetSettings) -> Path:
@@ -107,7 +112,8 @@ def _digits(settings: DatasetSettings) -> Source:
         )
     test = settings.test or DIGITS_TEST
     train = settings.train or len(labels) - test - settings.validation
-    parts = stratified(labels, [train, settings.validation, test], stream(settings.split_seed, "digits"))
+    asked = {"train": train, "validation": settings.validation, "test": test}
+    parts = _drawn(settings, labels, asked, "digits")
     rest = np.setdiff1d(np.arange(len(labels)), parts[2])
     return Source(settings, images, labels, 10, parts[0], parts[1], parts[2], rest, scale=16.0)
 
@@ -127,30 +133,23 @@ def make_dataset(
     """
     split: dict[str, torch.Tensor | ImageFiles]
     if isinstance(images, ImageFiles):
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
         split = {part: images[index] for part, index in parts.items()}
     else:
         pixels = images[parts["train"]].astype(np.float64) / scale
-        mean, std = (tuple(found((0, 1, 2)).round(6).tolist()) for found in (pixels.mean, pixels.std))
+        mean, std = (found((0, 1, 2)).round(6).tolist() for found in (pixels.mean, pixels.std))
+        std = [deviation or 1.0 for deviation in std]
         split = {part: torch.from_numpy(images[index]) for part, index in parts.items()}
     found = {part: torch.from_numpy(labels[index].astype(np.int64)) for part, index in parts.items()}
-    return Dataset(name, split, found, classes, scale, mean, std, augmentation)
+    return Dataset(name, split, found, classes, scale, tuple(mean), tuple(std), augmentation)
 
 
 def _opened(path: str | Path, settings: DatasetSettings, *keys: str) -> Arrays:
-    """Arrays of an .npz file, all or those called `keys`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in keys or file.files}
-    except FileNotFoundError:
-        make = (
-            ""
-            if settings.source == "npz"
-            else "; `dvc repro data` or `python -m common.stage.prepare` makes it"
-        )
-        raise DataError(f"{path}: the array file of {settings.origin} is not there{make}") from None
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz file, or damaged: {error}") from None
+    """Arrays of an .npz file, all or those called `keys`, where it has them."""
+    if not Path(path).exists():
+        make = "" if settings.source == "npz" else f"; {PREPARES} makes it"
+        raise DataError(f"{path}: the array file of {settings.origin} is not there{make}")
+    return read_npz(path, keys or None)
 
 
 def checked(arrays: Arrays, origin: str) -> Arrays:
@@ -158,17 +157,17 @@ def checked(arrays: Arrays, origin: str) -> Arrays:
 
     Images may come as [N, H, W], classes may be absent. origin: what messages call the data. Raises DataError.
     """
-    for key in ("x_train", "y_train", "x_test", "y_test"):
+    for key in NEEDED:
         if key not in arrays:
-            raise DataError(f"{origin}: {key} is missing; x_train, y_train, x_test and y_test are needed")
-    labels = arrays["y_train"]
-    count = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 1
-    classes = np.asarray(arrays.get("classes", range(count)), dtype=str)
-    found = {"classes": classes} | {key: arrays[key] for key in ("scale",) if key in arrays}
+            raise DataError(f"{origin}: {key} is missing; {', '.join(NEEDED)} are needed")
+    classes = _classes(arrays, origin)
+    found = {"classes": classes}
+    if "scale" in arrays:
+        found["scale"] = _scale(arrays["scale"], origin)
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         x = x[..., None] if x.ndim == 3 else x
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or len(x) == 0:
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
             raise DataError(
                 f"{origin}: x_{split} is {x.dtype} {x.shape}; uint8 [N, height, width, 1 or 3] is needed"
             )
@@ -189,11 +188,46 @@ def checked(arrays: Arrays, origin: str) -> Arrays:
     if found["x_train"].shape[1:] != found["x_test"].shape[1:]:
         shapes = f"{found['x_train'].shape[1:]} and {found['x_test'].shape[1:]}"
         raise DataError(f"{origin}: training and test images have different shapes, {shapes}")
+    if len(classes) < 2:
+        raise DataError(f"{origin}: there is one class only; two are needed at least")
     return found
 
 
+def _classes(arrays: Arrays, origin: str) -> np.ndarray:
+    """The names of the classes; numbers where the arrays have none. Raises DataError."""
+    if "classes" not in arrays:
+        labels = arrays["y_train"]
+        highest = int(labels.max(initial=0)) if labels.dtype.kind in "iu" else 1
+        if highest >= max(labels.size, 2):  # each class has a training image
+            raise DataError(
+                f"{origin}: y_train has a label {highest}, and {labels.size} training images cannot be of so many "
+                "classes: they are numbered from 0 without gaps"
+            )
+        classes = np.asarray(range(highest + 1), dtype=str)
+    else:
+        classes = arrays["classes"]
+        if classes.dtype.kind == "S":
+            classes = np.char.decode(classes, "utf-8", "replace")
+        if classes.ndim != 1 or classes.dtype.kind not in "iuU":
+            raise DataError(
+                f"{origin}: classes is {classes.dtype} {classes.shape}; a list of their names is needed"
+            )
+        classes = classes.astype(str)
+    if len(set(classes.tolist())) < len(classes):
+        raise DataError(f"{origin}: classes has a name twice; each class needs one of its own")
+    return classes
+
+
+def _scale(scale: np.ndarray, origin: str) -> np.ndarray:
+    """The pixel value that means 1.0. Raises DataError."""
+    known = scale.size == 1 and scale.dtype.kind in "iuf"
+    if not known or not 0 < scale.item() <= 255:
+        raise DataError(f"{origin}: scale = {scale!r:.60}: must be a number above 0, and 255 at most")
+    return scale
+
+
 def _local(settings: DatasetSettings) -> Arrays:
-    return checked(_opened(settings.local, settings), settings.local)
+    return checked(_opened(settings.local, settings, *NEEDED, "classes", "scale"), settings.local)
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -219,23 +253,32 @@ def _split(settings: DatasetSettings, arrays: Arrays) -> Source:
     labels = np.concatenate([arrays["y_train"], arrays["y_test"]]).astype(np.int64)
     count = len(arrays["y_train"])
     train = settings.train or count - settings.validation
-    if train < 1:
-        raise DataError(
-            f"{settings.origin}: {settings.validation} validation images leave none of {count} for training"
-        )
-    first, second = stratified(
-        arrays["y_train"], [train, settings.validation], stream(settings.split_seed, settings.source)
-    )
+    asked = {"train": train, "validation": settings.validation}
+    first, second = _drawn(settings, arrays["y_train"], asked, settings.source)
     test = settings.test or len(labels) - count
-    (tested,) = stratified(arrays["y_test"], [test], stream(settings.split_seed, "test-subset"))
+    (tested,) = _drawn(settings, arrays["y_test"], {"test": test}, "test-subset")
     images: np.ndarray | ImageFiles
     if settings.streamed:
         images = _files(settings, arrays)
     else:
         images = np.concatenate([arrays["x_train"], arrays["x_test"]])
-    scale = float(arrays.get("scale", 255.0))
+    scale = float(arrays["scale"].item()) if "scale" in arrays else 255.0
     classes, rest = len(arrays["classes"]), np.arange(count)
     return Source(settings, images, labels, classes, first, second, count + tested, rest, scale)
+
+
+def _drawn(
+    settings: DatasetSettings, labels: np.ndarray, asked: Mapping[str, int], draw: str
+) -> list[np.ndarray]:
+    """Disjoint parts of so many images, as of `stratified`. Raises DataError that names the settings."""
+    if asked.get("train", 1) < 1:
+        held = f"{settings.validation} validation images" + " and the test images" * ("test" in asked)
+        raise DataError(f"{settings.origin}: {held} leave none of {len(labels)} for training")
+    try:
+        return stratified(labels, list(asked.values()), stream(settings.split_seed, draw))
+    except DataError as error:
+        named = " and ".join(f"dataset.{split} = {count}" for split, count in asked.items())
+        raise DataError(f"{settings.origin}: {named}: {error}") from None
 
 
 def _files(settings: DatasetSettings, index: Arrays) -> ImageFiles:

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils import data
 from torch.utils.data import DataLoader
 
 from common.core.identity import stream
+from common.core.pictures import read_image
 from common.settings import DataError
 
 # images that one process decodes before it hands them over: bounds the shared memory that large batches take
 DECODED_AT_ONCE = 64
-
-
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Make of what goes wrong with an image file a DataError that names it."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror if error.filename else "damaged, or no image"
-        raise DataError(f"{path}: not a readable image: {reason}") from None
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image: {error}") from None
-
-
-def read_image(path: Path, sha256: bytes | None = None) -> Image.Image:
-    """The image in a file as RGB. sha256: of the file's bytes, compared where given.
-
-    Raises DataError naming a file that is missing, changed, damaged or no image.
-    """
-    with reading(path):
-        content = path.read_bytes()
-        if sha256 is not None and hashlib.sha256(content).digest() != sha256:
-            raise DataError(f"{path}: damaged or changed since the data was prepared")
-        return Image.open(BytesIO(content)).convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)

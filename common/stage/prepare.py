@@ -2,7 +2,8 @@
 
 The stage `data` of the pipeline. torchvision downloads and verifies its own data sets (into `data/downloads`, which
 survives a broken attempt), unless `--from` has put a copy of CIFAR there; image folders are converted, or indexed where
-they are to be streamed. A local `.npz` already is such a file and is read as it is.
+they are to be streamed. A local `.npz` already is such a file and is read as it is. What was passed over, what was changed
+and what training had better not see is said on stderr and in `data/prepared/manifest.json`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from common.core.data import SPLITS, stratified
+from common.core.data import stratified
+from common.core.files import Arrays, read_npz
 from common.core.identity import stream
-from common.core.loading import Arrays, checked, content_digest, load, prepared_file
-from common.core.streamed import read_image, reading
+from common.core.loading import NEEDED, checked, content_digest, prepared_file
+from common.core.pictures import shown
 from common.settings import PARAMS_FILE, DataError, DatasetSettings, SettingsError
+from common.stage import inspection
+from common.stage.folders import read_folder, stacked
+from common.stage.outputs import makers
 from common.stage.papers import profile_datasets
 
 DOWNLOADS = Path("data/downloads")
@@ -53,12 +54,14 @@ CIFAR_CLASSES = {
 """The names that the downloads have for the labels 0, 1, ..."""
 
 
-def prepare(settings: DatasetSettings) -> Arrays:
+def prepare(settings: DatasetSettings, remarks: list[str] | None = None) -> Arrays:
     """The arrays of a data set that is not one array file yet, in their canonical order. Raises DataError.
 
     See `common.core.loading.checked`; for streamed images paths and SHA-256 of the files stand in place of pixels.
+    remarks: gets what was passed over in a folder, or changed.
     """
-    arrays = canonical(_SOURCES[settings.source](settings))
+    remarks = [] if remarks is None else remarks
+    arrays = canonical(_SOURCES[settings.source](settings, remarks))
     if settings.size and settings.source in _OF_ONE_SIZE:
         arrays |= {key: _resized(value, settings.size) for key, value in arrays.items() if key[:2] == "x_"}
     if "y_all" in arrays:
@@ -99,7 +102,7 @@ def _downloaded(make: Callable, origin: str):
         ) from None
 
 
-def _mnist(settings: DatasetSettings) -> Arrays:
+def _mnist(settings: DatasetSettings, _: list[str]) -> Arrays:
     from torchvision import datasets as tv
 
     arrays: Arrays = {}
@@ -111,7 +114,7 @@ def _mnist(settings: DatasetSettings) -> Arrays:
     return arrays
 
 
-def _cifar(settings: DatasetSettings) -> Arrays:
+def _cifar(settings: DatasetSettings, _: list[str]) -> Arrays:
     from torchvision import datasets as tv
 
     if settings.path is None and (copy := _copy_of(settings.source)).exists():
@@ -136,12 +139,7 @@ def cifar_copy(file: Path) -> tuple[str, Arrays]:
     The file holds x_train, y_train, x_test and y_test in any order of the images; other arrays are passed over. Raises
     DataError if it is no such copy.
     """
-    try:
-        with np.load(file, allow_pickle=False) as opened:
-            parts = {key: opened[key] for key in opened.files if key[:2] in ("x_", "y_")}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise DataError(f"{file}: not a readable .npz file, or damaged: {error}") from None
-    arrays = checked(parts, str(file))
+    arrays = checked(read_npz(file, NEEDED), str(file))
     known = {len(names): source for source, names in CIFAR_CLASSES.items()}
     if (source := known.get(len(arrays["classes"]))) is None:
         raise DataError(
@@ -165,7 +163,7 @@ def _put_copy(file: Path, sources: Collection[str]) -> None:
     write(_copy_of(source), arrays)
 
 
-def _svhn(settings: DatasetSettings) -> Arrays:
+def _svhn(settings: DatasetSettings, _: list[str]) -> Arrays:
     from torchvision import datasets as tv
 
     arrays: Arrays = {}
@@ -177,7 +175,7 @@ def _svhn(settings: DatasetSettings) -> Arrays:
     return arrays
 
 
-def _caltech101(settings: DatasetSettings) -> Arrays:
+def _caltech101(settings: DatasetSettings, _: list[str]) -> Arrays:
     from torchvision import datasets as tv
 
     root = settings.path or DOWNLOADS
@@ -188,86 +186,8 @@ def _caltech101(settings: DatasetSettings) -> Arrays:
             f"{data.root}: {len(data)} images in place of {CALTECH101_IMAGES}, as after a broken extraction; "
             "delete the folder and prepare again"
         )
-    images = _downloaded(lambda: _stacked((image for image, _ in data), settings), "caltech101")
+    images = _downloaded(lambda: stacked((shown(image) for image, _ in data), settings), "caltech101")
     return {"x_all": images, "y_all": np.array(data.y), "classes": np.array(data.categories)}
-
-
-def _folder(settings: DatasetSettings) -> Arrays:
-    """`path`/<class>/<image>, or `path`/train/<class>/<image> with the test images likewise in `path`/test or `path`/val."""
-    root = Path(settings.origin)
-    if (root / "train").is_dir():
-        folders = {"train": root / "train", "test": _test_folder(root)}
-        found = {split: _listed(folder) for split, folder in folders.items()}
-        classes, others = found["train"][2], found["test"][2]
-        if classes != others:
-            odd = sorted(set(classes) ^ set(others))
-            raise DataError(
-                f"{root}: train and {folders['test'].name} have different classes; "
-                f"only in one of them: {', '.join(odd[:5])}"
-            )
-    else:
-        found = {"all": _listed(root)}
-        classes = found["all"][2]
-    arrays = {"classes": np.array(classes)}
-    for split, (paths, labels, _) in found.items():
-        arrays[f"y_{split}"] = np.array(labels)
-        if settings.streamed:
-            arrays[f"paths_{split}"] = np.array([os.fsencode(os.path.relpath(path, root)) for path in paths])
-            arrays[f"sha256_{split}"] = _digests(paths)
-        else:
-            arrays[f"x_{split}"] = _stacked((read_image(Path(path)) for path in paths), settings)
-    return arrays
-
-
-def _test_folder(root: Path) -> Path:
-    """`test`, or `val` where the test images have no labels, as in ImageNet."""
-    names = (name for name in ("test", "val") if any(path.is_dir() for path in (root / name).glob("*")))
-    return root / next(names, "test")
-
-
-def _listed(folder: Path) -> tuple[list[str], list[int], list[str]]:
-    """Paths and labels of the images in class folders, and the names of the classes."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(str(folder))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{folder}: not a folder of class folders with images: {error}") from None
-    return [path for path, _ in found.samples], found.targets, found.classes
-
-
-def _digests(paths: Sequence[str]) -> np.ndarray:
-    """SHA-256 of files, uint8 [N, 32]. Raises DataError naming one that is no image."""
-
-    def digest(path: str) -> bytes:
-        # opening reads the header alone
-        with reading(path), Image.open(path):
-            return hashlib.sha256(Path(path).read_bytes()).digest()
-
-    with ThreadPool() as pool:
-        found = pool.imap(digest, paths, chunksize=64)
-        read = list(tqdm(found, total=len(paths), desc="reading image files", unit="file", disable=None))
-    return np.frombuffer(b"".join(read), np.uint8).reshape(-1, 32)
-
-
-def _stacked(images: Iterator[Image.Image], settings: DatasetSettings) -> np.ndarray:
-    """uint8 [N, height, width, 3]. Raises DataError when sizes differ."""
-    squares = [_squared(image, settings.size) for image in images]
-    sizes = sorted({len(square) for square in squares})
-    if len(sizes) > 1:
-        raise DataError(
-            f"{settings.origin}: images of different sizes ({sizes[0]} to {sizes[-1]} pixels): give dataset.size"
-        )
-    return np.stack(squares)
-
-
-def _squared(image: Image.Image, size: int | None) -> np.ndarray:
-    """An RGB image with its centre square resized to `size` x `size` by averaging."""
-    image = image.convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    size = size or side
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side)))
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
@@ -301,13 +221,13 @@ def _without_test(arrays: Arrays, settings: DatasetSettings) -> Arrays:
 
 _OF_ONE_SIZE = ("mnist", "cifar10", "cifar100", "svhn")
 """Sources whose images are squares of one size."""
-_SOURCES: dict[str, Callable[[DatasetSettings], Arrays]] = {
+_SOURCES: dict[str, Callable[[DatasetSettings, list[str]], Arrays]] = {
     "mnist": _mnist,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "svhn": _svhn,
     "caltech101": _caltech101,
-    "folder": _folder,
+    "folder": read_folder,
 }
 
 
@@ -334,13 +254,31 @@ def write(path: Path, arrays: Arrays) -> None:
         np.savez(file, **whole)
 
 
-def _described(settings: DatasetSettings) -> dict[str, object]:
-    """What the manifest says of a data set, which is prepared if it is not yet. Raises DataError."""
-    if not (file := prepared_file(settings)).exists():
-        write(file, prepare(settings))
-    data = load(settings)
-    counts = {split: len(data.labels[split]) for split in SPLITS}
-    return {"classes": data.classes, "digest": data.digest, "images": counts}
+def _described(settings: DatasetSettings) -> dict[str, Any]:
+    """What the manifest says of a data set, which is prepared if it is not yet. Raises DataError.
+
+    What was said when a folder was prepared is kept beside the prepared file.
+    """
+    if settings.source == "npz":
+        return inspection.described(settings)
+    file = prepared_file(settings)
+    beside = file.with_suffix(".json")
+    if not file.exists():
+        remarks: list[str] = []
+        arrays = prepare(settings, remarks)
+        with _whole(beside) as said:
+            said.write((json.dumps(remarks, indent=1) + "\n").encode())
+        write(file, arrays)
+    found = inspection.described(settings)
+    kept = json.loads(beside.read_text()) if beside.exists() else []
+    return found | {"remarks": [*kept, *found["remarks"]]}
+
+
+def _is_described(settings: DatasetSettings) -> bool:
+    """Whether a data set is prepared here, or is a local file that is there, other than one that a stage makes."""
+    if settings.source == "npz":
+        return Path(settings.local).exists() and settings.local not in makers()
+    return settings.source in _SOURCES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -370,11 +308,14 @@ def main(arguments: list[str] | None = None) -> int:
             except DataError as wrong:
                 errors.append(wrong)
         for settings in datasets:
-            if settings.source in _SOURCES:
+            if _is_described(settings):
                 try:
-                    manifest[settings.origin] = _described(settings)
+                    manifest[settings.origin] = found = _described(settings)
                 except DataError as missing:
                     errors.append(missing)
+                else:
+                    for remark in found["remarks"]:
+                        print(f"note: {remark}", file=sys.stderr)
         with _whole(Path("data/prepared/manifest.json")) as file:
             file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     except SettingsError as wrong:
