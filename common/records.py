@@ -17,12 +17,13 @@ from common.settings import SettingsError, validated
 CURVES_SUFFIX = ".curves.jsonl"
 """How the names of files end that hold the curves of the runs in `<paper>.jsonl`."""
 
-Failure = Literal["diverged", "unreachable", "resources", "died", "needs"]
+Failure = Literal["diverged", "unreachable", "resources", "died", "error", "needs"]
 """Why a run failed.
 
 diverged: training, or what a method makes of it, is no longer a finite number. unreachable: no network meets the target
 or the budget, or what is asked for does not exist (an interpolation out of range). resources: there was not enough
-memory. died: its process did. needs: a run that it starts from failed.
+memory. died: its process did. error: its code raised one, by a defect or for what it has found. needs: a run that it
+starts from failed.
 """
 
 
@@ -61,7 +62,7 @@ class Cause(Identity):
     """The run at the root of a failure: the one that failed by itself."""
 
     settings_hash: str
-    failure: Literal["diverged", "unreachable", "resources", "died"]
+    failure: Literal["diverged", "unreachable", "resources", "died", "error"]
 
 
 class Record(Identity):
@@ -104,8 +105,17 @@ class Record(Identity):
     @property
     def is_lost_trial(self) -> bool:
         """Whether it says of the setting that it tries, and of nothing else, that it is no good."""
-        failure = self.cause.failure if self.cause else self.failure
-        return self.variant.startswith(TRIAL) and failure in ("diverged", "unreachable")
+        return self.variant.startswith(TRIAL) and self.root_failure in ("diverged", "unreachable")
+
+    @property
+    def root_failure(self) -> Failure | None:
+        """How it failed, or what it starts from did; None if it has not."""
+        return self.cause.failure if self.cause else self.failure
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it failed in a way that another attempt may not, so that it never counts as done."""
+        return self.root_failure == "error"
 
     def content(self) -> dict[str, Any]:
         """The record as JSON values, as it stands in its file."""

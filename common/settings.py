@@ -197,9 +197,17 @@ class DatasetSettings(Strict):
         return self
 
     @model_validator(mode="after")
-    def _size_is_possible(self) -> DatasetSettings:
+    def _nothing_is_ignored(self) -> DatasetSettings:
         if self.size and self.source in ("digits", "npz"):
             raise ValueError(f"images of source {self.source!r} keep their size: size must be absent")
+        if self.path is not None and self.source == "digits":
+            raise ValueError("source 'digits' is embedded: path must be absent")
+        if self.train_per_class and self.source not in ("caltech101", "folder"):
+            raise ValueError(
+                f"source {self.source!r} has test images of its own: train_per_class must be absent"
+            )
+        if self.train_per_class and self.test:
+            raise ValueError("train_per_class stands in place of test: one of them must be absent")
         return self
 
     @property

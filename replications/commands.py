@@ -13,8 +13,8 @@ from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Run
 from common.records import Entry
-from common.settings import PARAMS_FILE, Profile, SettingsError
-from common.stage import headlines, importing, looks, pipeline, plan
+from common.settings import PARAMS_FILE, DatasetSettings, Profile, SettingsError, parts
+from common.stage import headlines, importing, inspection, looks, pipeline, plan
 from common.stage.papers import load, papers
 from common.stage.partial import PartialResults, partial_file
 from common.stage.recorded import recorded, take_over
@@ -79,6 +79,12 @@ def run_paper(
     begun = time.perf_counter()
     profile = load(paper, params, profile_name)
     listed = pipeline.listed(paper, profile)
+    for data in dict.fromkeys(parts(profile, DatasetSettings)):
+        if data.source == "npz" and inspection.is_told(
+            data
+        ):  # of the others it is said when they are prepared
+            for remark in inspection.remarks(data):
+                print(f"note: {remark}", file=sys.stderr)
     claims = looks.claims_of(paper, profile)
     first = looks.first_look(listed, profile)
     networks = headlines.networks(paper, profile, listed)
@@ -117,9 +123,15 @@ def run_paper(
             wanted = [] if only else _next_look(paper, claims, listed, profile, found)
             chosen = [run for run in looks.with_needs(wanted, listed) if run.settings_hash not in known]
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
-    for record in (entry.record for entry in found):
+    records = [entry.record for entry in found]
+    for record in records:
         if record.status == "failed" and not record.is_lost_trial:
             print(f"failed: {paper}/{record.variant} seed {record.seed}: {record.reason}", file=sys.stderr)
+    if broken := [record for record in records if record.root_failure == "error"]:
+        raise StageError(
+            f"{len(broken)} of {len(records)} runs of {paper} have failed on an error, as {broken[0].name}: "
+            f"{broken[0].reason}; all others are recorded, and the same command tries these again"
+        )
 
 
 def _next_look(

@@ -176,15 +176,22 @@ def test_a_run_without_memory_beside_others_is_done_alone(project):
     assert failed == {("dense", 0.0, 2): "resources", ("pruned", 0.9, 2): "needs"}
 
 
-def test_a_defect_stops_the_stage_and_keeps_what_is_finished(project):
-    params(project, example={"fails": ["defect:pruned-1"]})
+def test_a_defect_fails_one_run_and_the_same_command_tries_it_again(project):
+    params(project, example={"fails": ["defect:dense-1"]})
     result = run(project, *STAGE)
-    assert result.returncode == 2
-    assert (
-        "error: 1 runs stopped on an error: example/pruned" in result.stderr and "KeyError" in result.stderr
-    )
-    assert not (project / RESULTS[0]).exists()
-    assert len(list((project / ".runs/digits/example").glob("*.json"))) == 5
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: 2 of 6 runs of example have failed on an error, as example/dense mlp")
+    assert "KeyError: 'made to break' (replications/example/protocol.py, line " in last
+    records = {_identity(record): record for record in _records(project)}
+    dense, pruned = records.pop(("dense", 0.0, 1)), records.pop(("pruned", 0.9, 1))
+    assert dense["failure"] == "error" and pruned["cause"]["failure"] == "error"
+    assert {record["status"] for record in records.values()} == {"ok"}
+    kept = {file: file.stat().st_mtime_ns for file in (project / ".runs/digits/example").glob("*.json")}
+    again = run(project, *STAGE)
+    assert again.returncode == 2 and again.stderr.splitlines()[-1] == last
+    changed = [file for file, time in kept.items() if file.stat().st_mtime_ns != time]
+    assert len(kept) == 6 and len(changed) == 2
 
 
 @pytest.mark.parametrize("suffix", ["json", "pt"])
@@ -227,9 +234,11 @@ def test_a_run_whose_state_is_lost_is_done_again_only_for_one_that_starts_from_i
 
 def test_what_a_stage_has_finished_is_in_a_file_of_its_own_until_it_is_complete(project):
     file = project / "results/partial/digits/example.jsonl"
-    params(project, example={"fails": ["defect:pruned-1"]})
+    one = {"device": "cpu", "precision": "float32", "threads": 1, "workers": 1}
+    params(project, execution=one, example={"fails": ["full:pruned-2"]})
     stopped = run(project, *STAGE)
     assert stopped.returncode == 2 and not (project / RESULTS[0]).exists()
+    assert "error: a-disk: No space left on device; 5 finished runs are kept" in stopped.stderr
     assert "`python -m replications import --partial` takes them from results/partial/" in stopped.stderr
     about, entries = partial.read(file)
     assert len(entries) == 5 and about["numerics"][0] == "cpu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
@@ -12,7 +12,7 @@ from common.core import loading
 from common.core.data import Dataset
 from common.core.identity import canonical
 from common.core.models import ArchitectureName, check_options
-from common.core.recipe import Recipe
+from common.core.recipe import Batched, Recipe
 from common.core.run import Cell, Job, Run
 from common.settings import DataError, DatasetSettings, PaperSettings, Profile, SettingsError, Strict, Targets
 
@@ -131,7 +131,9 @@ def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> l
         try:
             own = experiment(settings, cell, load(data))
             jobs = [job for seed in settings.seeds for job in own.jobs(seed)]
-            _check_recipes(jobs, load)
+            every = _with_needs(jobs)
+            _check_recipes(every, load)
+            _check_batches(every, load)
             for job in jobs:
                 if (other := cells.setdefault(canonical(job.run.identity), number)) != number:
                     raise SettingsError(
@@ -147,14 +149,33 @@ def listed(paper: str, experiment: type[Experiment[Any]], profile: Profile) -> l
 
 def _check_recipes(jobs: Iterable[Job], load: Callable[[DatasetSettings], Dataset]) -> None:
     """Raise SettingsError for a recipe that does not fit the images, with the name that its job gives it."""
-    for name, recipe, data in dict.fromkeys(entry for job in _with_needs(jobs) for entry in _recipes(job)):
+    for name, recipe, data in dict.fromkeys(entry for job in jobs for entry in _recipes(job)):
         try:
             recipe.rates(recipe.per_epoch(load(data)))
         except SettingsError as error:
             raise SettingsError(f"{name}.{error}") from None
 
 
-def _with_needs(jobs: Iterable[Job]) -> Iterable[Job]:
+def _check_batches(jobs: Iterable[Job], load: Callable[[DatasetSettings], Dataset]) -> None:
+    """Raise SettingsError for a network that cannot be trained on the smallest batch that its images leave."""
+    sound: set[tuple[str, int]] = set()
+    for job in jobs:
+        data = load(job.cell.data)
+        images = job.images_of(data)
+        for name, part in job.parts(Batched):
+            least = images % part.batch_size or min(images, part.batch_size)
+            # nothing depends on the size of a batch but on whether it is one image
+            if (key := (canonical(job.cell), min(least, 2))) in sound:
+                continue
+            try:
+                job.cell.check(data, key[1])
+            except SettingsError as error:
+                last = f"{name}.batch_size = {part.batch_size}: {images} training images leave a last batch of one: "
+                raise SettingsError(f"{last if least == 1 else ''}{job.cell.architecture} {error}") from None
+            sound.add(key)
+
+
+def _with_needs(jobs: Iterable[Job]) -> Collection[Job]:
     """The jobs and all that they need, each once, needed ones first: their recipes have the names of settings."""
     found: dict[str, Job] = {}
 

@@ -22,11 +22,16 @@ _WHOLE = 0.01
 """What an iteration may be off by, as a share such as 1/3 is written with some digits only."""
 
 
-class Recipe(Strict):
+class Batched(Strict):
+    """Base of what trains in batches."""
+
+    batch_size: Count
+
+
+class Recipe(Batched):
     """A training from its first to its last iteration; `changed` makes another one of it."""
 
     epochs: Count
-    batch_size: Count
     learning_rate: Rate
     """The highest one."""
     schedule: Literal["multistep", "constant", "linear", "cosine", "exponential"] = "multistep"

@@ -22,7 +22,7 @@ from common.core.models import ArchitectureName, Network, own_code
 from common.core.pruning.counting import cost
 from common.core.trainer import Checkpoints, Decays, Hooks, Trainer
 from common.records import Identity, Record
-from common.settings import DatasetSettings, Part, Strict, parts
+from common.settings import DatasetSettings, Part, SettingsError, Strict, parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,17 @@ class Cell(Strict):
         options = {**self.options, **more}
         return models.build(self.architecture, classes=data.classes, image_shape=data.image_shape, **options)
 
+    def check(self, data: Dataset, batch: int) -> None:
+        """Raise SettingsError where a fresh network cannot be trained on `batch` images of `data`."""
+        images = torch.empty(batch, *data.image_shape, device="meta")
+        try:
+            self.build(data, device="meta").train()(images)
+        except SettingsError:
+            raise
+        except Exception as error:  # a network of any kind raises whatever its layers do
+            told = " ".join(str(error).split())
+            raise SettingsError(f"cannot be trained on images of {tuple(images.shape)}: {told}") from None
+
 
 class Job(Strict):
     """What a paper has done once: its fields are all that determines it, and `execute` does it.
@@ -109,6 +120,10 @@ class Job(Strict):
     def code(self) -> tuple[str, ...]:
         """What code it executes beside the core and its paper; see Run."""
         return ()
+
+    def images_of(self, data: Dataset) -> int:
+        """On how many of the training images of its cell it trains."""
+        return len(data.labels["train"])
 
     def parts(self, kind: type[Part]) -> Iterator[tuple[str, Part]]:
         """The objects of a kind in its fields, with the name of the field; other jobs are not looked into."""

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
 from common.core.compute import Capture, CaptureFailed, Compute, out_of_memory, release_memory
-from common.core.failures import Diverged, OutOfMemory
+from common.core.failures import Diverged, OutOfMemory, Unreachable
 from common.core.identity import GLOBAL_GENERATOR, stream
 
 
@@ -248,6 +248,13 @@ class Trainer:
             if out_of_memory(error):
                 raise OutOfMemory(self._what_fits(images, labels)) from None
             raise
+        except ValueError as error:
+            if len(labels) > 1:
+                raise
+            raise Unreachable(
+                f"one of the {len(self.batches)} batches has a single image, on which this network cannot be trained "
+                f"({error}): another batch_size leaves none"
+            ) from None
         for hook in self.hooks:
             hook.gradients_ready(self)
         self.optimizer.step()

@@ -6,27 +6,52 @@ What makes training impossible is refused where data is loaded; what is said her
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.core import loading
 from common.core.data import SPLITS, Dataset
+from common.core.files import reading
 from common.core.streamed import ImageFiles
 from common.settings import DatasetSettings
+from common.stage.outputs import makers
 
 _DARK = 0.25
 """Training images none of whose pixels is above this share of what means 1.0 have fewer bits than that says."""
 
 
-def described(settings: DatasetSettings) -> dict[str, Any]:
-    """A prepared or local data set as the first seed sees it: classes, digest, images by split, remarks. Raises DataError."""
+def is_told(settings: DatasetSettings) -> bool:
+    """Whether there is something to say of a data set: it is prepared, or a local file that no stage makes, and is there."""
+    if settings.source == "npz":
+        return Path(settings.local).exists() and settings.local not in makers()
+    return settings.source != "digits" and loading.prepared_file(settings).exists()
+
+
+def remarks_file(settings: DatasetSettings) -> Path:
+    """Where is kept what was said when a data set was prepared, as a list in JSON."""
+    return loading.prepared_file(settings).with_suffix(".json")
+
+
+def remarks(settings: DatasetSettings) -> list[str]:
+    """What a user should know of a data set as the first seed sees it, a line each. Raises DataError."""
     source = loading.read(settings)
-    data = source.drawn(0)
+    file, kept = remarks_file(settings), list[str]()
+    if file.exists():
+        with reading(file, "damaged; delete it"):
+            kept = [str(remark) for remark in json.loads(file.read_text())]
+    found = (*_of_splits(source.drawn(0)), *_of_copies(source))
+    return [*kept, *(f"{settings.origin}: {remark}" for remark in found)]
+
+
+def described(settings: DatasetSettings) -> dict[str, Any]:
+    """A data set as the first seed sees it: classes, digest, images by split, remarks. Raises DataError."""
+    data = loading.load(settings)
     counts = {split: len(data.labels[split]) for split in SPLITS}
-    found = [f"{settings.origin}: {remark}" for remark in (*_of_splits(data), *_of_copies(source))]
-    return {"classes": data.classes, "digest": data.digest, "images": counts, "remarks": found}
+    return {"classes": data.classes, "digest": data.digest, "images": counts, "remarks": remarks(settings)}
 
 
 def _of_splits(data: Dataset) -> Iterator[str]:

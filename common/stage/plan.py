@@ -12,8 +12,9 @@ from common.core.compute import Compute
 from common.core.run import Run
 from common.settings import DataError, Profile
 from common.stage import looks, pipeline, rehearsal
+from common.stage.inspection import is_told, remarks
 from common.stage.needs import Need, needs, together
-from common.stage.papers import load, papers
+from common.stage.papers import load, papers, profile_datasets
 from common.stage.recorded import Recorded, recorded
 from common.stage.records import machine
 from common.stage.rehearsal import Cost, Kind
@@ -149,7 +150,9 @@ def plan(params: str, profile_name: str | None, seconds: float, results: Path) -
     )
     table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)
     claims = _claims([need for stage in stages for need in stage.open], workers)
-    return "\n".join([title, "", *table, "", *_remarks(stages, costs), *claims]).rstrip()
+    told = (data for data in profile_datasets(params, profile_name) if is_told(data))
+    notes = [f"note: {remark}" for data in told for remark in remarks(data)]
+    return "\n".join([title, "", *table, "", *_remarks(stages, costs), *notes, *claims]).rstrip()
 
 
 # ------------------------------------------------------------------------------------------ what is printed

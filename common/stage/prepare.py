@@ -28,7 +28,6 @@ from common.core.pictures import shown
 from common.settings import PARAMS_FILE, DataError, DatasetSettings, SettingsError
 from common.stage import inspection
 from common.stage.folders import read_folder, stacked
-from common.stage.outputs import makers
 from common.stage.papers import profile_datasets
 
 DOWNLOADS = Path("data/downloads")
@@ -255,30 +254,15 @@ def write(path: Path, arrays: Arrays) -> None:
 
 
 def _described(settings: DatasetSettings) -> dict[str, Any]:
-    """What the manifest says of a data set, which is prepared if it is not yet. Raises DataError.
-
-    What was said when a folder was prepared is kept beside the prepared file.
-    """
-    if settings.source == "npz":
-        return inspection.described(settings)
+    """What the manifest says of a data set, which is prepared if it is not yet. Raises DataError."""
     file = prepared_file(settings)
-    beside = file.with_suffix(".json")
-    if not file.exists():
+    if settings.source in _SOURCES and not file.exists():
         remarks: list[str] = []
         arrays = prepare(settings, remarks)
-        with _whole(beside) as said:
-            said.write((json.dumps(remarks, indent=1) + "\n").encode())
+        with _whole(inspection.remarks_file(settings)) as beside:
+            beside.write((json.dumps(remarks, indent=1) + "\n").encode())
         write(file, arrays)
-    found = inspection.described(settings)
-    kept = json.loads(beside.read_text()) if beside.exists() else []
-    return found | {"remarks": [*kept, *found["remarks"]]}
-
-
-def _is_described(settings: DatasetSettings) -> bool:
-    """Whether a data set is prepared here, or is a local file that is there, other than one that a stage makes."""
-    if settings.source == "npz":
-        return Path(settings.local).exists() and settings.local not in makers()
-    return settings.source in _SOURCES
+    return inspection.described(settings)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -308,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
             except DataError as wrong:
                 errors.append(wrong)
         for settings in datasets:
-            if _is_described(settings):
+            if settings.source in _SOURCES or inspection.is_told(settings):
                 try:
                     manifest[settings.origin] = found = _described(settings)
                 except DataError as missing:

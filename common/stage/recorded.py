@@ -87,7 +87,7 @@ def take_over(
     for run in runs:
         name = run.settings_hash
         record = found.records.get(name)
-        if record is None or record.data != data_prints(run):
+        if record is None or record.may_pass or record.data != data_prints(run):
             continue
         machine = found.machine(name)
         elsewhere = machine != about["machine"]

@@ -25,6 +25,7 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -36,7 +37,7 @@ from common.core.identity import canonical
 from common.core.models import Network
 from common.core.run import Context, Needed, Outcome, Run
 from common.records import Entry
-from common.settings import ExecutionSettings
+from common.settings import ROOT, ExecutionSettings, SettingsError
 from common.stage import latency, processes
 from common.stage.records import Failed, entry_of, predictions_of, record_of, taken_over
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
@@ -141,11 +142,29 @@ def _ended(context: Context) -> Outcome | Failed:
         return Failed(error.failure, str(error))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
+            return _of_defect(error)
         where = context.compute.device
         return Failed(
             OutOfMemory.failure, f"out of memory on {where} outside training; lower its batch size or width"
         )
+    except (StageError, OSError):  # of a folder or a disk that all runs share
+        raise
+    except Exception as error:
+        return _of_defect(error)
+
+
+def _of_defect(error: Exception) -> Failed:
+    """The failure of a run whose code has raised an error, with the last of our lines that it went through."""
+    if isinstance(error, SettingsError):
+        return Failed("error", str(error))
+    ours = [
+        (Path(frame.filename).relative_to(ROOT), frame.lineno)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if any(Path(frame.filename).is_relative_to(ROOT / room) for room in ("common", "replications"))
+    ]
+    place = " ({}, line {})".format(*ours[-1]) if ours else ""
+    told = " ".join(str(error).split())
+    return Failed("error", f"{type(error).__name__}: {told}{place}")
 
 
 def prepare_process(execution: ExecutionSettings) -> None:

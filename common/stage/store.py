@@ -233,11 +233,14 @@ class Store:
         (self.folder / f"{self.key(run)}.json").unlink(missing_ok=True)
 
     def finished(self, run: Run, needed: bool, with_network: bool = False) -> Entry | None:
-        """As `load`, but None as well when others need a state that has been lost or damaged, or was never here.
+        """As `load`, but None as well when others need a state that has been lost or damaged, or was never here, and for
+        a run that may not fail another time.
 
         with_network: also when its network is not here.
         """
         entry = self.load(run)
+        if entry and entry.record.may_pass:
+            return None
         if entry and needed and entry.has_state and self.state(run) is None:
             return None
         if entry and with_network and entry.record.status == "ok" and not self.network_file(run).exists():

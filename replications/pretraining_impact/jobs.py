@@ -22,7 +22,7 @@ from common.settings import Count, DataError, Strict
 from replications.pretraining_impact import measures, method, transfer, weights
 from replications.pretraining_impact.filters import Shape, filter_widths, narrow
 from replications.pretraining_impact.gradual import Gradual, GradualSettings, KeepFiltersMasked
-from replications.pretraining_impact.labels import PerClass, labelled
+from replications.pretraining_impact.labels import PerClass, labelled, per_class_counts
 from replications.pretraining_impact.training import Training
 
 _SHAPES: dict[str, Shape] = {}
@@ -97,6 +97,12 @@ class OnTarget(Job):
     def dataset(self) -> str:
         amount = f"{self.per_class}-per-class" if self.per_class else str(self.labels or "all")
         return f"{super().dataset}-{amount}"
+
+    def images_of(self, data: Dataset) -> int:
+        if self.per_class:
+            sizes: list[int] = data.labels["train"].bincount().tolist()
+            return sum(per_class_counts(sizes, self.per_class))
+        return self.labels or super().images_of(data)
 
     def images(self, context: Context) -> Dataset:
         """The target data with as many training images as are labelled."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.core import schedules
 from common.core.data import Dataset
 from common.core.models import Network, module_of
-from common.core.recipe import Recipe
+from common.core.recipe import Batched, Recipe
 from common.core.run import Context
 from common.core.trainer import Hooks, Trainer
 from common.settings import Count, Rate, Share, Strict
@@ -27,7 +27,7 @@ REFERENCE_BATCH = 256
 """The batch size for which the cosine recipe states its learning rate."""
 
 
-class GateSettings(Strict):
+class GateSettings(Batched):
     """How gates are learned; Adam, its learning rate constant."""
 
     epochs: Count = 20

@@ -1,5 +1,6 @@
 """A small made-up paper: "zeroing most of a linear classifier's weights costs accuracy". Used to test the suite."""
 
+import errno
 import os
 import signal
 import time
@@ -23,7 +24,7 @@ class Settings(ExperimentSettings):
     cells: Cells = (CellSettings(architecture="mlp", options={"hidden": []}),)
     targets: Cuts = (0.9,)
     training: Recipe = Recipe(epochs=2, batch_size=64, learning_rate=0.1, schedule="constant")
-    # faults for the tests: which runs fail, stall, have a defect or kill their process
+    # faults for the tests: which runs fail, stall, have a defect, find a full disk or kill their process
     fails: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -42,6 +43,8 @@ class Faulty(Job):
             raise Unreachable("made to fail")
         if f"defect:{wanted}" in self.fails:
             raise KeyError("made to break")
+        if f"full:{wanted}" in self.fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a-disk")
         if f"kill:{wanted}" in self.fails:
             os.kill(os.getpid(), signal.SIGKILL)
         if f"crowd:{wanted}" in self.fails and not (taken := Path(f"memory-{wanted}")).exists():
