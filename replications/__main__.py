@@ -1,8 +1,8 @@
 """`python -m replications run PAPER`: the stage of a paper, from settings to records; what `dvc repro` calls.
 
 Beside it, `decide` does all of a profile, `open` lists what open claims wait for, `plan` says what a profile will cost on
-this machine, `claims` what each claim will compare there, `import` takes in the results of another machine, and `export`
-writes a trained network for other tools.
+this machine, `claims` what each claim will compare there, `new-profile` makes one for data of your own, `import` takes in the
+results of another machine, and `export` writes a trained network for other tools.
 """
 
 from __future__ import annotations
@@ -89,6 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=60.0,
         help="how long the rehearsal may take; 0 only counts runs (default: %(default)s)",
     )
+    new = known.add_parser("new-profile", help="add a profile for data of your own to the settings")
+    new.add_argument("name")
+    new.add_argument(
+        "--data", required=True, metavar="PATH", help="an .npz file, or a folder of class folders"
+    )
+    new.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
     check = known.add_parser(
         "claims", help="what each claim will compare, and the smallest effect that the seeds can show"
     )
@@ -138,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         "open": lambda: commands.print_open(o.paper, o.params, o.profile),
         "claims": lambda: commands.print_claims(o.params, o.profile),
         "decide": lambda: commands.decide(o.profile, o.time_budget),
+        "new-profile": lambda: commands.new_profile(o.name, o.data, o.params),
         "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
         "export": lambda: exporting.export(
             o.paper, o.params, o.profile, _of_run(o), o.remove_channels, o.out

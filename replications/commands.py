@@ -14,7 +14,7 @@ from common.core.identity import canonical
 from common.core.run import Run
 from common.records import Entry
 from common.settings import PARAMS_FILE, DatasetSettings, Profile, SettingsError, parts
-from common.stage import headlines, importing, inspection, looks, pipeline, plan
+from common.stage import headlines, importing, inspection, looks, own_profile, pipeline, plan
 from common.stage.papers import load, papers
 from common.stage.partial import PartialResults, partial_file
 from common.stage.recorded import recorded, take_over
@@ -59,6 +59,11 @@ def status(command: Callable[[], None]) -> int:
 def print_plan(params: str, profile_name: str | None, seconds: float) -> None:
     """Print what a profile costs on this machine. Raises SettingsError."""
     print(plan.plan(params, profile_name, seconds, RESULTS))
+
+
+def new_profile(name: str, data: str, params: str) -> None:
+    """Add a profile for data of one's own, and print what to do next. Raises SettingsError."""
+    print("\n".join(own_profile.new_profile(name, data, params)))
 
 
 def print_claims(params: str, profile_name: str | None) -> None:

@@ -109,6 +109,8 @@ def _opened(content: bytes) -> Image.Image:
     """The picture, of which the header is read. Raises ValueError for one that is too large."""
     try:
         image = Image.open(BytesIO(content), formats=FORMATS)
+        if image.format == "PNG":  # whose checksums a decoder passes over
+            Image.open(BytesIO(content), formats=("PNG",)).verify()
     except UnidentifiedImageError:
         raise ValueError("damaged, or no image") from None
     if image.width * image.height > MOST_PIXELS:

@@ -29,7 +29,7 @@ _NO_CLASSES = "not a folder of class folders with images"
 
 
 @dataclass
-class _Images:
+class Images:
     """The images in class folders: paths, and labels that count `classes`."""
 
     classes: list[str]
@@ -41,16 +41,16 @@ class _Walk:
     """Class folders, followed through links, but none entered twice: its images would count as several."""
 
     def __init__(self, root: Path):
-        real = root.resolve()
+        self.root, real = root, root.resolve()
         self.entered = {folder: folder for folder in (real, *real.parents)}
         self.skipped: Counter[str] = Counter()
 
-    def images(self, folder: Path) -> _Images:
+    def images(self, folder: Path) -> Images:
         """What the class folders in a folder hold. Raises DataError."""
         entries = self._entries(folder)
         folders = [path for path in entries if path.is_dir()]
         self.skip("are images in no class folder", sum(_is_image(p) and not p.is_dir() for p in entries))
-        found = _Images([path.name for path in folders])
+        found = Images([path.name for path in folders])
         for label, path in enumerate(folders):
             files = list(self._files(path))
             found.paths += files
@@ -101,10 +101,12 @@ class _Walk:
         if count:
             self.skipped[why] += count
 
-    def remarks(self, root: Path) -> Iterator[str]:
+    def remarks(self) -> list[str]:
         """What was passed over."""
-        for why, count in sorted(self.skipped.items()):
-            yield f"{root}: {count} files or folders {why}: not read"
+        return [
+            f"{self.root}: {count} files or folders {why}: not read"
+            for why, count in sorted(self.skipped.items())
+        ]
 
 
 def _is_left(name: str) -> bool:
@@ -115,48 +117,54 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS
 
 
-def read_folder(settings: DatasetSettings, remarks: list[str]) -> Arrays:
-    """`path`/<class>/<image>, or `path`/train/<class>/<image> with the test images likewise in `path`/test or `path`/val.
+def listing(root: Path) -> tuple[dict[str, Images], list[str]]:
+    """The images by split, `train` and `test`, or `all` without splits; and what was passed over. Raises DataError.
 
-    remarks: gets what was passed over, and what was no plain picture. Raises DataError.
+    They are in root/<class>, or in root/train/<class> and likewise in root/test or root/val.
     """
-    root = Path(settings.origin)
-    walk = _Walk(root)
-    if _holds_folders(root / "train"):  # else it is a class
-        folders = {"train": root / "train", "test": _test_folder(root)}
-        unread = {path.name for path in root.iterdir() if path.is_dir()} - {p.name for p in folders.values()}
-        walk.skip(f"are beside {' and '.join(path.name for path in folders.values())}", len(unread))
-        if settings.train_per_class:
-            raise DataError(f"{root} has a test split of its own: dataset.train_per_class must be absent")
-        found = {}
-        for split, folder in folders.items():
-            walk.enter(folder)
-            found[split] = walk.images(folder)
-        if odd := sorted(set(found["train"].classes) ^ set(found["test"].classes)):
-            raise DataError(
-                f"{root}: train and {folders['test'].name} have different classes; "
-                f"only in one of them: {', '.join(odd[:5])}"
-            )
-    else:
-        found = {"all": walk.images(root)}
-        classes = next(iter(found.values())).classes
+    walk, found = _Walk(root), dict[str, Images]()
+    if not _holds_folders(root / "train"):  # else it is a class
+        found["all"] = walk.images(root)
+        classes = found["all"].classes
         if {name.casefold() for name in classes} <= _SPLITS:
             raise DataError(
                 f"{root}: {', '.join(classes)} are no classes: a folder that is split has class folders in `train`, and in "
                 "`test` or `val`"
             )
-    remarks += walk.remarks(root)
+        return found, walk.remarks()
+    test = _test_folder(root)
+    for split, folder in (("train", root / "train"), ("test", test)):
+        walk.enter(folder)
+        found[split] = walk.images(folder)
+    if odd := sorted(set(found["train"].classes) ^ set(found["test"].classes)):
+        raise DataError(
+            f"{root}: train and {test.name} have different classes; only in one of them: {', '.join(odd[:5])}"
+        )
+    unread = {path.name for path in root.iterdir() if path.is_dir() and not _is_left(path.name)}
+    walk.skip(f"are beside train and {test.name}", len(unread - {"train", test.name}))
+    return found, walk.remarks()
+
+
+def read_folder(settings: DatasetSettings, remarks: list[str]) -> Arrays:
+    """The images of class folders, see `listing`, as pixels, or as paths and digests where they are streamed.
+
+    remarks: gets what was passed over, and what was no plain picture. Raises DataError.
+    """
+    root = Path(settings.origin)
+    found, passed_over = listing(root)
+    if settings.train_per_class and "test" in found:
+        raise DataError(f"{root} has a test split of its own: dataset.train_per_class must be absent")
     arrays = {"classes": np.array(next(iter(found.values())).classes)}
-    odd_ones = _Odd(root)
+    odd = _Odd(root)
     for split, images in found.items():
         arrays[f"y_{split}"] = np.array(images.labels)
         if settings.streamed:
             paths = [os.fsencode(os.path.relpath(path, root)) for path in images.paths]
             arrays[f"paths_{split}"] = np.array(paths)
-            arrays[f"sha256_{split}"] = _digests(images.paths, odd_ones)
+            arrays[f"sha256_{split}"] = _digests(images.paths, odd)
         else:
-            arrays[f"x_{split}"] = stacked(_pictures(images.paths, odd_ones), settings)
-    remarks += odd_ones.remarks()
+            arrays[f"x_{split}"] = stacked(_pictures(images.paths, odd), settings)
+    remarks += [*passed_over, *odd.remarks()]
     return arrays
 
 

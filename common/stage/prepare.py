@@ -253,8 +253,8 @@ def write(path: Path, arrays: Arrays) -> None:
         np.savez(file, **whole)
 
 
-def _described(settings: DatasetSettings) -> dict[str, Any]:
-    """What the manifest says of a data set, which is prepared if it is not yet. Raises DataError."""
+def described(settings: DatasetSettings) -> dict[str, Any]:
+    """What the manifest says of a data set, which is prepared if it is not yet; see `inspection.described`."""
     file = prepared_file(settings)
     if settings.source in _SOURCES and not file.exists():
         remarks: list[str] = []
@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         for settings in datasets:
             if settings.source in _SOURCES or inspection.is_told(settings):
                 try:
-                    manifest[settings.origin] = found = _described(settings)
+                    manifest[settings.origin] = found = described(settings)
                 except DataError as missing:
                     errors.append(missing)
                 else:
