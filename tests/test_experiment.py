@@ -4,12 +4,17 @@ import pickle
 from typing import Literal
 
 import pytest
+import torch
 
 from common.core.compute import Compute
+from common.core.data import FixedBatches
 from common.core.experiment import Cells, CellSettings, Cuts, Experiment, VariantSettings, listed
+from common.core.failures import Unreachable
 from common.core.loading import load
+from common.core.models.chain import ConvNet
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context, Job, Needed
+from common.core.trainer import Trainer
 from common.core.tuning import Tuned
 from common.records import Record
 from common.settings import (
@@ -252,3 +257,48 @@ def test_a_cell_that_repeats_runs_of_another_is_refused(settings):
         SettingsError, match=r"cells\[1\] \(mlp\): must not repeat .*dense mlp .* in cells\[0\]"
     ):
         listed("made_up", MadeUp, _profile(cells=cells))
+
+
+# ------------------------------------------------------------------------------------------ networks and their images
+
+
+def _listed_with(architecture, data, recipe, **options):
+    cells = (CellSettings(architecture=architecture, options=options),)
+    settings = Settings(seeds=(0,), cells=cells, training=recipe)
+    return listed(
+        "made_up", MadeUp, Profile(name="p", dataset=data, execution=ExecutionSettings(), paper=settings)
+    )
+
+
+def test_a_last_batch_of_one_image_is_refused_where_a_network_cannot_be_trained_on_it():
+    recipe = RECIPE.changed(batch_size=32, milestones=())
+    data = DATA.model_copy(update={"train": 65})
+    told = "cells\\[0\\] \\(resnet18\\): training.batch_size = 32: 65 training images leave a last batch of one: resnet18"
+    with pytest.raises(SettingsError, match=told):
+        _listed_with("resnet18", data, recipe, stem=4)
+    for sound in (
+        recipe.changed(batch_size=31),
+        recipe.changed(batch_size=65),
+        recipe.changed(batch_size=100),
+    ):
+        _listed_with("resnet18", data, sound, stem=4)
+    _listed_with("digits_cnn", data, recipe)  # its maps are larger than one pixel
+
+
+def test_a_network_that_is_too_deep_for_its_images_is_refused(monkeypatch):
+    with pytest.raises(SettingsError, match="cells\\[0\\] \\(vgg16\\): images of 8x8 are too small"):
+        _listed_with("vgg16", DATA, RECIPE)
+    # one that finds out as late as in its forward pass
+    monkeypatch.setattr(ConvNet, "forward", lambda self, x: torch.nn.functional.max_pool2d(x, 9))
+    with pytest.raises(
+        SettingsError, match="digits_cnn cannot be trained on images of \\(2, 1, 8, 8\\): .*too small"
+    ):
+        _listed_with("digits_cnn", DATA, RECIPE)
+
+
+def test_a_batch_of_one_image_in_training_fails_the_run_with_its_reason():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    images, labels = torch.rand(5, 1, 2, 2), torch.arange(5) % 2
+    trainer = Trainer(model, FixedBatches([(images[:4], labels[:4]), (images[4:], labels[4:])]))
+    with pytest.raises(Unreachable, match="one of the 2 batches has a single image.*another batch_size"):
+        trainer.fit([0.1] * 2)
