@@ -85,9 +85,8 @@ def run_paper(
     profile = load(paper, params, profile_name)
     listed = pipeline.listed(paper, profile)
     for data in dict.fromkeys(parts(profile, DatasetSettings)):
-        if data.source == "npz" and inspection.is_told(
-            data
-        ):  # of the others it is said when they are prepared
+        # of the others it is said when they are prepared
+        if data.source == "npz" and inspection.is_told(data):
             for remark in inspection.remarks(data):
                 print(f"note: {remark}", file=sys.stderr)
     claims = looks.claims_of(paper, profile)

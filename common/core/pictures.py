@@ -79,6 +79,12 @@ def indexed(path: Path) -> tuple[bytes, tuple[str, ...]]:
         return hashlib.sha256(content).digest(), _remarks(_opened(content))
 
 
+def sides(path: Path) -> tuple[int, int]:
+    """Width and height of what an image file stores, by its header alone. Raises DataError."""
+    with _image(path):
+        return _opened(content_of(path, MOST_BYTES)).size
+
+
 def shown(image: Image.Image) -> Image.Image:
     """A picture in RGB as a viewer shows it.
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image
 
 from common.core import loading
-from common.core.files import read_npz, reading
+from common.core.files import read_npz
 from common.core.loading import NEEDED
+from common.core.pictures import sides
 from common.settings import DataError, DatasetSettings, SettingsError, profile_chain
 from common.stage.folders import listing
 from common.stage.papers import load, papers, runs
@@ -53,19 +53,14 @@ def look(path: str) -> Own:
     """What an `.npz` or an image folder holds. Raises DataError."""
     if Path(path).is_dir():
         found, _ = listing(Path(path))
-        sides = [_side(file) for images in found.values() for file in images.paths]
+        shorter = min(min(sides(file)) for images in found.values() for file in images.paths)
         train = found.get("train") or found["all"]
         test = len(found["test"].paths) if "test" in found else None
-        return Own("folder", path, len(train.classes), len(train.paths), test, min(sides), 3)
+        return Own("folder", path, len(train.classes), len(train.paths), test, shorter, 3)
     arrays = loading.checked(read_npz(path, (*NEEDED, "classes", "scale")), path)
     count, height, width, channels = arrays["x_train"].shape
     classes, test = len(arrays["classes"]), len(arrays["x_test"])
     return Own("npz", path, classes, count, test, min(height, width), channels)
-
-
-def _side(file: Path) -> int:
-    with reading(file, "not a readable image"), Image.open(file) as image:
-        return min(image.size)
 
 
 def nearest(own: Own) -> str:

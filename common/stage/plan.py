@@ -78,9 +78,10 @@ def _done(paper: str, profile: Profile, runs: Sequence[Run], left: Recorded | No
     executed as these were.
     """
     store = Store(SCRATCH / profile.name / paper, profile.execution)
-    found = {run.settings_hash for run in runs if store.load(run)}
+    found = {run.settings_hash for run in runs if store.finished(run, needed=False)}
     if left and not left.unfinished:
-        found |= left.hashes & {run.settings_hash for run in runs}
+        done = {name for name, record in left.records.items() if not record.may_pass}
+        found |= done & {run.settings_hash for run in runs}
     return found
 
 
