@@ -19,7 +19,7 @@ from common.core.loading import load
 from common.core.pictures import read_picture
 from common.settings import DataError, DatasetSettings
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.")
+pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:PIL\.")
 LONGEST = 400
 SECONDS, MEMORY = 2, 2**30
 
