@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from common.reading import LONGEST_NAME, NAME_RULE, Exact, decoded, is_name, json_value, read_bytes, shown
 from common.settings import SettingsError, validated
 
 CURVES_SUFFIX = ".curves.jsonl"
@@ -31,7 +31,55 @@ TRIAL = "tuning-"
 """Begins the variants of runs from which a setting is chosen."""
 
 
-class _Line(BaseModel):
+LARGEST = 1e100
+"""No measurement is beyond it, and sums, squares and ratios of what is below are numbers. JSON has larger ones."""
+SIZES = ("parameters", "nonzero_parameters", "macs", "sparse_macs", "dense_parameters", "dense_macs")
+"""Costs that are counted."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a measurement."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(NAME_RULE)
+    return text
+
+
+def _words(text: str) -> str:
+    if not text.isprintable() or not text.strip():
+        raise ValueError("must be text in one line")
+    return text
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, Any]:
+    for name, most in (("test_accuracy", 1.0), ("validation_accuracy", 1.0), ("test_loss", LARGEST)):
+        value = found.get(name)
+        if value is not None and not (is_number(value) and 0 <= value <= most):
+            raise ValueError(f"{name} = {shown(value)}: must be a number from 0 to {most:g}")
+    return found
+
+
+def _cost(found: dict[str, Any]) -> dict[str, Any]:
+    for name in SIZES:
+        value = found.get(name)
+        if value is not None and not (is_number(value) and 0 <= value <= MOST_COUNTED):
+            raise ValueError(f"{name} = {shown(value)}: must be a number from 0 to {MOST_COUNTED:g}")
+    return found
+
+
+MOST_COUNTED = 1e24
+PaperName = Annotated[str, AfterValidator(_name)]
+Words = Annotated[str, Field(max_length=2 * LONGEST_NAME), AfterValidator(_words)]
+"""What a figure, a page and a filter show as it is."""
+Fact = str | bool | int | float | None
+Facts = dict[str, Fact]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class _Line(Exact):
     """What one line of a file holds. Fields of a later revision are passed over."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
@@ -40,12 +88,12 @@ class _Line(BaseModel):
 class Identity(_Line):
     """The fields that name a run."""
 
-    paper: str
-    variant: str
-    dataset: str
-    architecture: str
-    target: float = Field(ge=0)
-    seed: int
+    paper: PaperName
+    variant: Words
+    dataset: Words
+    architecture: Words
+    target: float = Field(ge=0, le=LARGEST)
+    seed: int = Field(ge=0, lt=2**63)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -87,8 +135,8 @@ class Record(Identity):
     settings: dict[str, Any] = {}
     settings_hash: str = ""
     data: list[str] = []
-    metrics: dict[str, Any] = {}
-    cost: dict[str, Any] = {}
+    metrics: Annotated[dict[str, Any], AfterValidator(_metrics)] = {}
+    cost: Annotated[dict[str, Any], AfterValidator(_cost)] = {}
     details: dict[str, Any] = {}
     chance: float | None = Field(None, ge=0, le=1)
     device: Literal["cpu", "cuda"] | None = None
@@ -126,7 +174,7 @@ class Curves(_Line):
     """A run's measurements, one row per epoch."""
 
     settings_hash: str
-    curves: list[dict[str, Any]]
+    curves: list[Facts]
 
 
 class Entry(_Line):
@@ -139,13 +187,29 @@ class Entry(_Line):
     """
 
     record: Record
-    curves: list[dict[str, Any]] = []
-    seconds: float
+    curves: list[Facts] = []
+    seconds: Seconds
     ended: float | None = None
     has_state: bool = False
-    machine: dict[str, Any] | None = None
+    machine: Facts | None = None
     predictions: str | None = None
     measured: dict[str, float] | None = None
+
+
+class Environment(Exact):
+    """What stands beside the records of a stage, as far as a page shows it; the rest of it is kept as it is.
+
+    machine, versions: of all runs, but for those that another machine has executed (elsewhere, by settings hash). seconds:
+    of each run. unfinished: how many runs of the stage are not there.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    machine: Facts = {}
+    versions: Facts = {}
+    seconds: dict[str, Seconds] = {}
+    elsewhere: dict[str, Facts] = {}
+    unfinished: int = Field(0, ge=0)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -165,24 +229,16 @@ def curves_file(records: Path) -> Path:
 
 def read(file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
     """Each line of a file that is not blank, with the place that errors name. Raises SettingsError."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
-    return parsed(content, file, kind)
+    return parsed(read_bytes(file), file, kind)
 
 
 def parsed(content: bytes, file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
     """As `read`, of what has been read already. Raises SettingsError that names file and line, and the field."""
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(decoded(content, file).split("\n"), start=1):
         if line.strip():
             where = f"{file}, line {number}"
             try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                values = json_value(line)
+            except ValueError as error:
                 raise SettingsError(f"{where}: not valid JSON (half written?): {error}") from None
             yield where, validated(kind, values, where)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,19 +19,26 @@ from pydantic import (
     model_validator,
 )
 
+from common.reading import DEPTH, NAME_RULE, Exact, is_name, read_yaml, shown, words
+from common.reading import SettingsError as SettingsError
+
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS_FILE = "params.yaml"
-
-
-class SettingsError(Exception):
-    """Settings that cannot be used; the message is one clear line."""
+TARGET_DIGITS = 9
+"""Digits behind the point by which the targets of two runs are told apart."""
+_BESIDE_PROFILES = ("environment", "partial")
+"""Folders of results that are of no profile."""
+_MOST_PROBLEMS = 8
+"""Wrong values that one error names."""
+_MOST_KNOWN = 30
+"""Names that one error lists."""
 
 
 class DataError(SettingsError):
     """Data that is missing, damaged or of the wrong shape; the message names it in one line."""
 
 
-class Strict(BaseModel):
+class Strict(Exact):
     """Base of all settings: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -92,6 +97,12 @@ def _distinct(values: tuple) -> tuple:
     return values
 
 
+def _apart(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len({round(value, TARGET_DIGITS) for value in values}) != len(values):
+        raise ValueError(f"must not repeat a value; {TARGET_DIGITS} digits behind the point tell them apart")
+    return values
+
+
 def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
     if list(values) != sorted(set(values)):
         raise ValueError("must rise")
@@ -100,18 +111,21 @@ def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
 
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Targets = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_distinct)]
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Targets = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_apart)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Images = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(gt=0, le=1)]
+MOST_SEEDS = 1000
+SeedCount = Annotated[int, Field(ge=1, le=MOST_SEEDS)]
 
 
 class SeedSettings(Strict):
     """With which seeds a profile's papers are run, and how many of them are judged at once."""
 
     first: Seed
-    count: Count
-    looks: Annotated[tuple[Count, ...], AfterValidator(_rising)] = ()
+    count: SeedCount
+    looks: Annotated[tuple[SeedCount, ...], AfterValidator(_rising)] = ()
     """Numbers of seeds after which is judged, as far as `count` goes; where absent, all at once."""
 
     @property
@@ -139,7 +153,12 @@ def _listed(value: Any) -> Any:
         raise ValueError("; ".join(wrong)) from None
 
 
-Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[
+    tuple[Seed, ...],
+    BeforeValidator(_listed),
+    Field(min_length=1, max_length=MOST_SEEDS),
+    AfterValidator(_distinct),
+]
 """A list, or as of SeedSettings."""
 
 
@@ -168,13 +187,13 @@ class DatasetSettings(Strict):
     streamed: Annotated[bool, Field(exclude_if=lambda streamed: not streamed)] = False
     """Of a folder that memory cannot hold: images stay on disk. Training sees random crops of them resized to `size`,
     mirrored with `augmentation.flip`; all else sees centre crops."""
-    train: Count | None = None
+    train: Images | None = None
     """Number of training images, stratified by class; all that validation leaves when absent."""
-    validation: Count = 197
+    validation: Images = 197
     """Number of images held out of the official training images, stratified by class."""
-    test: Count | None = None
+    test: Images | None = None
     """Number of test images, stratified by class: of the source's own test split (all when absent), or held out."""
-    train_per_class: Count | None = None
+    train_per_class: Images | None = None
     """In place of `test`: images of each class that are for training and validation, the rest is for test."""
     split: Literal["per_seed", "shared"] = "per_seed"
     """`per_seed`: training and validation images are drawn anew for each seed; `shared`: once for all. Test images stay."""
@@ -230,6 +249,9 @@ class DatasetSettings(Strict):
         return self.path or self.source
 
 
+Processes = Annotated[int, Field(ge=1, le=1024)]
+
+
 class ExecutionSettings(Strict):
     """How runs are executed. All but `workers` can change the last digits of a result."""
 
@@ -240,9 +262,9 @@ class ExecutionSettings(Strict):
     """`capture`: each pass is replayed from a CUDA graph; `auto` is that on a GPU and nothing on a CPU."""
     deterministic: bool = True
     """Whether a GPU must sum in a fixed order; false lets it choose faster kernels, and results differ in the last digits."""
-    threads: Count = 1
+    threads: Processes = 1
     """Threads of each process that trains on a CPU; one each is fastest for small networks."""
-    workers: Literal["auto"] | Count = "auto"
+    workers: Literal["auto"] | Processes = "auto"
     """Runs that train at once; `auto` is one per `threads` CPU cores, or 8 on each GPU."""
 
 
@@ -259,10 +281,12 @@ class PaperSettings(Strict):
         return validated(type(self), merged(self.model_dump(), changes), where)
 
 
-def hint(name: str, known: list[str]) -> str:
+def hint(name: object, known: list[str]) -> str:
     """What is allowed in place of `name`, nearest match first."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"allowed: {', '.join(known) or 'none'}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    near = difflib.get_close_matches(words(name), known[: 10 * _MOST_KNOWN], n=1)
+    names = ", ".join(map(words, known[:_MOST_KNOWN])) or "none"
+    more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
+    return f"allowed: {names}{more}" + (f" (did you mean {words(near[0])!r}?)" if near else "")
 
 
 def validated(model: type[BaseModel], values: Any, where: str) -> Any:
@@ -271,18 +295,21 @@ def validated(model: type[BaseModel], values: Any, where: str) -> Any:
     Raises SettingsError with one line for each thing that is wrong.
     """
     if not isinstance(values, Mapping):
-        raise SettingsError(f"{where} = {values!r}: must be a table of {', '.join(model.model_fields)}")
+        raise SettingsError(f"{where} = {shown(values)}: must be a table of {', '.join(model.model_fields)}")
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = error.errors()
+        count = error.error_count()
+        problems = error.errors(include_url=False)[: 10 * _MOST_PROBLEMS]
         # a list with a wrong item is also reported as too short, since the item does not count
         real = [
             p
             for p in problems
             if not any(q is not p and q["loc"][: len(p["loc"])] == p["loc"] for q in problems)
         ]
-        raise SettingsError("; ".join(_explain(problem, model, where) for problem in real)) from None
+        parts = [_explain(problem, model, where) for problem in real[:_MOST_PROBLEMS]]
+        more = [f"and {count - _MOST_PROBLEMS} more"] if len(real) > _MOST_PROBLEMS else []
+        raise SettingsError("; ".join(parts + more)) from None
 
 
 def _explain(problem: Mapping[str, Any], model: type[BaseModel], where: str) -> str:
@@ -291,14 +318,14 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel], where: str) -> 
         if isinstance(part, int):
             key += f"[{part}]"
         elif problem["type"] == "extra_forbidden" or not _is_tag(part):
-            key += f"{':' if key.endswith('.yaml') else '.'}{' ' if key.endswith('.yaml') else ''}{part}"
+            key += (": " if key.endswith(".yaml") else ".") + words(part)
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; {hint(problem['loc'][-1], _fields_at(model, problem['loc'][:-1]))}"
     if problem["type"] == "missing":
         return f"{key}: missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
     # the input of a rule about a whole table is that table, which the user can look up
-    value = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" = {problem['input']!r}"
+    value = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" = {shown(problem['input'])}"
     return f"{key}{value}: {message}"
 
 
@@ -350,36 +377,6 @@ class Profile(Strict):
         return self.seeds.planned_for(count) if self.seeds else (count,)
 
 
-# LibYAML, where PyYAML was built with it, reads these files ten times as fast
-class _NoDuplicates(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML in which a key given twice is an error instead of a silent overwrite."""
-
-
-def _mapping(loader: _NoDuplicates, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)
-    return dict(loader.construct_mapping(node, deep=True))
-
-
-_NoDuplicates.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_yaml(file: str | os.PathLike) -> Any:
-    """The content of a YAML file. Raises SettingsError naming the file, and the line of a syntax error."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
-    try:
-        return yaml.load(text, Loader=_NoDuplicates)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise SettingsError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-
-
 def selected_profile(file: str | os.PathLike = PARAMS_FILE) -> str:
     """The name of the profile that the file selects. Raises SettingsError."""
     return profile_blocks(file, None)[1]
@@ -403,20 +400,25 @@ def profile_chain(file: str | os.PathLike, profile: str | None = None) -> list[t
         where = f"{file}: profiles.{names[-1]}"
         block = {} if blocks[names[-1]] is None else blocks[names[-1]]
         if not isinstance(block, Mapping):
-            raise SettingsError(f"{where} = {block!r}: must be a table")
+            raise SettingsError(f"{where} = {shown(block)}: must be a table")
         own.append({key: value for key, value in block.items() if key != "extends"})
         if "extends" not in block:
             break
         parent = block["extends"]
-        others = [known for known in blocks if known not in names]
-        if parent in names:
+        if isinstance(parent, str) and parent in names:
             circle = " -> ".join([*names[names.index(parent) :], parent])
+            others = [known for known in blocks if known not in names]
             raise SettingsError(
                 f"{where}.extends = {parent!r}: a profile must not extend itself ({circle}); "
                 f"allowed: {', '.join(others) or 'none'}"
             )
-        if parent not in others:
-            raise SettingsError(f"{where}.extends = {parent!r}: unknown profile; {hint(parent, others)}")
+        if not isinstance(parent, str) or parent not in blocks:
+            others = [known for known in blocks if known not in names]
+            raise SettingsError(f"{where}.extends = {shown(parent)}: unknown profile; {hint(parent, others)}")
+        if len(names) == DEPTH:
+            raise SettingsError(
+                f"{where}.extends = {parent!r}: more than {DEPTH} profiles extend one another"
+            )
         names.append(parent)
     chain: list[tuple[str, dict[str, Any]]] = []
     for name, block in zip(reversed(names), reversed(own)):
@@ -440,16 +442,16 @@ def profile_blocks(file: str | os.PathLike, profile: str | None) -> tuple[Mappin
         raise SettingsError(f"{file}: must be a table with the keys {', '.join(top)}")
     for key in content:
         if key not in top:
-            raise SettingsError(f"{file}: {key}: unknown key; {hint(key, top)}")
+            raise SettingsError(f"{file}: {words(key)}: unknown key; {hint(key, top)}")
     blocks = content.get("profiles")
     if not isinstance(blocks, Mapping) or not blocks:
-        raise SettingsError(f"{file}: profiles = {blocks!r}: must be a table of profiles")
-    for known in blocks:  # its folders are called by it
-        if not isinstance(known, str) or not re.fullmatch(r"\w[\w.-]*", known):
-            raise SettingsError(
-                f"{file}: profiles: {known!r}: a name must be letters, digits, '_', '-' and '.' (numbers in quotes)"
-            )
+        raise SettingsError(f"{file}: profiles = {shown(blocks)}: must be a table of profiles")
+    for known in blocks:
+        if not is_name(known):
+            raise SettingsError(f"{file}: profiles: {shown(known)}: {NAME_RULE} (numbers in quotes)")
+        if known in _BESIDE_PROFILES:
+            raise SettingsError(f"{file}: profiles: {known!r}: results have a folder of this name already")
     name = profile if profile is not None else content.get("profile")
     if not isinstance(name, str) or name not in blocks:
-        raise SettingsError(f"{file}: profile = {name!r}: unknown profile; {hint(str(name), list(blocks))}")
+        raise SettingsError(f"{file}: profile = {shown(name)}: unknown profile; {hint(name, list(blocks))}")
     return blocks, name

@@ -362,7 +362,10 @@ def test_the_same_record_twice_counts_once_and_another_of_the_same_run_is_an_err
         ('{"paper": "demo"}', ["line 3.variant: missing", "line 3.status: missing"]),
         (json.dumps(record("new", 0, 0.9, status="done")), ["line 3.status = 'done'", "'ok' or 'failed'"]),
         (json.dumps(record("new", "first", 0.9)), ["line 3.seed = 'first'"]),
-        (json.dumps(record("new", 0, 0.9, target=float("nan"))), ["line 3.target = nan"]),
+        (
+            json.dumps(record("new", 0, 0.9, target=float("nan"))),
+            ["line 3: not valid JSON", "NaN is no number"],
+        ),
         (json.dumps(record("new", 0, 0.9, metrics=[1])), ["line 3.metrics = [1]"]),
     ],
 )

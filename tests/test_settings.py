@@ -5,13 +5,13 @@ import yaml
 from pydantic import model_validator
 
 from common.core.identity import canonical, digest, stream
+from common.reading import read_yaml
 from common.settings import (
     DatasetSettings,
     PaperSettings,
     SettingsError,
     Strict,
     Targets,
-    read_yaml,
     selected_profile,
     validated,
 )

@@ -45,12 +45,16 @@ def test_equal_slopes_in_all_seeds_are_evidence_too():
 
 
 def test_an_accuracy_of_1_7_is_no_accuracy():
-    records = pair(0.02, n=8)
-    records[0] = record("new", 0, 1.7)
-    found = judge_one(claim(), records)
+    def masked(variant, values):
+        return [record(variant, s, 0.9, metrics={"pruned_accuracy": value}) for s, value in enumerate(values)]
+
+    a_claim, control = (
+        claim(metric="pruned_accuracy"),
+        masked("old", [0.8, 0.79, 0.81, 0.8, 0.8, 0.78, 0.8, 0.8]),
+    )
+    found = judge_one(a_claim, masked("new", [1.7] + 7 * [0.9]) + control)
     assert found["n"] == 7 and "1.7, not in [0, 1]" in found["lost"][0]["reason"]
-    percent = [record("new", s, 90 + s) for s in range(8)] + runs("old", [0.8] * 8)
-    assert "not in [0, 1]" in judge(claim(), percent)["reason"]
+    assert "not in [0, 1]" in judge(a_claim, masked("new", range(90, 98)) + control)["reason"]
 
 
 def test_metrics_of_different_units_are_not_compared():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.settings import read_yaml
+from common.reading import read_yaml
 
 PIPELINE_FILE = Path("dvc.yaml")
 

@@ -292,7 +292,7 @@ def _trained(entry: Entry) -> dict[str, Any]:
     """What the run was trained with in the end, where its settings leave a choice: what tuning chose, epochs, rate."""
     chosen = entry.record.details.get("chosen")
     found = {} if chosen is None else dict(_flat("chosen", chosen))
-    rates = [row["lr"] for row in entry.curves if isinstance(row.get("lr"), (int, float))]
+    rates = [rate for row in entry.curves if isinstance(rate := row.get("lr"), (int, float))]
     if entry.curves:
         found["trained.epochs"] = len(entry.curves)
     if rates:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from common.settings import SettingsError, Strict, hint, read_yaml, validated
+from common.reading import read_yaml
+from common.settings import SettingsError, Strict, hint, validated
 
 CLAIMS_FILE = "claims.yaml"
 OTHER = "other"

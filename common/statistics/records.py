@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.predictions import Predictions, beside
-from common.records import Identity, Record, files, read
-from common.settings import SettingsError
+from common.reading import shown
+from common.records import LARGEST, Identity, Record, files, is_number, read
+from common.settings import TARGET_DIGITS, SettingsError
 
 SECTIONS = ("metrics", "cost", "details")
 _READ = (
@@ -33,8 +34,6 @@ _DIVERGED = re.compile(
 )
 _ACCURACY = re.compile(r"accuracy(_(before|after|at|without)_\S+)?$")
 _MOST_IMAGES = 1_000_000
-_LARGEST = 1e100
-"""No measurement is beyond it, and sums, squares and ratios of what is below are numbers. JSON has larger ones."""
 
 
 class Placed(Protocol):
@@ -116,7 +115,7 @@ def place_of(run: Placed) -> Place:
 
 
 def _rounded(target: float) -> float:
-    return round(target, 9)
+    return round(target, TARGET_DIGITS)
 
 
 def chances_of(records: Iterable[Record]) -> dict[str, float]:
@@ -214,9 +213,9 @@ class Records:
             raise Lost(f"{quantity.metric} of {place(quantity)} is missing or null")
         if vector:
             return _vector(value, quantity)
-        if not _is_number(value):
+        if not is_number(value):
             raise Lost(
-                f"{quantity.metric} of {place(quantity)} is {_shown(value)}, not a finite number up to {_LARGEST:g}"
+                f"{quantity.metric} of {place(quantity)} is {shown(value)}, not a finite number up to {LARGEST:g}"
             )
         if is_accuracy(quantity.metric) and not 0 <= value <= 1:
             raise Lost(f"{quantity.metric} of {place(quantity)} is {value:g}, not in [0, 1]")
@@ -302,7 +301,7 @@ class Records:
             if isinstance(data, Mapping) and isinstance(data.get(part), int) and data[part] > 0:
                 return int(data[part])
             value = value_in(record, f"{part}_accuracy")
-            if _is_number(value) and 0 <= value <= 1:
+            if is_number(value) and 0 <= value <= 1:
                 accuracies.add(float(value))
         images = 1
         for value in accuracies:
@@ -332,7 +331,7 @@ class Records:
                 for runs in self._runs.values()
                 for record in runs.values()
                 if (record.dataset, record.architecture) == (dataset, architecture)
-                and _is_number(value := value_in(record, quantity.metric))
+                and is_number(value := value_in(record, quantity.metric))
             ]
             values = [value for value, _ in found]
             steps = self.images(dataset, "test_accuracy") or 1
@@ -377,7 +376,7 @@ def _last(metric: str) -> str:
 def accuracy_of(record: Record) -> float | None:
     """Test accuracy of a finished run, None where it has none."""
     value = record.metrics.get("test_accuracy") if record.status == "ok" else None
-    return float(value) if value is not None and _is_number(value) and 0 <= value <= 1 else None
+    return float(value) if value is not None and is_number(value) and 0 <= value <= 1 else None
 
 
 def diverged(record: Record) -> bool:
@@ -409,27 +408,17 @@ def stripped(value: Any, without: Collection[str]) -> Any:
 def found_in(record: Record, metric: str) -> float | None:
     """A metric of a finished run, None where it is no finite number."""
     value = value_in(record, metric) if record.status == "ok" else None
-    return float(value) if value is not None and _is_number(value) else None
+    return float(value) if value is not None and is_number(value) else None
 
 
 def _vector(value: Any, quantity: Quantity) -> list[float]:
-    if not isinstance(value, list) or len(value) < 2 or not all(map(_is_number, value)):
+    if not isinstance(value, list) or len(value) < 2 or not all(map(is_number, value)):
         raise Lost(
-            f"{quantity.metric} of {place(quantity)} is {_shown(value)}, not a list of at least two numbers"
+            f"{quantity.metric} of {place(quantity)} is {shown(value)}, not a list of at least two numbers"
         )
     if max(value) == min(value):
         raise Lost(f"{quantity.metric} of {place(quantity)} is constant: its correlation is undefined")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return numeric and abs(value) <= _LARGEST
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def value_in(record: Record, path: str) -> Any:
