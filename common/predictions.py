@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from common.reading import read_bytes
 from common.records import Record
 from common.settings import SettingsError
 
 SUFFIX = ".predictions.npz"
 """How the name of the file ends that stands beside `<paper>.jsonl`."""
 _CLASS = np.dtype("<u2")
+_MOST_BYTES = 2**30
+"""Of the predictions of a run, and of all those in a file."""
 # what NumPy and zipfile raise at one wrong byte or another
 _DAMAGED = (
     *(BadZipFile, struct.error, zlib.error, EOFError, LookupError),
@@ -73,7 +76,11 @@ class Predictions:
     def from_text(cls, text: str) -> Predictions:
         """What `text` was made of. Raises ValueError for what it has not made."""
         try:
-            both = np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), _CLASS)
+            inflater = zlib.decompressobj()
+            found = inflater.decompress(base64.b64decode(text, validate=True), _MOST_BYTES)
+            if not inflater.eof:
+                raise ValueError("cut off, or too many classes")
+            both = np.frombuffer(found, _CLASS)
         except zlib.error as error:
             raise ValueError(str(error)) from None
         images, rest = divmod(len(both), 2)
@@ -112,6 +119,9 @@ def packed(runs: Iterable[Predictions]) -> bytes:
 def unpacked(content: bytes, file: Path) -> dict[str, Predictions]:
     """Digest -> predictions, of what `packed` has made. Raises SettingsError that names the file."""
     try:
+        with ZipFile(io.BytesIO(content)) as members:
+            if sum(member.file_size for member in members.infolist()) > _MOST_BYTES:
+                raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = [
                 Predictions.of(arrays[f"labels_{number}"], row)
@@ -126,12 +136,9 @@ def unpacked(content: bytes, file: Path) -> dict[str, Predictions]:
 def beside(records_file: Path, records: Iterable[Record]) -> dict[str, Predictions]:
     """Digest -> predictions of the runs in a file of records; none where no predictions are beside it. Raises SettingsError."""
     file = predictions_file(records_file)
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
+    if not file.exists():
         return {}
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+    content = read_bytes(file)
     check(records, found := unpacked(content, file), file)
     return found
 

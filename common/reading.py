@@ -5,6 +5,7 @@ Whatever is wrong ends in a SettingsError of one short line that names the file.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import BaseModel, GetCoreSchemaHandler
@@ -22,7 +23,7 @@ MOST_YAML = 2**20
 """Bytes of a YAML file."""
 MOST_BYTES = 2**30
 """Bytes of any other file that is read at once."""
-MOST_NODES = 100_000
+MOST_NODES = 30_000
 """Keys and values of a YAML file, each alias counted with all that it stands for."""
 DEPTH = 50
 """Lists and tables within one another."""
@@ -49,9 +50,16 @@ def words(text: object) -> str:
     return plain if len(plain) <= 2 * _SHOWN and plain.isprintable() else shown(plain)
 
 
-def is_name(text: object) -> bool:
+def is_name(text: object) -> TypeGuard[str]:
     """Whether this may be the name of a profile, paper or architecture, of which files and commands are called."""
     return isinstance(text, str) and len(text) <= LONGEST_NAME and bool(re.fullmatch(r"\w[\w.-]*", text))
+
+
+def name_option(text: str) -> str:
+    """An option of a command that is such a name. Raises ArgumentTypeError."""
+    if not is_name(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {NAME_RULE}")
+    return text
 
 
 NAME_RULE = f"a name must be letters, digits, '_', '-' and '.', at most {LONGEST_NAME}"
@@ -95,14 +103,15 @@ def decoded(content: bytes, file: str | os.PathLike) -> str:
 # ------------------------------------------------------------------------------------------ JSON
 
 
-def json_value(text: str) -> Any:
-    """What a JSON text holds. Raises ValueError, in one line, also for what no JSON of ours holds.
+def json_value(text: str, finite: bool = False) -> Any:
+    """What a JSON text holds. NaN and what is beyond all numbers become null.
 
-    That is NaN, infinity and numbers beyond floats, a key given twice, halves of characters, and what is nested deeper than
-    DEPTH.
+    finite: whether they are errors. Raises ValueError, in one line, also for a key that is given twice, for halves of
+    characters, and for what is nested deeper than DEPTH.
     """
+    constant = _no_number if finite else _nothing
     try:
-        value = json.loads(text, object_pairs_hook=_table, parse_float=_float, parse_constant=_no_number)
+        value = json.loads(text, object_pairs_hook=_table, parse_float=_float, parse_constant=constant)
         # a half of a character may be written as an escape, but is no text
         if r"\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -132,14 +141,16 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> float | None:
     value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{words(text)} is beyond all numbers")
-    return value
+    return value if math.isfinite(value) else None
 
 
-def _no_number(text: str) -> Any:
+def _nothing(_text: str) -> None:
+    return None
+
+
+def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 

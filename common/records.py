@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from common.reading import LONGEST_NAME, NAME_RULE, Exact, decoded, is_name, json_value, read_bytes, shown
+from common.reading import NAME_RULE, Exact, decoded, is_name, json_value, read_bytes, shown
 from common.settings import SettingsError, validated
 
 CURVES_SUFFIX = ".curves.jsonl"
@@ -33,8 +33,11 @@ TRIAL = "tuning-"
 
 LARGEST = 1e100
 """No measurement is beyond it, and sums, squares and ratios of what is below are numbers. JSON has larger ones."""
-SIZES = ("parameters", "nonzero_parameters", "macs", "sparse_macs", "dense_parameters", "dense_macs")
-"""Costs that are counted."""
+_MOST = 1e24
+_COSTS = (
+    *("parameters", "nonzero_parameters", "dense_parameters", "macs", "sparse_macs", "dense_macs"),
+    *("compression", "theoretical_speedup"),
+)
 
 
 def is_number(value: Any) -> bool:
@@ -63,20 +66,33 @@ def _metrics(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost(found: dict[str, Any]) -> dict[str, Any]:
-    for name in SIZES:
+    for name in _COSTS:
         value = found.get(name)
-        if value is not None and not (is_number(value) and 0 <= value <= MOST_COUNTED):
-            raise ValueError(f"{name} = {shown(value)}: must be a number from 0 to {MOST_COUNTED:g}")
+        if value is not None and not (is_number(value) and 0 <= value <= _MOST):
+            raise ValueError(f"{name} = {shown(value)}: must be a number from 0 to {_MOST:g}")
     return found
 
 
-MOST_COUNTED = 1e24
+MOST_REASON = 10_000
+"""Characters of a reason."""
 PaperName = Annotated[str, AfterValidator(_name)]
-Words = Annotated[str, Field(max_length=2 * LONGEST_NAME), AfterValidator(_words)]
+Words = Annotated[str, Field(max_length=255), AfterValidator(_words)]
 """What a figure, a page and a filter show as it is."""
 Fact = str | bool | int | float | None
 Facts = dict[str, Fact]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Amount = Annotated[float, Field(ge=0, le=LARGEST)]
+
+
+def _measured(found: dict[str, float]) -> dict[str, float]:
+    for name in ("milliseconds", "dense_milliseconds", "bytes", "compressed_bytes"):
+        if not found.get(name):
+            raise ValueError(f"needs {name}, above 0")
+    return found
+
+
+Measured = Annotated[dict[str, Amount], AfterValidator(_measured)]
+"""What a network takes on a machine, as of `common.stage.latency.measured`."""
 
 
 class _Line(Exact):
@@ -92,7 +108,7 @@ class Identity(_Line):
     variant: Words
     dataset: Words
     architecture: Words
-    target: float = Field(ge=0, le=LARGEST)
+    target: float = Field(ge=0, le=1e9)
     seed: int = Field(ge=0, lt=2**63)
 
     @property
@@ -129,7 +145,7 @@ class Record(Identity):
     """
 
     status: Literal["ok", "failed"]
-    reason: str | None = None
+    reason: Annotated[str, Field(max_length=MOST_REASON)] | None = None
     failure: Failure | None = None
     cause: Cause | None = None
     settings: dict[str, Any] = {}
@@ -193,14 +209,14 @@ class Entry(_Line):
     has_state: bool = False
     machine: Facts | None = None
     predictions: str | None = None
-    measured: dict[str, float] | None = None
+    measured: Measured | None = None
 
 
 class Environment(Exact):
     """What stands beside the records of a stage, as far as a page shows it; the rest of it is kept as it is.
 
     machine, versions: of all runs, but for those that another machine has executed (elsewhere, by settings hash). seconds:
-    of each run. unfinished: how many runs of the stage are not there.
+    of each run. measured: what networks take on their machine. unfinished: how many runs of the stage are not there.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -209,6 +225,7 @@ class Environment(Exact):
     versions: Facts = {}
     seconds: dict[str, Seconds] = {}
     elsewhere: dict[str, Facts] = {}
+    measured: dict[str, Measured] = {}
     unfinished: int = Field(0, ge=0)
 
 
@@ -232,13 +249,16 @@ def read(file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
     return parsed(read_bytes(file), file, kind)
 
 
-def parsed(content: bytes, file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
-    """As `read`, of what has been read already. Raises SettingsError that names file and line, and the field."""
+def parsed(content: bytes, file: Path, kind: type[Line], finite: bool = False) -> Iterator[tuple[str, Line]]:
+    """As `read`, of what has been read already. Raises SettingsError that names file and line, and the field.
+
+    finite: whether NaN is an error and not null.
+    """
     for number, line in enumerate(decoded(content, file).split("\n"), start=1):
         if line.strip():
             where = f"{file}, line {number}"
             try:
-                values = json_value(line)
+                values = json_value(line, finite)
             except ValueError as error:
                 raise SettingsError(f"{where}: not valid JSON (half written?): {error}") from None
             yield where, validated(kind, values, where)

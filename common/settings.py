@@ -28,8 +28,8 @@ TARGET_DIGITS = 9
 """Digits behind the point by which the targets of two runs are told apart."""
 _BESIDE_PROFILES = ("environment", "partial")
 """Folders of results that are of no profile."""
-_MOST_PROBLEMS = 8
-"""Wrong values that one error names."""
+_MOST_PROBLEMS, _LONG = 50, 600
+"""Wrong values that are looked at, and characters of an error from which on they are only counted."""
 _MOST_KNOWN = 30
 """Names that one error lists."""
 
@@ -97,7 +97,14 @@ def _distinct(values: tuple) -> tuple:
     return values
 
 
-def _apart(values: tuple[float, ...]) -> tuple[float, ...]:
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be text in one line")
+    return text
+
+
+def apart(values: tuple[float, ...]) -> tuple[float, ...]:
+    """The targets, which records tell apart. Raises ValueError where they do not."""
     if len({round(value, TARGET_DIGITS) for value in values}) != len(values):
         raise ValueError(f"must not repeat a value; {TARGET_DIGITS} digits behind the point tell them apart")
     return values
@@ -111,7 +118,7 @@ def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
 
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Targets = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_apart)]
+Targets = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(apart)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Images = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
@@ -180,7 +187,7 @@ class DatasetSettings(Strict):
         "digits"
     )
     """`digits` is embedded; the next five are downloaded by torchvision; `npz` and `folder` are local data at `path`."""
-    path: str | None = None
+    path: Annotated[str, Field(max_length=4096), AfterValidator(_printable)] | None = None
     """File (`npz`) or folder (`folder`; for a torchvision source, where its files are or go)."""
     size: Annotated[int, Field(ge=4, le=512)] | None = None
     """Height and width in pixels to which images are resized by averaging; not of `digits` and `npz`."""
@@ -203,8 +210,8 @@ class DatasetSettings(Strict):
 
     @model_validator(mode="after")
     def _local_data_has_a_path(self) -> DatasetSettings:
-        if self.source in ("npz", "folder") and not self.path:
-            raise ValueError(f"source {self.source!r} needs a path")
+        if self.source in ("npz", "folder") and not (self.path and self.name):
+            raise ValueError(f"source {self.source!r} needs a path that ends in a name")
         return self
 
     @model_validator(mode="after")
@@ -300,15 +307,17 @@ def validated(model: type[BaseModel], values: Any, where: str) -> Any:
         return model.model_validate(values)
     except ValidationError as error:
         count = error.error_count()
-        problems = error.errors(include_url=False)[: 10 * _MOST_PROBLEMS]
+        problems = error.errors(include_url=False)[:_MOST_PROBLEMS]
         # a list with a wrong item is also reported as too short, since the item does not count
         real = [
             p
             for p in problems
             if not any(q is not p and q["loc"][: len(p["loc"])] == p["loc"] for q in problems)
         ]
-        parts = [_explain(problem, model, where) for problem in real[:_MOST_PROBLEMS]]
-        more = [f"and {count - _MOST_PROBLEMS} more"] if len(real) > _MOST_PROBLEMS else []
+        parts: list[str] = []
+        while len(parts) < len(real) and len("; ".join(parts)) < _LONG:
+            parts.append(_explain(real[len(parts)], model, where))
+        more = [f"and {count - len(parts)} more"] if len(parts) < len(real) else []
         raise SettingsError("; ".join(parts + more)) from None
 
 

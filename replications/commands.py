@@ -30,6 +30,7 @@ from common.stage.store import (
     write_atomically,
 )
 from common.statistics.claims import ClaimsFile
+from replications import selected
 
 if TYPE_CHECKING:
     from common.stage.tracking import StageLog
@@ -168,16 +169,9 @@ def decide(profile: str, ends: float) -> None:
         except OutOfTime as stop:
             print(f"{paper}: {stop}", file=sys.stderr)
             stopped.append(paper)
-    results, out = str(RESULTS / profile), Path("reports", profile)
-    verdicts = str(out / "verdicts.json")
-    claims = ["--claims", "replications", "--metrics", str(out / "metrics.json"), "--out", verdicts]
-    drawn = ["--replications", "replications", "--verdicts", verdicts, "--out", str(out)]
-    for module, arguments in (
-        ("common.statistics", ["--profile", profile, "--records", results, *claims]),
-        ("common.report", ["--profile", profile, "--results", results, *drawn]),
-    ):
-        if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
-            raise StageError(f"`python -m {module} {' '.join(arguments)}` failed")
+    for command in (selected.judging(profile), selected.drawing(profile)):
+        if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+            raise StageError(f"`python -m {' '.join(command)}` failed")
     if stopped:
         raise OutOfTime(f"not at their end: {', '.join(stopped)}; the same command goes on")
 

@@ -45,6 +45,7 @@ WIDTH = 4.0
 """Inches of every figure: drawn at a telephone's width, so that its text stays readable there."""
 STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "pruning-replications",
+    "text.parse_math": False,  # names may have dollar signs
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 8.5,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from common.reading import name_option
 from common.report import (
     claim_panels,
     equal_footing,
@@ -92,7 +93,9 @@ def _write(out: Path, files: dict[str, str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m common.report", description=__doc__)
-    parser.add_argument("--profile", required=True, help="name of the profile that the records belong to")
+    parser.add_argument(
+        "--profile", required=True, type=name_option, help="name of the profile that the records belong to"
+    )
     for name, what in (
         ("--results", "folder of <paper>.jsonl and <paper>.curves.jsonl"),
         ("--replications", "folder of the papers' claims and READMEs"),

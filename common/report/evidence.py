@@ -5,17 +5,17 @@ Knows no paper: a paper is a folder with a `claims.yaml`, or records that name i
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.records import CURVES_SUFFIX, Curves, Record, read
+from common.reading import json_value, read_text
+from common.records import CURVES_SUFFIX, Curves, Environment, Record, is_number, read
 from common.records import files as record_files
-from common.settings import SettingsError
+from common.report import verdicts as judgement
+from common.settings import SettingsError, validated
 from common.statistics.claims import CLAIMS_FILE, Claim, ClaimsFile, read_all
 
 EQUAL_FOOTING = "equal_footing"
@@ -81,18 +81,25 @@ def load(profile: str, results: Path, replications: Path, verdicts: Path, enviro
     `environment` perhaps `<paper>.json`. Raises ReportError, naming file and line, for what is missing or
     damaged.
     """
-    judgement = judgement_in(verdicts)
+    try:
+        return _loaded(profile, results, replications, verdicts, environment)
+    except SettingsError as error:
+        raise ReportError(str(error)) from None
+
+
+def _loaded(profile: str, results: Path, replications: Path, verdicts: Path, environment: Path) -> Evidence:
+    judged = judgement.read(verdicts)
+    for folder in (results, replications):
+        if not folder.is_dir():
+            raise ReportError(f"{folder}: no such folder")
     records: dict[str, list[Record]] = {}
     curves: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for path in record_files(results):
-            for _, record in read(path, Record):
-                records.setdefault(record.paper, []).append(record)
-        for path in sorted(results.glob(f"*{CURVES_SUFFIX}")):
-            curves |= {line.settings_hash: line.curves for _, line in read(path, Curves)}
-        files = {file.paper: file for file in read_all(sorted(replications.glob(f"*/{CLAIMS_FILE}")))}
-    except SettingsError as error:
-        raise ReportError(str(error)) from error
+    for path in record_files(results):
+        for _, record in read(path, Record):
+            records.setdefault(record.paper, []).append(record)
+    for path in sorted(results.glob(f"*{CURVES_SUFFIX}")):
+        curves |= {line.settings_hash: line.curves for _, line in read(path, Curves)}
+    files = {file.paper: file for file in read_all(sorted(replications.glob(f"*/{CLAIMS_FILE}")))}
     # the papers first, then what compares them
     names = sorted(files.keys() | records.keys(), key=lambda name: (name == EQUAL_FOOTING, name))
     if not names:
@@ -100,17 +107,15 @@ def load(profile: str, results: Path, replications: Path, verdicts: Path, enviro
             f"no paper to report: no folder in {replications} has a claims.yaml and {results} has no records"
         )
     papers = [
-        _paper(name, files.get(name), records.get(name, []), judgement["papers"].get(name, {}), environment)
+        _paper(name, files.get(name), records.get(name, []), judged["papers"].get(name, {}), environment)
         for name in names
     ]
-    return Evidence(profile, finite(judgement.get("alpha")), papers, curves)
+    return Evidence(profile, judged.get("alpha"), papers, curves)
 
 
 def finite(value: Any) -> float | None:
-    """The value as a float, or None where it is missing, not a number or not finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) <= sys.float_info.max else None
+    """The value as a float, or None where it is missing or no measurement."""
+    return float(value) if is_number(value) else None
 
 
 def _paper(
@@ -132,7 +137,7 @@ def _paper(
     if file is None:
         return paper
     readme = file.path.parent / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    text = read_text(readme) if readme.exists() else ""
     title = re.search(r"^# +(.+?) *$", text, flags=re.MULTILINE)
     deviations = re.search(
         r"^## +Deviations\b[^\n]*\n(.*?)(?=^#{1,2} |\Z)", text, flags=re.MULTILINE | re.DOTALL
@@ -147,26 +152,12 @@ def _paper(
     )
 
 
-def judgement_in(path: Path) -> dict[str, Any]:
-    """The content of a verdicts file. Raises ReportError."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ReportError(f"{path}: no verdicts there; `python -m common.statistics` writes them") from None
-    except ValueError as error:
-        raise ReportError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("papers"), dict):
-        raise ReportError(
-            f"{path}: needs `papers`, the verdicts by paper, as `python -m common.statistics` writes them"
-        )
-    return document
-
-
 def _environment(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = json_value(read_text(path))
     except ValueError as error:
-        raise ReportError(f"{path}: not valid JSON: {error}") from error
-    return value if isinstance(value, dict) else None
+        raise SettingsError(f"{path}: not valid JSON: {error}") from None
+    validated(Environment, value, str(path))
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from urllib.parse import quote
 import jinja2
 
 from common.naming import EXPERIMENT, slug
+from common.reading import words
 from common.records import TRIAL, Record
 from common.report import equal_footing, markdown, tables
 from common.report.evidence import EQUAL_FOOTING, Evidence, Paper
@@ -155,8 +157,8 @@ def scale(records: Sequence[Record]) -> str:
         return ""
     train: dict[str, set[int]] = {}
     for record in shown:
-        images = (record.settings.get("data") or {}).get("train")
-        train.setdefault(record.dataset, set()).update([] if images is None else [images])
+        images = _table(record.settings.get("data")).get("train")
+        train.setdefault(record.dataset, set()).update([images] if isinstance(images, int) else [])
     data = [
         name + (f" ({max(images):,} training images)" if images else "") for name, images in train.items()
     ]
@@ -164,7 +166,7 @@ def scale(records: Sequence[Record]) -> str:
     epochs = [
         found
         for record in shown
-        if isinstance(found := (record.settings.get("training") or {}).get("epochs"), int)
+        if isinstance(found := _table(record.settings.get("training")).get("epochs"), int)
     ]
     seeds = {record.seed for record in shown if not record.variant.startswith(TRIAL)}
     targets = sorted({record.target for record in shown if record.target})
@@ -178,9 +180,14 @@ def scale(records: Sequence[Record]) -> str:
     return "; ".join(parts)
 
 
+def _table(value: Any) -> Mapping[str, Any]:
+    """A table of a record's settings; empty where these have another form."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def redrawn(records: Sequence[Record]) -> str:
     """What a seed of a paper's runs draws or chooses for itself, and what all seeds share."""
-    splits = {(record.settings.get("data") or {}).get("split") for record in records}
+    splits = {str(_table(record.settings.get("data")).get("split")) for record in records}
     trials = {record.seed for record in records if record.variant.startswith(TRIAL)}
     seeds = {record.seed for record in records if not record.variant.startswith(TRIAL)}
     parts = []
@@ -233,11 +240,11 @@ def _run_name(record: Record) -> str:
 def _commands(paper: Paper, profile: str, paths: Paths, records_file: Path) -> str:
     def command(module: str, **options: str) -> str:
         return " \\\n    ".join(
-            [f"python -m {module}", *(f"--{name} {value}" for name, value in options.items())]
+            [f"python -m {module}", *(f"--{name} {shlex.quote(value)}" for name, value in options.items())]
         )
 
     records_path = records_file.as_posix()
-    parts = [f"# trains what is missing and writes {records_path}\ndvc repro {paper.name}"]
+    parts = [f"# trains what is missing and writes {words(records_path)}\ndvc repro {paper.name}"]
     if paper.claims_file:
         judge = command(
             "common.statistics", records=records_path, claims=paper.claims_file, out="verdicts.json"

@@ -13,7 +13,7 @@ def filters(comparison: Mapping[str, Any], profile: str) -> list[str]:
     """What finds exactly the runs of a comparison of the verdicts: one filter a side and point."""
     found: dict[str, None] = {}
     for part in _parts(comparison):
-        terms = [f"params.{name} = '{_text(value)}'" for name, value in part.items() if value is not None]
+        terms = [f"params.{name} {_is(_text(value))}" for name, value in part.items() if value is not None]
         terms += [f"tags.profile = '{profile}'", *_seeds(comparison)]
         found[" and ".join(terms)] = None
     return list(found)
@@ -47,6 +47,13 @@ def _seeds(comparison: Mapping[str, Any]) -> list[str]:
         f"metrics.seed <= {seeds[-1]}",
         *(f"params.seed != '{seed}'" for seed in between),
     ]
+
+
+def _is(text: str) -> str:
+    """The end of a filter by a value; one with quotes of both kinds is compared with any sign in their place."""
+    if "'" in text and '"' in text:
+        return f"LIKE '{text.replace(chr(39), '_')}'"
+    return f'= "{text}"' if "'" in text else f"= '{text}'"
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from common.report import figures, page
-from common.report.evidence import EQUAL_FOOTING, ReportError, judgement_in
+from common.report import verdicts as judgement
+from common.report.evidence import EQUAL_FOOTING, ReportError
 from common.report.judged import ClaimView, view
 from common.report.numbers import amount
 from common.report.panels import VERDICTS, ScaleCell, ScalesPanel
@@ -19,9 +20,6 @@ from common.report.pooling import Pooled, pool
 from common.settings import SettingsError
 from common.statistics.claims import CLAIMS_FILE, Claim, ClaimsFile, read_all
 from common.statistics.deciding import NOT_TESTED
-
-_POOLED = ("superiority", "difference", "noninferiority", "equivalence")
-"""Tests of a mean paired difference, which cells have in common."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,10 @@ def write(reports: Path, replications: Path) -> int:
     """
     try:
         files = read_all(sorted(replications.glob(f"*/{CLAIMS_FILE}")))
+        profiles = [_scale(path, files) for path in sorted(reports.glob("*/verdicts.json"))]
     except SettingsError as error:
         raise ReportError(str(error)) from error
     files.sort(key=_order)
-    profiles = [_scale(path, files) for path in sorted(reports.glob("*/verdicts.json"))]
     found, ledgers = [], []
     for scale in profiles:
         deviations = _ledger(scale, files)
@@ -104,7 +102,7 @@ def _order(file: ClaimsFile) -> tuple[bool, str]:
 
 
 def _scale(path: Path, files: Sequence[ClaimsFile]) -> Scale:
-    papers = judgement_in(path)["papers"]
+    papers = judgement.read(path)["papers"]
     older = frozenset(
         file.paper
         for file in files
@@ -136,7 +134,7 @@ def _entry(scale: Scale, paper: str, claim: Claim) -> Mapping[str, Any] | None:
 
 def _pooled(claim: Claim, judged: Sequence[Mapping[str, Any] | None]) -> dict[str, str] | None:
     """The pooled estimate over all cells in words, None with too few of them."""
-    if claim.test not in _POOLED:
+    if claim.test not in judgement.POOLED:
         return None
     ratio = claim.scale == "ratio"
     effects = list(_cells(judged, ratio).values())

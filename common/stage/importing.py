@@ -13,24 +13,23 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from common.core.identity import canonical
 from common.core.run import Run
 from common.predictions import Predictions, check, predictions_file, unpacked
-from common.records import Curves, Entry, Line, Record, curves_file, parsed
+from common.reading import decoded, json_value, read_bytes, shown, words
+from common.records import LARGEST, Curves, Entry, Line, Record, curves_file, parsed
 from common.settings import PARAMS_FILE, SettingsError, hint, selected_profile, validated
 from common.stage import partial, pipeline, resolve
 from common.stage.looks import first_look
 from common.stage.papers import load, papers
 from common.stage.recorded import recorded
-from common.stage.records import environment_file, results_files
+from common.stage.records import Beside, Made, environment_file, results_files
 from common.stage.store import SCRATCH, StageError, Store, code_digest, data_prints
 
 _PENDING, _UNFINISHED = ".import", ".import.tmp"
@@ -41,26 +40,7 @@ _LEFT = ("settings", "settings_hash", "data", "metrics", "cost", "details")
 """What a stage has written of each run, though a record that is only judged may lack it."""
 
 
-class _Environment(BaseModel):
-    """What is checked of a stage's environment; the rest of it is kept as it is."""
-
-    model_config = ConfigDict(extra="allow")
-
-    code: str
-    machine: dict[str, Any]
-    versions: dict[str, Any]
-
-
-class _Beside(_Environment):
-    """Of the file beside the records of a complete stage."""
-
-    seconds: dict[str, float]
-    sha256: dict[str, str]
-    elsewhere: dict[str, dict[str, Any]] = {}
-    measured: dict[str, dict[str, float]] = {}
-
-
-class _Partial(_Environment):
+class _Partial(Made):
     """Of what a stage has left that is not complete."""
 
     numerics: list[str | bool | int]
@@ -107,7 +87,9 @@ def take_in(
     ]
     for stage in stages:
         _loses_nothing(stage, results)
-    _put({path: content for stage in stages for path, content in stage.files.items()}, results)
+    files = {path: content for stage in stages for path, content in stage.files.items()}
+    _in_the_way(files, results)
+    _put(files, results)
     for stage in stages:
         _keep(stage)
     return stages
@@ -153,15 +135,17 @@ def _found(folder: Path, profile: str, only: Sequence[str], params: str, unfinis
         raise StageError(f"{folder}: not a results folder: it holds no <profile>/<paper>.jsonl{more}")
     if profile not in there:
         raise StageError(
-            f"{folder}: results of profile {', '.join(sorted(there))}, but {params} selects {profile}; "
-            f"select it with `profile: {min(there)}`"
+            f"{folder}: results of profile {', '.join(map(words, sorted(there)))}, but {params} selects {profile}; "
+            f"select it with `profile: {words(min(there))}`"
         )
     for paper in sorted(there[profile]):
         if paper not in papers():
-            raise StageError(f"{folder}: unknown paper {paper!r}; {hint(paper, papers())}")
+            raise StageError(f"{folder}: unknown paper {shown(paper)}; {hint(paper, papers())}")
     for paper in only:
         if paper not in there[profile]:
-            raise StageError(f"{folder}: nothing of paper {paper!r}; {hint(paper, sorted(there[profile]))}")
+            raise StageError(
+                f"{folder}: nothing of paper {shown(paper)}; {hint(paper, sorted(there[profile]))}"
+            )
     return {paper: there[profile][paper] for paper in only or there[profile]}
 
 
@@ -203,7 +187,14 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
         )
         for row, own in zip(rows, of_curves)
     ]
-    return Imported(paper, profile, about.model_dump(), entries, files, {run.settings_hash for run in runs})
+    return Imported(
+        paper,
+        profile,
+        about.model_dump(exclude_unset=True),
+        entries,
+        files,
+        {run.settings_hash for run in runs},
+    )
 
 
 def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Imported:
@@ -217,7 +208,7 @@ def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Import
     runs = [run for run in listed if run.settings_hash in found]
     entries = [found[run.settings_hash] for run in runs]
     unfinished = sum(run.settings_hash not in found for run in needed)
-    environment = about.model_dump() | ({"unfinished": unfinished} if unfinished else {})
+    environment = about.model_dump(exclude_unset=True) | ({"unfinished": unfinished} if unfinished else {})
     try:
         files = results_files(profile, paper, entries, environment)
     except ValueError as error:
@@ -229,9 +220,7 @@ def _checked_part(folder: Path, paper: str, profile: str, params: str) -> Import
     return Imported(paper, profile, environment, entries, files, hashes, runs, unfinished)
 
 
-def _listed(
-    paper: str, profile: str, params: str, about: _Environment, where: Path
-) -> tuple[list[Run], list[Run]]:
+def _listed(paper: str, profile: str, params: str, about: Made, where: Path) -> tuple[list[Run], list[Run]]:
     """The runs that the paper lists here, and those without which a stage is not complete.
 
     Raises StageError if other code has made what is to be imported.
@@ -280,16 +269,14 @@ def _loses_nothing(stage: Imported, results: Path) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StageError(
-            f"{path}: cannot be read: {error.strerror}; a stage leaves it beside its records"
-        ) from None
+        return read_bytes(path)
+    except SettingsError as error:
+        raise StageError(f"{error}; a stage leaves it beside its records") from None
 
 
-def _environment(content: bytes, file: Path) -> _Beside:
+def _environment(content: bytes, file: Path) -> Beside:
     try:
-        return _valid(_Beside, json.loads(content), str(file))
+        return _valid(Beside, json_value(decoded(content, file), finite=True), str(file))
     except ValueError as error:
         raise StageError(f"{file}: not valid JSON: {error}") from None
 
@@ -303,7 +290,7 @@ def _valid(kind: type[Line], content: Any, where: str) -> Line:
 
 def _lines(content: bytes, file: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
     try:
-        yield from parsed(content, file, kind)
+        yield from parsed(content, file, kind, finite=True)
     except SettingsError as error:
         raise StageError(str(error)) from None
 
@@ -343,9 +330,11 @@ def _invalid(record: Record) -> Iterator[str]:
         yield f"failure = {record.failure!r}, but it has not failed"
     if (record.failure == "needs") != (record.cause is not None):
         yield "a failure of kind 'needs', and no other, has a cause"
-    accuracy = record.metrics.get("test_accuracy")
-    if accuracy is not None and not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
-        yield f"test_accuracy = {accuracy!r}: must be between 0 and 1"
+    if record.status == "ok" and record.metrics.get("test_accuracy") is None:
+        yield "it has finished without a test_accuracy"
+    for name, value in (*record.metrics.items(), *record.cost.items()):
+        if isinstance(value, (int, float)) and abs(value) > LARGEST:
+            yield f"{name} = {shown(value)}: must be at most {LARGEST:g}"
 
 
 def _differences(where: str, theirs: Any, ours: Any) -> Iterator[str]:
@@ -354,8 +343,8 @@ def _differences(where: str, theirs: Any, ours: Any) -> Iterator[str]:
         for key in sorted({*theirs, *ours}):
             yield from _differences(f"{where}.{key}", theirs.get(key, _MISSING), ours.get(key, _MISSING))
     elif theirs != ours:
-        shown = ("absent" if value is _MISSING else repr(value) for value in (theirs, ours))
-        yield "{} = {}, here {}".format(where, *shown)
+        both = ("absent" if value is _MISSING else shown(value) for value in (theirs, ours))
+        yield "{} = {}, here {}".format(words(where), *both)
 
 
 def _short(prints: Sequence[str]) -> str:
@@ -363,6 +352,16 @@ def _short(prints: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------------ all files or none
+
+
+def _in_the_way(files: Iterable[Path], results: Path) -> None:
+    """Raises StageError where a file cannot be put in its place, because a folder or another file is in the way."""
+    for path in files:
+        target = results / path
+        blocked = [target] if target.is_dir() else []
+        blocked += [folder for folder in target.parents if folder.exists() and not folder.is_dir()]
+        if blocked:
+            raise StageError(f"{blocked[0]}: in the way of {target}; nothing was imported")
 
 
 def _put(files: Mapping[Path, bytes], results: Path) -> None:
@@ -386,6 +385,9 @@ def _finish(results: Path) -> None:
     pending = results / _PENDING
     for file in sorted(path for path in pending.rglob("*") if path.is_file()):
         target = results / file.relative_to(pending)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        except OSError as error:
+            raise StageError(f"{target}: {error.strerror}; the same command puts the rest in place") from None
     shutil.rmtree(pending, ignore_errors=True)

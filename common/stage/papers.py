@@ -11,6 +11,7 @@ from typing import Any, get_args
 from common.core import experiment
 from common.core.loading import prepared_file
 from common.core.run import Run
+from common.reading import NAME_RULE, is_name, shown, words
 from common.settings import (
     PARAMS_FILE,
     ROOT,
@@ -27,10 +28,22 @@ from common.settings import (
     validated,
 )
 
+_OF_PROFILES = ("extends", "dataset", "execution", "seeds", "keep")
+"""Keys of a profile that are no papers."""
+
 
 def papers() -> list[str]:
-    """Names of the papers: the folders of `replications/` that hold a protocol."""
-    return sorted(p.parent.name for p in (ROOT / "replications").glob("*/protocol.py"))
+    """Names of the papers: the folders of `replications/` that hold a protocol.
+
+    Raises SettingsError for a folder whose name cannot be that of a module, or stands for something else in a profile.
+    """
+    names = sorted(p.parent.name for p in (ROOT / "replications").glob("*/protocol.py"))
+    for name in names:
+        if not is_name(name) or "." in name or name in _OF_PROFILES:
+            raise SettingsError(
+                f"replications/{words(name)}: {NAME_RULE}, without '.', and other than {', '.join(_OF_PROFILES)}"
+            )
+    return names
 
 
 def protocol(paper: str) -> ModuleType:
@@ -50,14 +63,14 @@ def load(paper: str, file: str | os.PathLike = PARAMS_FILE, profile: str | None 
     """
     known = papers()
     if paper not in known:
-        raise SettingsError(f"unknown paper {paper!r}; {hint(paper, known)}")
+        raise SettingsError(f"unknown paper {shown(paper)}; {hint(paper, known)}")
     settings = protocol(paper).Settings
-    allowed = ["extends", "dataset", "execution", "seeds", "keep", *known]
+    allowed = [*_OF_PROFILES, *known]
     for name, block in profile_chain(file, profile):  # so an error is named where it is written
         where = f"{file}: profiles.{name}"
         for key in block:
             if key not in allowed:
-                raise SettingsError(f"{where}.{key}: unknown key; {hint(key, allowed)}")
+                raise SettingsError(f"{where}.{words(key)}: unknown key; {hint(key, allowed)}")
         seeds = block.get("seeds")
         loaded = Profile(
             name=name,

@@ -9,7 +9,6 @@ Every line is the SHA-256 of a JSON text and that text: first the environment, t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +16,9 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from common.core.identity import canonical
+from common.reading import json_value, read_bytes
 from common.records import Entry
+from common.settings import SettingsError
 from common.stage.store import StageError
 
 FOLDER = "partial"
@@ -66,21 +67,24 @@ def read(file: Path) -> tuple[dict[str, Any], list[Entry]]:
     Raises StageError that names a damaged line.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise StageError(f"{file}: cannot be read: {error.strerror}") from None
-    texts = []
+        lines = read_bytes(file).split(b"\n")
+    except SettingsError as error:
+        raise StageError(str(error)) from None
+    values = []
     for number, line in enumerate(lines[:-1], start=1):
         found, _, text = line.partition(b" ")
         if hashlib.sha256(text).hexdigest().encode() != found:
             raise StageError(
                 f"{file}, line {number}: damaged or changed: its SHA-256 is not the one before it"
             )
-        texts.append(text)
-    if not texts:
+        try:
+            values.append(json_value(text.decode(), finite=True))
+        except ValueError as error:
+            raise StageError(f"{file}, line {number}: not valid JSON: {error}") from None
+    if not values:
         raise StageError(f"{file}: it was stopped before it held anything")
     try:
-        return json.loads(texts[0]), [Entry.model_validate_json(text) for text in texts[1:]]
+        return values[0], [Entry.model_validate(value) for value in values[1:]]
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise StageError(f"{file}: of another revision's schema ({where}); use the same revision") from None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.naming import EXPERIMENT
+from common.reading import name_option
 from common.stage.papers import papers
 
 
@@ -45,7 +46,7 @@ def publish(profile: str, files: Sequence[Path]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m common.stage.publish", description=__doc__)
-    parser.add_argument("--profile", required=True, help="name of the profile")
+    parser.add_argument("--profile", required=True, type=name_option, help="name of the profile")
     parser.add_argument("files", type=Path, nargs="+", help="what to log as artifacts")
     options = parser.parse_args(arguments)
     if missing := [file for file in options.files if not file.is_file()]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,10 @@ from typing import Any
 
 from common.core.run import Run
 from common.predictions import beside, predictions_file
+from common.reading import json_value, read_text
 from common.records import Curves, Entry, Record, curves_file, read
-from common.settings import SettingsError
-from common.stage.records import environment_file
+from common.settings import SettingsError, validated
+from common.stage.records import Beside, environment_file
 from common.stage.store import Store, data_prints
 
 
@@ -53,11 +53,12 @@ def recorded(results: Path, profile: str, paper: str, code: str) -> Recorded | N
     if not file.exists() or not about.exists():
         return None
     try:
-        environment = json.loads(about.read_text())
+        environment = json_value(read_text(about))
     except ValueError as error:
         raise SettingsError(f"{about}: not valid JSON: {error}") from None
-    if environment["code"] != code:
+    if not isinstance(environment, Mapping) or environment.get("code") != code:
         return None
+    environment = validated(Beside, environment, str(about)).model_dump()
     records = {record.settings_hash: record for _, record in read(file, Record)}
     return Recorded(file, records, environment)
 
@@ -78,6 +79,8 @@ def take_over(
             return set()
         curves = {line.settings_hash: line.curves for _, line in read(curves_file(found.file), Curves)}
         predictions = beside(found.file, found.records.values())
+        if lacking := found.hashes - (curves.keys() & found.environment["seconds"].keys()):
+            raise SettingsError(f"{found.file}: the curves or the seconds of {min(lacking)} are missing")
     except SettingsError as error:
         print(f"{error}; no record there counts", file=sys.stderr)
         return set()

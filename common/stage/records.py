@@ -10,18 +10,58 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 
 from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Context, Outcome, Run, tested_as
 from common.predictions import Predictions, packed, predictions_file
-from common.records import Cause, Curves, Entry, Failure, Record, curves_file
+from common.records import (
+    MOST_REASON,
+    Cause,
+    Curves,
+    Entry,
+    Environment,
+    Facts,
+    Failure,
+    Record,
+    Seconds,
+    curves_file,
+)
 from common.settings import DatasetSettings
 from common.stage.store import Store, code_digest, data_prints, data_settings
+
+
+def _with(*names: str) -> AfterValidator:
+    def check(found: Facts) -> Facts:
+        if missing := [name for name in names if not isinstance(found.get(name), str)]:
+            raise ValueError(f"needs {missing[0]}, as text")
+        return found
+
+    return AfterValidator(check)
+
+
+Machine = Annotated[Facts, _with("device")]
+
+
+class Made(Environment):
+    """What all that stages have left says of where and by what it was made."""
+
+    code: str
+    machine: Machine
+    versions: Annotated[Facts, _with("python", "torch")]
+    elsewhere: dict[str, Machine] = {}
+
+
+class Beside(Made):
+    """Of the file beside the records of a complete stage, as `results_files` makes it."""
+
+    seconds: dict[str, Seconds] = Field(...)
+    sha256: dict[str, str]
+    states: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -43,7 +83,12 @@ def record_of(
     if isinstance(ended, Failed):
         # a device without memory left cannot hold the data, either
         compute = replace(compute, device=torch.device("cpu"))
-        record |= {"status": "failed", "failure": ended.failure, "reason": ended.reason, "cause": ended.cause}
+        record |= {
+            "status": "failed",
+            "failure": ended.failure,
+            "reason": ended.reason[:MOST_REASON],
+            "cause": ended.cause,
+        }
     else:
         record |= {"status": "ok", "metrics": ended.metrics, "cost": ended.cost, "details": ended.details}
         record |= {"predictions": predictions and predictions.digest}

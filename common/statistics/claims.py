@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from common.reading import read_yaml
-from common.settings import SettingsError, Strict, hint, validated
+from common.reading import NAME_RULE, is_name, read_bytes, read_yaml, shown, words
+from common.records import LARGEST, Words
+from common.settings import SettingsError, Strict, apart, hint, validated
+from common.statistics.records import SHARE, unit
 
 CLAIMS_FILE = "claims.yaml"
 OTHER = "other"
@@ -65,8 +67,9 @@ _EVERY_TEST = {
 }
 _NEEDS_MATTERS = ("noninferiority", "equivalence")
 
-Target = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(min_length=1)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Target = Annotated[float, Field(ge=0, le=1e9)]
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 def _listed(value: Any) -> Any:
@@ -77,15 +80,15 @@ def _by_dataset(value: Any) -> Any:
     return value if isinstance(value, Mapping) else {OTHER: value}
 
 
-Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
+Names = Annotated[tuple[Words, ...], BeforeValidator(_listed), Field(min_length=1)]
 Margins = Annotated[
-    dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_by_dataset), Field(min_length=1)
+    dict[str, Annotated[float, Field(gt=0, le=LARGEST)]], BeforeValidator(_by_dataset), Field(min_length=1)
 ]
 Effects = Annotated[
-    dict[str, Annotated[float, Field(ge=0)]], BeforeValidator(_by_dataset), Field(min_length=1)
+    dict[str, Annotated[float, Field(ge=0, le=LARGEST)]], BeforeValidator(_by_dataset), Field(min_length=1)
 ]
 TargetLists = Annotated[
-    dict[str, Annotated[tuple[Target, ...], Field(min_length=1)]],
+    dict[str, Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(apart)]],
     BeforeValidator(_by_dataset),
     Field(min_length=1),
 ]
@@ -94,11 +97,11 @@ TargetLists = Annotated[
 class Selection(Strict):
     """Which records, and what of them; what is left out is the cell's, or that of the treatment."""
 
-    variant: Name | None = None
-    architecture: Name | None = None
-    dataset: Name | None = None
+    variant: Words | None = None
+    architecture: Words | None = None
+    dataset: Words | None = None
     target: Target | None = None
-    metric: Name | None = None
+    metric: Words | None = None
     minus: Selection | None = None
     """Another record of the same seed whose metric is subtracted."""
 
@@ -106,7 +109,7 @@ class Selection(Strict):
 class Step(Selection):
     """One point of a trend."""
 
-    x: float | None = None
+    x: Number | None = None
     """Where it lies on the axis; its number, from 1, when absent."""
 
 
@@ -120,9 +123,9 @@ class Where(Strict):
 class PaperValue(Strict):
     """A number that the paper itself states, with its source."""
 
-    value: float
-    unit: Name
-    source: Name
+    value: Number
+    unit: Text
+    source: Text
 
 
 class Precondition(Strict):
@@ -132,9 +135,9 @@ class Precondition(Strict):
     no verdict. In claims.yaml the keys may have spaces: `{variant: a, not worse than: b, by: 0.02}`.
     """
 
-    variant: Name
-    not_worse_than: Name
-    by: Annotated[float, Field(ge=0)] | None = None
+    variant: Words
+    not_worse_than: Words
+    by: Annotated[float, Field(ge=0, le=1)] | None = None
     """In units of test accuracy; what matters to the claim, where absent."""
 
     @model_validator(mode="before")
@@ -148,31 +151,31 @@ class Precondition(Strict):
 class Claim(Strict):
     """A falsifiable statement of a paper."""
 
-    id: Name
-    statement: Name
+    id: Words
+    statement: Text
     role: Literal["headline", "supporting", "probe"] = "supporting"
     """The abstract's, the paper's, or ours: the families of Holm's correction; probes stand alone."""
-    source: Name | None = None
+    source: Text | None = None
     """Where the paper says it."""
     seen: Annotated[int, Field(ge=-1)] = -1
     """The highest seed whose results had been seen when the claim was made: only higher ones judge it."""
-    deviation: Name | None = None
+    deviation: Text | None = None
     """What of the replication differs from the paper, of a probe that measures how much it moves."""
     treatment: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)]
     control: Annotated[tuple[Selection, ...], BeforeValidator(_listed), Field(min_length=1)] | None = None
     where: Where = Where()
     targets: TargetLists | None = None
-    metric: Name = "test_accuracy"
+    metric: Words = "test_accuracy"
     test: Test
     direction: Literal["higher", "lower"] | None = None
     matters: Effects | None = None
     """The smallest effect that matters, in units of the metric, by data set."""
-    matters_from: Name | None = None
+    matters_from: Text | None = None
     """Why it is that effect: the paper's own differences, or a reader's need."""
     margin: Margins | None = None
     """An older word for `matters`, which in test superiority also shifts the null."""
-    value: float | None = None
-    bounds: tuple[float | None, float | None] | None = None
+    value: Number | None = None
+    bounds: tuple[Number | None, Number | None] | None = None
     """Floor and cap of the metric; at them, values are censored."""
     scale: Literal["points", "ratio", "none"] = "none"
     x: Literal["target", "logit"] = "target"
@@ -184,7 +187,7 @@ class Claim(Strict):
     meant_to_fail: Names | None = None
     """Variants that are to be at chance, which makes them no unsound arms."""
     paper_value: PaperValue | None = None
-    note: str | None = None
+    note: Annotated[str, Field(max_length=10_000)] | None = None
 
     def pairs(self) -> list[tuple[Selection, Selection | None]]:
         """What is compared with what: equal lists in order, a single selection with each of a list."""
@@ -230,14 +233,14 @@ def _entry(table: Mapping[str, Any] | None, dataset: str) -> Any:
 class Arithmetic(Strict):
     """A number that settings fix before anything is trained: shown beside the claims, never judged."""
 
-    id: Name
-    statement: Name
-    variant: Name
+    id: Words
+    statement: Text
+    variant: Words
     target: Target | None = None
     """All that were run, where absent."""
-    metric: Name
+    metric: Words
     scale: Literal["points", "none"] = "none"
-    note: str | None = None
+    note: Annotated[str, Field(max_length=10_000)] | None = None
 
 
 @dataclass(frozen=True)
@@ -289,15 +292,15 @@ def read(path: Path) -> ClaimsFile:
         raise SettingsError(f"{path}: must be a table with the keys {', '.join(top)}")
     for key in content:
         if key not in top:
-            raise SettingsError(f"{path}: {key}: unknown key; {hint(key, top)}")
+            raise SettingsError(f"{path}: {words(key)}: unknown key; {hint(key, top)}")
     paper, entries = content.get("paper"), content.get("claims")
-    if not isinstance(paper, str) or not paper:
-        raise SettingsError(f"{path}: paper = {paper!r}: must be the paper's name")
+    if not is_name(paper):
+        raise SettingsError(f"{path}: paper = {shown(paper)}: must be the paper's name; {NAME_RULE}")
     if not isinstance(entries, list) or not entries:
-        raise SettingsError(f"{path}: claims = {entries!r}: must be a list of claims")
+        raise SettingsError(f"{path}: claims = {shown(entries)}: must be a list of claims")
     seen = content.get("seen", -1)
     if not isinstance(seen, int) or isinstance(seen, bool) or seen < -1:
-        raise SettingsError(f"{path}: seen = {seen!r}: must be the highest seed that has been seen")
+        raise SettingsError(f"{path}: seen = {shown(seen)}: must be the highest seed that has been seen")
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(entries, start=1):
         claim = _claim(entry, path, number)
@@ -306,18 +309,18 @@ def read(path: Path) -> ClaimsFile:
         claims[claim.id] = claim.model_copy(update={"seen": max(seen, claim.seen)})
     arithmetic = content.get("arithmetic") or []
     if not isinstance(arithmetic, list):
-        raise SettingsError(f"{path}: arithmetic = {arithmetic!r}: must be a list")
+        raise SettingsError(f"{path}: arithmetic = {shown(arithmetic)}: must be a list")
     fixed = [validated(Arithmetic, entry, f"{path}: arithmetic[{n}]") for n, entry in enumerate(arithmetic)]
     for number, one in enumerate(fixed):
         if one.id in {*claims, *(other.id for other in fixed[:number])}:
             raise SettingsError(f"{path}: arithmetic {one.id}: another entry has this id")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(path)).hexdigest()
     return ClaimsFile(paper, tuple(claims.values()), digest, path, tuple(fixed))
 
 
 def _claim(entry: Any, path: Path, number: int) -> Claim:
     name = entry.get("id") if isinstance(entry, Mapping) else None
-    where = f"{path}: claim {name if name is not None else f'number {number}'}"
+    where = f"{path}: claim {words(name) if name is not None else f'number {number}'}"
     if isinstance(entry, Mapping):
         # one by one, so that an error in a part names the fields of that part
         entry = dict(entry)
@@ -370,7 +373,10 @@ def _check(claim: Claim, where: str) -> None:
             f"{where}.control: {len(claim.control or ())} controls for {len(claim.treatment)} treatments; "
             "give one, or as many"
         )
-    for treatment, control in claim.pairs():
+    pairs = claim.pairs()
+    if any(pair in pairs[:number] for number, pair in enumerate(pairs)):
+        raise SettingsError(f"{where}.treatment: the same comparison twice")
+    for treatment, control in pairs:
         same = control and treatment.model_copy(
             update={**control.model_dump(exclude_none=True), "minus": control.minus}
         )
@@ -393,8 +399,28 @@ def _check(claim: Claim, where: str) -> None:
         raise SettingsError(
             f"{where}.bounds = [{floor:g}, {cap:g}]: the floor comes first, and is below the cap"
         )
+    _check_numbers(claim, where)
     if claim.test == "trend":
         _check_trend(claim, where)
+
+
+def _check_numbers(claim: Claim, where: str) -> None:
+    """Whether numbers can be of what the metric is counted in: an accuracy of 90, say, is a percentage by mistake."""
+    of = unit(claim.metric)
+    if claim.scale == "ratio" or of is None:
+        return
+    if of == SHARE and claim.test in ("superiority", "difference", "noninferiority", "equivalence"):
+        for key, table in (("matters", claim.matters), ("margin", claim.margin)):
+            if table and max(table.values()) > 1:
+                raise SettingsError(
+                    f"{where}.{key} = {max(table.values()):g}: {claim.metric} is {of}, at most 1"
+                )
+    alone = claim.control is None and not any(selection.minus for selection in claim.treatment)
+    if claim.value is not None and alone and not 0 <= claim.value <= (1 if of == SHARE else LARGEST):
+        raise SettingsError(
+            f"{where}.value = {claim.value:g}: {claim.metric} is {of}, at least 0"
+            + (" and at most 1" * (of == SHARE))
+        )
 
 
 def _check_trend(claim: Claim, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 from common.predictions import Predictions, beside
 from common.reading import shown
 from common.records import LARGEST, Identity, Record, files, is_number, read
-from common.settings import TARGET_DIGITS, SettingsError
+from common.settings import MOST_SEEDS, TARGET_DIGITS, SettingsError
 
 SECTIONS = ("metrics", "cost", "details")
 _READ = (
@@ -93,6 +94,10 @@ def read_all(paths: list[Path]) -> dict[str, Records]:
                     (name for name in _READ if getattr(same, name) != getattr(record, name)), None
                 ):
                     raise SettingsError(f"{where}: another record of the run in {other}, with another {name}")
+    counts = Counter(key[:-1] for key in found)
+    for key, (where, record) in found.items():
+        if counts[key[:-1]] > MOST_SEEDS:
+            raise SettingsError(f"{where}: one of more than {MOST_SEEDS:,} seeds: {record.name}")
     papers: dict[str, list[Record]] = {}
     for _, record in found.values():
         papers.setdefault(record.paper, []).append(record)
