@@ -332,7 +332,9 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel], where: str) -> 
         return f"{key}: unknown key; {hint(problem['loc'][-1], _fields_at(model, problem['loc'][:-1]))}"
     if problem["type"] == "missing":
         return f"{key}: missing"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
+    message = (
+        problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(" or instance of ")[0]
+    )
     # the input of a rule about a whole table is that table, which the user can look up
     value = "" if isinstance(problem["input"], (Mapping, BaseModel)) else f" = {shown(problem['input'])}"
     return f"{key}{value}: {message}"

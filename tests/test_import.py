@@ -135,7 +135,19 @@ def test_a_run_that_is_given_twice_is_named(inside, folder):
             "seed 0: a failure of kind 'needs', and no other, has a cause",
         ),
         (lambda r: r.update(chance=2), "example.jsonl, line 1.chance = 2: should be less than or equal to 1"),
-        (lambda r: r["metrics"].update(test_accuracy=93.1), "seed 0: test_accuracy = 93.1: must be between"),
+        (
+            lambda r: r["metrics"].update(test_accuracy=93.1),
+            "line 1.metrics: test_accuracy = 93.1: must be a num",
+        ),
+        (lambda r: r["metrics"].update(test_accuracy=True), "line 1.metrics: test_accuracy = True: must be"),
+        (lambda r: r["metrics"].update(test_loss=10**400), "line 1.metrics: test_loss = 1000000000"),
+        (
+            lambda r: r["metrics"].update(test_loss=float("nan")),
+            "line 1: not valid JSON (half written?): NaN is",
+        ),
+        (lambda r: r["metrics"].pop("test_accuracy"), "seed 0: it has finished without a test_accuracy"),
+        (lambda r: r["metrics"].update(near=1e300), "seed 0: near = 1e+300: must be at most 1e+100"),
+        (lambda r: r.update(reason={"a": 1}), "example.jsonl, line 1.reason: should be a valid string"),
     ],
 )
 def test_a_record_that_is_not_that_of_the_planned_run_is_named(inside, folder, change, message):
@@ -226,6 +238,65 @@ def test_a_full_disk_changes_nothing(inside, folder, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     assert _refused(folder) == "results: No space left on device; nothing was imported"
     assert sorted(path.name for path in (inside / "results").iterdir()) == ["digits", "environment"]
+
+
+def test_what_stands_beside_the_records_is_checked_as_they_are(inside, folder):
+    kept = {name: (folder / name).read_bytes() for name in FILES}
+    name = json.loads(kept[FILES[0]].splitlines()[0])["settings_hash"]
+    for file, change, message in (
+        (
+            FILES[1],
+            lambda c: c.update(curves=[1, "x"]),
+            "curves.jsonl, line 1.curves[0] = 1: should be a valid d",
+        ),
+        (
+            FILES[1],
+            lambda c: c["curves"][0].update(lr={}),
+            "curves.jsonl, line 1.curves[0].lr: should be a valid",
+        ),
+        (
+            FILES[2],
+            lambda c: c["seconds"].update({name: "abc"}),
+            f"example.json.seconds.{name} = 'abc': should be",
+        ),
+        (
+            FILES[2],
+            lambda c: c["seconds"].update({name: -1.0}),
+            f"example.json.seconds.{name} = -1.0: should be",
+        ),
+        (
+            FILES[2],
+            lambda c: c["machine"].update(a={"b": []}),
+            "example.json.machine.a: should be a valid string",
+        ),
+        (FILES[2], lambda c: c.update(versions={}), "example.json.versions: needs python, as text"),
+        (
+            FILES[2],
+            lambda c: c.update(elsewhere={name: {}}),
+            f"example.json.elsewhere.{name}: needs device, as t",
+        ),
+    ):
+        if file == FILES[2]:
+            content = json.loads(kept[file])
+            change(content)
+            (folder / file).write_text(json.dumps(content))
+        else:
+            _change(folder, change, file=file)
+        assert message in _refused(folder)
+        for each, content in kept.items():
+            (folder / each).write_bytes(content)
+    (folder / FILES[0]).unlink()
+    os.mkfifo(folder / FILES[0])
+    assert "example.jsonl: cannot be read: not an ordinary file" in _refused(folder)
+
+
+def test_what_is_in_the_way_stops_all_of_it(inside, folder):
+    (here := inside / "results" / FILES[0]).unlink()
+    here.mkdir()
+    assert _refused(folder) == f"results/{FILES[0]}: in the way of results/{FILES[0]}; nothing was imported"
+    here.rmdir()
+    here.write_text("as it was")
+    assert sorted(os.listdir(inside / "results")) == ["digits", "environment"]
 
 
 # ------------------------------------------------------------------------------------------ what is taken in
