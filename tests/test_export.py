@@ -22,7 +22,7 @@ profiles:
   tiny:
     dataset: {source: digits, train: 60, validation: 30, test: 100}
     execution: {device: cpu, precision: float32, workers: 1}
-    seeds: {first: 100, count: 2}
+    seeds: {first: 10000, count: 2}
     halo: {training: {epochs: 2, milestones: []}, fine_tuning_epochs: 1, targets: [0.5],
            variants: {none: all, magnitude-one-shot: all}}
 """
@@ -37,10 +37,10 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_is_exported_for_other_tools_and_values_alone(folder, capsys):
-    command = ["export", "halo", "--variant", "none", "--target", "0.5", "--seed", "101", "--out"]
+    command = ["export", "halo", "--variant", "none", "--target", "0.5", "--seed", "10001", "--out"]
     assert main([*command, "net.safetensors"]) == 0
     assert (
-        "net.safetensors: halo/none digits_cnn target 0.5 seed 101, 24,058 parameters"
+        "net.safetensors: halo/none digits_cnn target 0.5 seed 10001, 24,058 parameters"
         in capsys.readouterr().out
     )
     tensors, _ = tensor_files.unpacked((folder / "net.safetensors").read_bytes())
@@ -56,7 +56,7 @@ def test_a_run_is_exported_for_other_tools_and_values_alone(folder, capsys):
     model, about = networks.unpacked(content)
     images = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(program(images), model(images), rtol=1e-6, atol=1e-6)
-    assert about["seed"] == 101 and about["paper"] == "halo"
+    assert about["seed"] == 10001 and about["paper"] == "halo"
 
 
 def test_what_cannot_be_exported_is_named(folder, capsys):
@@ -77,7 +77,7 @@ def test_headline_runs_are_kept_where_the_profile_says_so_and_their_first_seed_i
     found = headlines.networks("halo", profile, listed)
     by_hash: dict[str, Run] = {run.settings_hash: run for run in listed}
     assert not found.kept and found.measured
-    assert {by_hash[name].seed for name in found.measured} == {100}
+    assert {by_hash[name].seed for name in found.measured} == {10000}
     (folder / "params.yaml").write_text(PARAMS.replace("    seeds:", "    keep: headline\n    seeds:"))
     kept = headlines.networks("halo", load("halo"), listed)
     assert kept.measured == found.measured and found.measured < kept.kept
