@@ -1,5 +1,6 @@
 # make repro    set up, then run the whole pipeline: training, statistics, report
 # make decide   the reference results: profile digits-decided, more seeds for what is open (TIME=2h stops, and again goes on)
+# make doctor   repair what a kill has left that stops DVC or MLflow; repro, decide and report do it first
 # make test     set up, then run the tests
 # make test-long  set up, then run the few tests that it leaves out: kills and stops between looks, again and again
 # make check    set up, then lint, types and the fast tests: what to run before a commit
@@ -27,13 +28,13 @@ export DO_NOT_TRACK = true
 # one process per core is faster than threads for small networks, and threads must not spin while others work
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro decide test test-long check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
+.PHONY: repro decide doctor test test-long check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
 
-repro: checkout setup
-	$(BIN)/dvc repro
+repro: doctor
+	$(BIN)/dvc repro --keep-going
 	@echo "report: reports/`$(BIN)/python -c 'from common.settings import selected_profile as p; print(p())'`/index.html"
 
-decide: checkout setup
+decide: doctor
 	$(BIN)/dvc repro --quiet glyphs
 	$(BIN)/python -m common.stage.prepare --profile $(PROFILE)
 	$(BIN)/python -m replications decide --profile $(PROFILE) $(if $(TIME),--time-budget $(TIME))
@@ -55,7 +56,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-report: checkout setup
+report: doctor
 	$(BIN)/dvc repro --single-item --force settings statistics report
 
 mlflow: setup
@@ -75,6 +76,10 @@ gpu-pack:
 	$(PYTHON) -m pip install --quiet --no-deps --no-compile --require-hashes --only-binary=:all: --implementation cp \
 	  --python-version $(GPU_PYTHON) --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 	  --target $(GPU_PACK) -r $(GPU_PACK)/requirements.txt
+
+# what a kill has left of the files of DVC and MLflow
+doctor: checkout setup
+	@$(BIN)/python -m replications doctor
 
 setup: $(READY)
 

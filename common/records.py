@@ -178,8 +178,8 @@ class Record(Identity):
 
     @property
     def may_pass(self) -> bool:
-        """Whether it failed in a way that another attempt may not, so that it never counts as done."""
-        return self.root_failure == "error"
+        """Whether it failed in a way in which another attempt may not, so it never counts as done."""
+        return self.root_failure in ("died", "resources", "error")
 
     def content(self) -> dict[str, Any]:
         """The record as JSON values, as it stands in its file."""

@@ -2,21 +2,25 @@
 
 Beside it, `decide` does all of a profile, `open` lists what open claims wait for, `plan` says what a profile will cost on
 this machine, `claims` what each claim will compare there, `new-profile` makes one for data of your own, `import` takes in the
-results of another machine, and `export` writes a trained network for other tools.
+results of another machine, `export` writes a trained network for other tools, and `doctor` repairs what a kill has left.
 """
 
 from __future__ import annotations
 
+from common import commandline
+
+if __name__ == "__main__":
+    commandline.listen()  # before what takes long to load
+
 import argparse
 import math
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from common.settings import PARAMS_FILE
-from common.stage import processes
+from common.stage import doctor, processes
 
 DECIDED = "digits-decided"
 """The profile of the reference results."""
@@ -131,7 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
     give.add_argument(
         "--out", type=Path, required=True, help="file that ends in .pt2 (torch.export), .onnx or .safetensors"
     )
+    known.add_parser("doctor", help="repair what a kill has left that stops DVC or MLflow for good")
     options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        return doctor.main()
     processes.set_environment()
     if options.command == "decide" or options.command == "run" and not _begun(options.paper, options.profile):
         processes.prepare()
@@ -155,4 +162,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.run(main)

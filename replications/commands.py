@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import commandline
 from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Run
 from common.records import Entry
-from common.settings import PARAMS_FILE, DatasetSettings, Profile, SettingsError, parts
+from common.settings import PARAMS_FILE, DatasetSettings, Profile, SettingsError, parts, selected_profile
 from common.stage import headlines, importing, inspection, looks, own_profile, pipeline, plan
+from common.stage.files import write_atomically
+from common.stage.lease import Lease
 from common.stage.papers import load, papers
 from common.stage.partial import PartialResults, partial_file
 from common.stage.recorded import recorded, take_over
@@ -26,8 +30,8 @@ from common.stage.store import (
     StageError,
     Store,
     TimeBudget,
+    TryAgain,
     code_digest,
-    write_atomically,
 )
 from common.statistics.claims import ClaimsFile
 from replications import selected
@@ -39,20 +43,20 @@ RESULTS = Path("results")
 
 
 def status(command: Callable[[], None]) -> int:
-    """The exit status of a command: 2 with one line on stderr if it cannot go on, 3 if its time is spent."""
+    """The exit status of a command, with one line on stderr if it is not 0: 2 if the command cannot go on, 3 if its time
+    is spent, 4 if runs are to be tried again."""
     try:
         command()
-    except OutOfTime as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        return 3
-    except (SettingsError, StageError) as error:
+    except StageError as stop:
+        print(f"{stop.word}: {stop}", file=sys.stderr)
+        return stop.status
+    except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        print(
-            f"error: {error.filename}: {error.strerror}; finished runs are kept in {SCRATCH}",
-            file=sys.stderr,
-        )
+        print(f"error: {commandline.told(error)}; finished runs are kept in {SCRATCH}", file=sys.stderr)
         return 2
     return 0
 
@@ -80,9 +84,9 @@ def run_paper(
     """Execute a paper's runs look by look, write their records and log them.
 
     ends: when to stop if they are not finished, as of `time.time()`. only: a list of the runs to execute in place of
-    looks, beside those that are recorded. Raises SettingsError, StageError, OutOfTime.
+    looks, beside those that are recorded. Another command that does the same here is waited for. Raises SettingsError,
+    StageError, OutOfTime.
     """
-    begun = time.perf_counter()
     profile = load(paper, params, profile_name)
     listed = pipeline.listed(paper, profile)
     for data in dict.fromkeys(parts(profile, DatasetSettings)):
@@ -90,6 +94,33 @@ def run_paper(
         if data.source == "npz" and inspection.is_told(data):
             for remark in inspection.remarks(data):
                 print(f"note: {remark}", file=sys.stderr)
+    with _owned(paper, profile.name, ends) as lease:
+        _execute_looks(paper, profile, listed, ends, only, lease)
+
+
+@contextmanager
+def _owned(paper: str, profile: str, ends: float = math.inf) -> Iterator[Lease]:
+    """Be the only command that trains or imports a paper of a profile here. Raises OutOfTime."""
+    lease = Lease(SCRATCH / profile / paper)
+
+    def waiting(owner: str) -> None:
+        print(f"{paper}: waiting for {owner}, which does the same here", file=sys.stderr)
+
+    try:
+        with lease.waited_for(waiting, ends) as mine:
+            if not mine:
+                raise OutOfTime(f"the time budget is spent; {paper} is done by {lease.owner()}")
+            yield lease
+    finally:
+        for folder in (lease.path.parent, SCRATCH):
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _execute_looks(
+    paper: str, profile: Profile, listed: Sequence[Run], ends: float, only: Path | None, lease: Lease
+) -> None:
+    begun = time.perf_counter()
     claims = looks.claims_of(paper, profile)
     first = looks.first_look(listed, profile)
     networks = headlines.networks(paper, profile, listed)
@@ -106,7 +137,14 @@ def run_paper(
     with _tracking(paper, profile.name, about) as log, so_far:
 
         def finished(entry: Entry) -> None:
-            if entry.record.settings_hash not in entries:
+            if not lease.held:
+                raise StageError(
+                    f"this process stood still for long, and {lease.owner()} has gone on in its place"
+                )
+            before = entries.get(entry.record.settings_hash)
+            if (
+                before is None or before.record != entry.record
+            ):  # it may have been tried again at a further look
                 entries[entry.record.settings_hash] = entry
                 log.add(entry, kept.get(entry.record.settings_hash))
                 so_far.add(entry)
@@ -137,6 +175,11 @@ def run_paper(
             f"{len(broken)} of {len(records)} runs of {paper} have failed on an error, as {broken[0].name}: "
             f"{broken[0].reason}; all others are recorded, and the same command tries these again"
         )
+    if died := sum(record.root_failure == "died" for record in records):
+        raise TryAgain(
+            f"{died} of {len(records)} runs of {paper} have failed because a process died (killed, or the machine is "
+            "out of memory); the same command tries them again"
+        )
 
 
 def _next_look(
@@ -161,19 +204,27 @@ def decide(profile: str, ends: float) -> None:
     still to come. Raises SettingsError, StageError, OutOfTime.
     """
     stopped: list[str] = []
+    again: list[str] = []
     names = papers()
     for number, paper in enumerate(names):
         share = (ends - time.time()) / (len(names) - number)
         try:
             run_paper(paper, PARAMS_FILE, profile, time.time() + share)
+        except TryAgain as failed:
+            print(f"{paper}: {failed}", file=sys.stderr)
+            again.append(paper)
         except OutOfTime as stop:
             print(f"{paper}: {stop}", file=sys.stderr)
             stopped.append(paper)
     for command in (selected.judging(profile), selected.drawing(profile)):
-        if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+        if commandline.call(sys.executable, "-m", *command):
             raise StageError(f"`python -m {' '.join(command)}` failed")
     if stopped:
-        raise OutOfTime(f"not at their end: {', '.join(stopped)}; the same command goes on")
+        raise OutOfTime(f"not at their end: {', '.join(stopped + again)}; the same command goes on")
+    if again:
+        raise TryAgain(
+            f"runs of {', '.join(again)} have failed because a process died; the same command goes on"
+        )
 
 
 def print_open(paper: str, params: str, profile_name: str | None) -> None:
@@ -202,9 +253,17 @@ def print_open(paper: str, params: str, profile_name: str | None) -> None:
 def import_results(folder: Path, only: Sequence[str], params: str, unfinished: bool) -> None:
     """Take in the records of another machine, log them and have DVC accept those of complete stages.
 
-    unfinished: also of stages that are not complete. Raises SettingsError, StageError.
+    unfinished: also of stages that are not complete. A command that trains one of the papers is waited for. Raises
+    SettingsError, StageError.
     """
-    stages = importing.take_in(folder, RESULTS, only, params, unfinished)
+    with ExitStack() as owned:
+        profile = selected_profile(params)
+        for paper in papers():
+            if (not only or paper in only) and any(
+                [*folder.glob(f"*/{paper}.*"), *folder.glob(f"*/*/{paper}.*")]
+            ):
+                owned.enter_context(_owned(paper, profile))
+        stages = importing.take_in(folder, RESULTS, only, params, unfinished)
     for stage in stages:
         with _tracking(stage.paper, stage.profile, stage.environment) as log:
             for entry in stage.entries:
@@ -226,8 +285,10 @@ def import_results(folder: Path, only: Sequence[str], params: str, unfinished: b
 
 def _report(log: StageLog | _NoTracking, remedy: str) -> None:
     if log.error:
+        what = f"{log.missing} runs were not logged to MLflow" if log.missing else "MLflow logging failed"
+        reason = str(log.error).partition("\n")[0]
         print(
-            f"MLflow logging failed ({type(log.error).__name__}: {log.error}). The records are complete; {remedy}.",
+            f"{what} ({type(log.error).__name__}: {reason}). The records are complete; {remedy}.",
             file=sys.stderr,
         )
 
@@ -236,6 +297,7 @@ class _NoTracking:
     """Stands in where MLflow is not installed."""
 
     error = None
+    missing = 0
 
     def __enter__(self) -> _NoTracking:
         return self

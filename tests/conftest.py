@@ -22,8 +22,11 @@ def pytest_addoption(parser):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """A test that is not marked slow is fast, so that `-m fast` and `-m slow` are the whole suite."""
+def pytest_collection_modifyitems(config, items):
+    """A test that is not marked slow is fast, so that `-m fast` and `-m slow` are the whole suite, but for the soak, which runs
+    only where it is asked for."""
+    if "soak" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("soak") is None]
     for item in items:
         if item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.fast)

@@ -54,9 +54,10 @@ def _reached(file):
         ("predictions.py", ("records", "settings")),
         ("core", ("records", "settings")),
         ("arena.py", ("core", "settings")),
-        ("stage", ("core", "naming", "predictions", "records", "settings", "statistics")),
-        ("statistics", ("predictions", "records", "settings")),
-        ("report", ("naming", "records", "settings", "statistics")),
+        ("stage", ("commandline", "core", "naming", "predictions", "records", "settings", "statistics")),
+        ("commandline.py", ()),
+        ("statistics", ("commandline", "predictions", "records", "settings")),
+        ("report", ("commandline", "naming", "records", "settings", "statistics")),
     ],
 )
 def test_a_room_knows_only_what_it_stands_on(room, known):

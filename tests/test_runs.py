@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from made_up_jobs import made_up
-from project import add_example, copy, params, run, start
+from project import add_example, copy, environment, params, run, start
 
 from common.core.data import Batches
 from common.core.loading import load
@@ -21,6 +22,7 @@ from common.core.trainer import Trainer
 from common.predictions import unpacked
 from common.settings import DatasetSettings, ExecutionSettings
 from common.stage import partial, processes
+from common.stage.files import load_checked, save_checked
 from common.stage.scheduler import execute, in_order
 from common.stage.store import (
     OutOfTime,
@@ -28,8 +30,6 @@ from common.stage.store import (
     StageError,
     Store,
     TimeBudget,
-    load_checked,
-    save_checked,
 )
 from replications import commands
 from replications.__main__ import main
@@ -137,7 +137,8 @@ def test_a_run_that_kills_its_worker_fails_alone(project, workers):
     execution = {"device": "cpu", "precision": "float32", "threads": 1, "workers": workers}
     params(project, execution=execution, example={"fails": ["kill:dense-1"]})
     result = run(project, *STAGE)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 4, result.stderr
+    assert "not done: 2 of 6 runs of example have failed because a process died" in result.stderr
     records = {_identity(r): r for r in _records(project)}
     dense, pruned = records["dense", 0.0, 1], records["pruned", 0.9, 1]
     assert dense["failure"] == "died" and pruned["failure"] == "needs" and "cause" not in dense
@@ -148,6 +149,12 @@ def test_a_run_that_kills_its_worker_fails_alone(project, workers):
     status = {name: r["status"] for name, r in records.items()}
     assert status.pop(("dense", 0.0, 1)) == "failed" and status.pop(("pruned", 0.9, 1)) == "failed"
     assert set(status.values()) == {"ok"}
+    (
+        project / "spared"
+    ).touch()  # now it would pass: neither `.runs` nor the results say that it has failed for good
+    again = run(project, *STAGE)
+    assert again.returncode == 0, again.stderr
+    assert {r["status"] for r in _records(project)} == {"ok"} and "died" not in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -209,6 +216,89 @@ def test_damage_is_noticed_named_and_redone(project, suffix):
     assert result.returncode == 0 and f"{damaged.name}: damaged" in result.stderr
     assert _bytes(project) == expected
     assert load_checked(damaged) is not None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 3), (signal.SIGUSR1, 3)])
+@pytest.mark.parametrize("finished", [None, 0, 2])
+def test_a_signal_stops_a_stage_with_one_line_and_it_goes_on_later(project, number, status, finished):
+    """At once, while workers are started, and while they train."""
+    params(project, example={"seconds": 0.4})
+    assert run(project, *STAGE).returncode == 0
+    expected = _bytes(project)
+    subprocess.run(["rm", "-rf", ".runs", "results"], cwd=project, check=True)
+    process = subprocess.Popen(
+        [sys.executable, *STAGE[1:]],
+        cwd=project,
+        env=environment(),
+        start_new_session=True,
+        stderr=-1,
+        text=True,
+    )
+    folder = project / ".runs/digits"
+    deadline = time.monotonic() + 120
+    # a process that has just been started is not ours yet
+    while len(list(folder.glob("example/*.json" if finished else "*"))) < (finished or 0) + (finished == 0):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    if finished is None:
+        time.sleep(0.5)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == status, said
+    said = [line for line in said if "run/s" not in line and "s/run" not in line and "mlflow" not in line]
+    assert len(said) == 1 and said[0].startswith("stopped: ") and "the same command goes on" in said[0]
+    assert not (project / RESULTS[0]).exists() and not list(folder.rglob("*.tmp"))
+    assert run(project, *STAGE).returncode == 0 and _bytes(project) == expected
+
+
+@pytest.mark.long
+def test_of_two_commands_one_waits_and_nothing_is_trained_twice(project):
+    params(project, example={"seconds": 0.4})
+    command = [sys.executable, *STAGE[1:]]
+    both = [
+        subprocess.Popen(command, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    waited = [text for text in said if "example: waiting for process " in text]
+    assert len(waited) == 1 and sum("run/s" in text for text in said) == 1
+    assert not list((project / ".runs/digits").glob("*.lease*"))
+
+
+def test_streams_that_are_closed_or_full_cost_no_run(project):
+    params(project, example={"seeds": [0]})
+    command = f"{sys.executable} {' '.join(STAGE[1:])}"
+    for closed in ("<&- >&- 2>&-", "2>/dev/full >/dev/full", "2>&1 | head -c1"):
+        shutil.rmtree(project / ".runs", ignore_errors=True)
+        shutil.rmtree(project / "results", ignore_errors=True)
+        subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=project, env=environment(), check=False)
+        assert len(_records(project)) == 2, closed
+    full = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m replications plan --seconds 0 > /dev/full"],
+        cwd=project,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert full.returncode == 2
+    assert full.stderr.splitlines()[-1] == "error: standard output: No space left on device"
+
+
+def test_a_long_name_of_the_folder_for_temporary_files_is_no_hindrance(project, tmp_path):
+    params(project, example={"seeds": [0]})
+    (folder := tmp_path / ("d" * 140)).mkdir()
+    result = run(project, *STAGE, TMPDIR=str(folder))
+    assert result.returncode == 0 and "Traceback" not in result.stderr and len(_records(project)) == 2
+
+
+def test_a_worker_that_cannot_be_prepared_stops_the_stage_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.stage.scheduler.training_slots", lambda execution, most: (2, []))
+    broken = ExecutionSettings(device="cpu").model_copy(update={"threads": -1})
+    with pytest.raises(StageError, match="a worker process cannot be prepared: "):
+        execute(_example_runs(2), Store(tmp_path), broken, "test")
 
 
 def _kept(project: Path, variant: str) -> list[Path]:

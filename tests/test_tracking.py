@@ -1,10 +1,13 @@
 """MLflow: a real SQLite store and a real tracking server hold what the records hold."""
 
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack, closing
 
 import mlflow
 import pytest
@@ -13,7 +16,7 @@ from project import environment
 
 from common.records import Entry
 from common.report.runs import filters
-from common.stage import publish, tracking
+from common.stage import logged, mlflow_store, publish, tracking
 from common.statistics.claims import read_all
 from common.statistics.records import Records
 from common.statistics.verdicts import judge
@@ -50,10 +53,19 @@ def _entry(seed: int, status: str = "ok", epochs: int = 30, **more) -> Entry:
     return Entry(record=record | more, curves=rows, seconds=1.5)
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A store without runs, which takes seconds to make."""
+    file = tmp_path_factory.mktemp("made") / "mlflow.db"
+    mlflow_store._make(file)
+    return file
+
+
 @pytest.fixture
-def store(tmp_path, monkeypatch):
+def store(tmp_path, monkeypatch, made):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(mlflow_store, "_make", lambda file: shutil.copy(made, file))
     return tmp_path
 
 
@@ -160,26 +172,147 @@ def _await(url: str) -> None:
     raise TimeoutError(url)
 
 
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_stage_killed_while_logging_leaves_no_twin_and_no_stray_parent(store, monkeypatch):
     calls = []
-    send = tracking._send
+    send = logged.send
 
     def killed(*arguments, **more):
         calls.append(arguments)
         if len(calls) == 2:  # in the middle of the second run
-            raise ConnectionError
+            raise _Killed
         send(*arguments, **more)
 
     entries = [_entry(seed) for seed in range(3)]
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "_send", killed)
-        with pytest.raises(ConnectionError):
-            _log(*entries)
+        patch.setattr(logged, "send", killed)
+        _log(*entries)
+    assert len(_runs()[1]) == 1
     assert _log(*entries) == 2
     _, children, parents = _runs()
     assert sorted(run.data.tags["seed"] for run in children) == ["0", "1", "2"]
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+
+
+def test_what_the_store_refuses_costs_one_run_and_is_logged_next_time(store, monkeypatch):
+    fill = logged._fill
+
+    def refuses(client, run_id, entry, *rest):
+        if entry.record.seed == 1:
+            raise ConnectionError("not now")
+        fill(client, run_id, entry, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logged, "_fill", refuses)
+        with tracking.StageLog("example", "digits", ENVIRONMENT) as log:
+            for seed in range(3):
+                log.add(_entry(seed))
+    assert (log.added, log.missing, str(log.error)) == (2, 1, "not now")
+    _, children, (parent,) = _runs()
+    assert (
+        sorted(run.data.tags["seed"] for run in children) == ["0", "2"] and parent.info.status == "FINISHED"
+    )
+    assert _log(*map(_entry, range(3))) == 1
+    assert sorted(run.data.tags["seed"] for run in _runs()[1]) == ["0", "1", "2"]
+
+
+def test_names_that_the_store_refuses_are_changed_and_said_once(store, capsys):
+    metrics = {
+        "test_accuracy": 0.5,
+        "top@5": 0.9,
+        "top_5": 0.8,
+        "../x//y": 1.0,
+        "n" * 300: 2.0,
+        "huge": 10**400,
+    }
+    settings = {"learning rate @ start": 0.1, "note": "\ud800"}
+    _log(_entry(0, metrics=metrics, settings=settings), _entry(1, metrics=metrics, settings=settings))
+    for run in _runs()[1]:
+        found = run.data.metrics
+        assert (found["top_5_"], found["top_5"], found["x/y"], found["n" * 250]) == (0.9, 0.8, 1.0, 2.0)
+        assert run.data.params["learning rate _ start"] == "0.1" and "huge" not in found
+    said = capsys.readouterr().err
+    assert said.count("'top@5' is logged as 'top_5_'") == 1
+
+
+def test_a_run_that_had_failed_is_replaced_when_it_passes(store):
+    _log(_entry(0, "failed"), _entry(1))
+    assert _log(_entry(0), _entry(1)) == 1
+    assert [(run.data.tags["seed"], run.info.status) for run in _runs()[1]] == [
+        ("0", "FINISHED"),
+        ("1", "FINISHED"),
+    ]
+
+
+def test_an_experiment_that_was_deleted_is_restored(store, capsys):
+    _log(_entry(0))
+    client, _, (parent,) = _runs()
+    client.delete_experiment(parent.info.experiment_id)
+    assert _log(_entry(1)) == 1
+    assert "pruning-replications/example is restored" in capsys.readouterr().err
+    assert {run.data.tags["seed"] for run in _runs()[1]} >= {"1"}
+
+
+def test_writers_at_once_leave_one_of_each_run(store):
+    """Without a store at first, and each with the same runs."""
+    writers = [tracking.StageLog("example", "digits", ENVIRONMENT) for _ in range(3)]
+    with ExitStack() as all_of_them:
+        for writer in writers:
+            all_of_them.enter_context(writer)
+        for seed in range(4):
+            for writer in writers:
+                writer.add(_entry(seed))
+    assert [writer.error for writer in writers] == [None] * 3
+    _, children, parents = _runs()
+    assert sorted(run.data.tags["seed"] for run in children) == ["0", "1", "2", "3"]
+    assert {run.info.status for run in parents} == {"FINISHED"}
+
+
+@pytest.mark.parametrize("name", ["plain", "a#b%20c%d it's ü?x=1"])
+def test_any_folder_has_its_store(store, tmp_path, monkeypatch, name):
+    (tmp_path / name / ".dvc/tmp/exps/standalone/tmpabc").mkdir(parents=True)
+    monkeypatch.chdir(
+        tmp_path / name / ".dvc/tmp/exps/standalone/tmpabc"
+    )  # where DVC executes what is queued
+    assert _log(_entry(0)) == 1
+    monkeypatch.chdir(tmp_path / name)
+    assert _log(_entry(0), _entry(1)) == 1
+    assert (
+        not list((tmp_path / name / ".dvc").rglob("mlflow.db")) and (tmp_path / name / "mlflow.db").exists()
+    )
+    assert len(_runs()[1]) == 2
+
+
+def test_a_store_that_is_locked_holds_nobody_up_and_is_logged_to_next_time(store, monkeypatch):
+    _log(_entry(0))
+    monkeypatch.setattr(mlflow_store, "PATIENCE", 0.1)
+    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    with closing(sqlite3.connect("mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with tracking.StageLog("example", "digits", ENVIRONMENT) as log:
+            log.add(_entry(1))
+        assert "locked" in str(log.error) and isinstance(log.error, mlflow_store.StoreError)
+    assert _log(_entry(0), _entry(1)) == 1
+
+
+@pytest.mark.parametrize("left", ["empty", "half made", "damaged"])
+def test_a_store_that_a_kill_has_left_is_set_aside(store, monkeypatch, capsys, left):
+    monkeypatch.setattr(mlflow_store, "_YOUNG", -1.0)
+    if left == "half made":
+        with closing(sqlite3.connect("mlflow.db")) as made:
+            made.execute("CREATE TABLE runs (run_uuid TEXT)")
+            made.execute("CREATE TABLE _alembic_tmp_runs (run_uuid TEXT)")
+    else:
+        (store / "mlflow.db").write_bytes(b"no database " * 1000 if left == "damaged" else b"")
+    before = (store / "mlflow.db").read_bytes()
+    assert _log(_entry(0)) == 1
+    assert f"mlflow.db was {left}" in capsys.readouterr().err
+    assert (store / "mlflow.db.damaged-1").read_bytes() == before and len(_runs()[1]) == 1
 
 
 # ------------------------------------------------------------------------------ from a number to its runs and back

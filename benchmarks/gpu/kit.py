@@ -17,8 +17,8 @@ from benchmarks.bench import Bench
 from benchmarks.gpu.jobs import GRACE
 from benchmarks.gpu.summary import summary
 from common.settings import ROOT
+from common.stage.files import write_atomically
 from common.stage.papers import papers
-from common.stage.store import write_atomically
 
 HEADLINES = (
     "imp_slr",

@@ -16,9 +16,9 @@ from benchmarks.gpu.jobs import Ended, Job, failed, perform
 from benchmarks.gpu.kit import Kit, Step
 from common.settings import SettingsError
 from common.stage import pipeline
+from common.stage.files import write_atomically
 from common.stage.papers import load
 from common.stage.partial import FOLDER
-from common.stage.store import write_atomically
 
 WORK = Path(".")
 """Where stages are executed: `.runs` and `results` are the project's own, so that a later call goes on."""

@@ -11,9 +11,10 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
+from common import commandline
 from common.reading import name_option
 from common.report import (
     claim_panels,
@@ -75,16 +76,30 @@ def _draw(planned: Sequence[panels.Panel]) -> list[figures.Drawn]:
     workers = min(WORKERS, cores, len(planned) // FIGURES_A_WORKER)
     if workers < 2:
         return [figures.draw(panel) for panel in planned]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(figures.draw, planned, chunksize=4))
+    with (
+        commandline.patience() as asked,
+        ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), commandline.end_with_parent
+        ) as pool,
+    ):
+        with commandline.unheard():
+            drawing = [pool.submit(figures.draw, panel) for panel in planned]
+        left = set(drawing)
+        while left:
+            left = wait(left, timeout=commandline.LOOKS_EVERY).not_done
+            if number := asked():
+                commandline.end_children()
+                raise commandline.Stopped(number, "the same command draws all anew")
+        return [figure.result() for figure in drawing]
 
 
 def _write(out: Path, files: dict[str, str]) -> None:
     """Write the files, and remove figures of an earlier report that this one does not have."""
     for name, content in files.items():
         path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        with commandline.naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
     for path in (out / "figures").glob("*"):
         if path.suffix in (".svg", ".csv") and f"figures/{path.name}" not in files:
             path.unlink()
@@ -130,10 +145,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {commandline.told(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

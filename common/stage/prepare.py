@@ -8,6 +8,11 @@ and what training had better not see is said on stderr and in `data/prepared/man
 
 from __future__ import annotations
 
+from common import commandline
+
+if __name__ == "__main__":
+    commandline.listen()  # before what takes long to load
+
 import argparse
 import hashlib
 import json
@@ -310,4 +315,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.run(main)

@@ -9,12 +9,16 @@ import ctypes
 import multiprocessing
 import os
 import sys
+import tempfile
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
+from common import commandline
+
 # what every run needs; a package that is not installed is passed over
 _SHARED = ["common.stage.scheduler", "torch._dynamo", "sklearn.datasets"]
-
+_LONGEST_FOLDER = 60
+"""Bytes; the name of a socket has some hundred, of which Python's own takes up to forty."""
 
 ENVIRONMENT = {
     # threads spin for some ten microseconds, as long as a gap between kernels, and then sleep: without spinning a step
@@ -43,8 +47,12 @@ def keep_memory() -> None:
 
 
 def context() -> BaseContext:
-    """How worker processes are started: forked from one that has loaded what they share, where the system has that."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """How worker processes are started: forked from one that has loaded what they share, where the system has that.
+
+    It is spoken to by a socket in the folder for temporary files, whose name may be too long for one.
+    """
+    forked = "forkserver" in multiprocessing.get_all_start_methods()
+    if not forked or len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOLDER:
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(_SHARED)
@@ -54,4 +62,14 @@ def context() -> BaseContext:
 def prepare() -> None:
     """Let the process from which workers are forked load what they share while this one goes on."""
     if context().get_start_method() == "forkserver":
-        forkserver.ensure_running()
+        with commandline.unheard():
+            forkserver.ensure_running()
+
+
+def await_workers() -> None:
+    """Return when workers can be started at once."""
+    prepare()
+    with commandline.unheard():
+        first = context().Process(target=int)  # type: ignore[attr-defined]  # every context has it
+        first.start()
+    first.join()

@@ -6,6 +6,11 @@ pipeline goes on.
 
 from __future__ import annotations
 
+from common import commandline
+
+if __name__ == "__main__":
+    commandline.listen()  # before what takes long to load
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -17,12 +22,13 @@ from common.stage.papers import papers
 
 
 def publish(profile: str, files: Sequence[Path]) -> list[str]:
-    """Log the files as artifacts of the last run of each paper's stage; returns the papers. Raises MlflowException."""
+    """Log the files as artifacts of the last run of each paper's stage; returns the papers. Raises MlflowException, StoreError."""
     import mlflow
     from mlflow import MlflowClient
 
-    from common.stage.tracking import store_uri
+    from common.stage.mlflow_store import await_answer, store_uri
 
+    await_answer(store_uri())
     mlflow.set_tracking_uri(store_uri())
     client = MlflowClient()
     done = []
@@ -64,4 +70,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.run(main)

@@ -70,7 +70,7 @@ def take_over(
 
     A record counts if settings, code, data and the settings of the execution are those of now. One that was executed on
     this machine must also have the device kind, precision and torch version of now; one of another machine counts as it
-    is, unless it was imported before its stage was complete. about: the environment of now. Files that are damaged
+    is, unless it was imported before its stage was complete. A run that may not fail another time is not done. about: the environment of now. Files that are damaged
     count for nothing, and are named on stderr.
     """
     try:

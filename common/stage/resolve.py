@@ -7,6 +7,11 @@ it changes, and no other. Nothing reads the files: a stage loads its settings fr
 
 from __future__ import annotations
 
+from common import commandline
+
+if __name__ == "__main__":
+    commandline.listen()  # before what takes long to load
+
 import argparse
 import json
 import shutil
@@ -93,4 +98,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.run(main)

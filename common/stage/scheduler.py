@@ -7,13 +7,13 @@ itself a run, which the others list in `needs`.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import queue
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import commandline
 from common.core import networks, tuning
 from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
 from common.core.failures import OutOfMemory, RunFailed
@@ -44,6 +45,8 @@ from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 
 RUNS_PER_GPU = 8
 """Narrow networks leave most of a GPU idle: so many are trained on one at once."""
+DEATHS = 2
+"""So often a worker may die with a run that is alone with it, before the run is given up."""
 STREAMS_PER_GPU = 32
 """torch has no more; two threads on one stream would be in each other's captures."""
 
@@ -175,19 +178,15 @@ def prepare_process(execution: ExecutionSettings) -> None:
 
 def _start_worker(execution: ExecutionSettings) -> None:
     """Prepare a worker process and let it end with its parent."""
-    prepare_process(execution)
-
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    commandline.end_with_parent()
+    try:
+        prepare_process(execution)
+    except Exception as error:  # it would look as if the first run had killed the worker
+        _own.refuses = f"a worker process cannot be prepared: {error}"
 
 
 _own = threading.local()
+"""device: of a thread that trains on a GPU. refuses: why a worker cannot train."""
 
 
 def _start_thread(devices: queue.SimpleQueue[str]) -> None:
@@ -205,6 +204,8 @@ def _work(
     budget: TimeBudget,
     wanted: Networks,
 ) -> Entry | None:
+    if refuses := getattr(_own, "refuses", None):
+        raise StageError(refuses)
     if device := getattr(_own, "device", None):
         execution = execution.model_copy(update={"device": device})
     return None if budget.spent else perform(run, store, execution, keep_state, budget, wanted)
@@ -247,7 +248,8 @@ def execute(
 
     finished: called with each entry as soon as it is there, also with those of an earlier attempt. budget: when to stop;
     none by default. wanted: networks; a run whose network is to be kept, and is not, is done again. A run that fails leaves a `failed` record and the others go on. Raises StageError for what
-    concerns the stage: a full disk, a folder that cannot be written, a defect in the code; and OutOfTime.
+    concerns the stage: a full disk, a folder that cannot be written, a defect in the code; OutOfTime; and
+    `commandline.Stopped` when a signal has stopped a command.
     """
     ordered = in_order(runs)
     needed = {need.settings_hash for run in ordered for need in run.needs}
@@ -320,24 +322,32 @@ class _Scheduler:
         self.crowded: list[Run] = []
         """Runs that found no memory beside others."""
         self.defects: list[str] = []
+        self.deaths = Counter[str]()
+        """How often a worker has died with a run that was alone with it, by settings hash."""
 
     def execute(self, todo: list[Run]) -> None:
         waiting, suspects = list(todo), list[Run]()
-        while waiting or suspects:
-            # after a worker has died, those that were running go on one by one, so that only the guilty one fails;
-            # so do those for which there was no memory beside others
-            workers, batch = (1, [suspects.pop(0)]) if suspects else (self.workers, waiting)
-            with self._pool(workers) as pool:
-                try:
-                    self._drain(pool, workers, batch)
-                except BrokenProcessPool:
-                    suspects += self._after_a_death(alone=workers == 1)
-                except (OSError, KeyboardInterrupt) as error:
-                    self.budget.ends = 0.0  # threads stop at the end of their epoch
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise StageError(self._stopped(error)) from None
-            suspects += self.crowded
-            self.crowded = []
+        if not self.devices:
+            processes.await_workers()
+        with commandline.patience() as self.asked:
+            while waiting or suspects:
+                # after a worker has died, those that were running go on one by one, so that only the guilty one fails;
+                # so do those for which there was no memory beside others
+                workers, batch = (1, [suspects.pop(0)]) if suspects else (self.workers, waiting)
+                with self._pool(workers) as pool:
+                    try:
+                        self._drain(pool, workers, batch)
+                    except BrokenProcessPool:
+                        suspects += self._after_a_death(alone=workers == 1)
+                    except BaseException as error:
+                        self.budget.ends = 0.0  # threads stop at the end of their epoch
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        commandline.end_children()
+                        if isinstance(error, (OSError, EOFError)):
+                            raise StageError(f"{self._told(error)}; {self._kept()}") from None
+                        raise
+                suspects += self.crowded
+                self.crowded = []
         if self.defects:
             raise StageError(f"{len(self.defects)} runs stopped on an error: {'; '.join(self.defects[:3])}")
         if any(run.settings_hash not in self.entries for run in todo):
@@ -350,8 +360,10 @@ class _Scheduler:
             for device in self.devices:
                 devices.put(device)
             return ThreadPoolExecutor(workers, initializer=_start_thread, initargs=(devices,))
-        start = processes.context()
-        return ProcessPoolExecutor(workers, start, initializer=_start_worker, initargs=(self.execution,))
+        with commandline.naming("/dev/shm"):  # where the system keeps what processes wait for each other by
+            return ProcessPoolExecutor(
+                workers, processes.context(), initializer=_start_worker, initargs=(self.execution,)
+            )
 
     def _drain(self, pool: Executor, workers: int, waiting: list[Run]) -> None:
         # one run waits in the pool, so that a worker that is free goes on while this process records what it did; a
@@ -364,19 +376,25 @@ class _Scheduler:
             for run in list(itertools.islice(ready, most - len(self.running))):
                 waiting.remove(run)
                 keep = run.settings_hash in self.needed
-                future = pool.submit(_work, run, self.store, self.execution, keep, self.budget, self.wanted)
+                with commandline.unheard():  # a worker may be started for it
+                    future = pool.submit(
+                        _work, run, self.store, self.execution, keep, self.budget, self.wanted
+                    )
                 self.running[future] = run
             if not self.running:
                 if not self.crowded:  # else what is left may need one of them
                     waiting.clear()  # what is left needs a run that a defect stopped
                 return
-            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+            ended = wait(self.running, timeout=commandline.LOOKS_EVERY, return_when=FIRST_COMPLETED).done
+            if number := self.asked():
+                raise commandline.Stopped(number, self._kept())
+            for future in ended:
                 self._collect(future, alone=workers == 1)
 
     def _collect(self, future: Future[Entry | None], alone: bool) -> None:
         try:
             entry = future.result()
-        except (BrokenProcessPool, OSError):
+        except (BrokenProcessPool, OSError, StageError):
             raise
         except Exception as error:
             run = self.running.pop(future)
@@ -391,13 +409,15 @@ class _Scheduler:
                 self.finish(entry)
 
     def _after_a_death(self, alone: bool) -> list[Run]:
-        """The runs that may have killed their worker; one that was alone with it is recorded as failed."""
+        """The runs that may have killed their worker and are to be tried again. One that was alone with it, the second
+        time, is recorded as failed; the next command tries it again."""
         runs = list(self.running.values())
         self.running.clear()
         suspects = []
         for run in runs:
-            entry = self.store.load(run)
-            if entry is None and alone:
+            self.deaths[run.settings_hash] += alone
+            entry = self.store.finished(run, needed=False)
+            if entry is None and self.deaths[run.settings_hash] == DEATHS:
                 died = Failed("died", "its process died (killed, or the machine is out of memory)")
                 compute = Compute.choose(self.execution.device, self.execution.precision)
                 entry = self.store.save(run, entry_of(record_of(run, compute, died), compute, 0.0), None)
@@ -410,7 +430,9 @@ class _Scheduler:
     def _kept(self) -> str:
         return f"{len(self.entries)} finished runs are kept in {self.store.folder}; the same command goes on from there"
 
-    def _stopped(self, error: BaseException) -> str:
-        if isinstance(error, OSError):
-            return f"{error.filename or self.store.folder}: {error.strerror or error}; {self._kept()}"
-        return f"interrupted; {self._kept()}"
+    def _told(self, error: OSError | EOFError) -> str:
+        if isinstance(error, EOFError):
+            return "the process from which workers are forked has ended"
+        return (
+            commandline.told(error) if error.filename else f"{self.store.folder}: {error.strerror or error}"
+        )

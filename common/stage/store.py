@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import math
-import os
 import shutil
 import sys
 import time
@@ -24,12 +23,14 @@ from weakref import WeakKeyDictionary
 import torch
 from pydantic import ValidationError
 
+from common import commandline
 from common.core import loading
 from common.core.compute import Compute
 from common.core.identity import canonical, digest
 from common.core.run import Run
 from common.records import Entry
 from common.settings import ROOT, DatasetSettings, ExecutionSettings
+from common.stage.files import load_checked, save_checked, write_atomically
 
 CONTENDER = "contender.py"
 """A paper's entry to the comparison on equal footing, on which no run of the paper depends."""
@@ -38,11 +39,22 @@ CHECKPOINT_SECONDS = 60.0
 
 
 class StageError(Exception):
-    """The stage cannot go on; the message is one clear line. Finished runs are kept."""
+    """The stage cannot go on; the message is one clear line, after `word`, and `status` that of the command. Finished runs
+    are kept."""
+
+    status, word = 2, "error"
 
 
 class OutOfTime(StageError):
     """The time budget is spent; what is finished is kept, and a started run in the state of its last epoch."""
+
+    status, word = commandline.STOPPED, "stopped"
+
+
+class TryAgain(StageError):
+    """All is done but for runs whose process died; the same command tries them again."""
+
+    status, word = commandline.AGAIN, "not done"
 
 
 @dataclass
@@ -54,39 +66,6 @@ class TimeBudget:
     @property
     def spent(self) -> bool:
         return time.time() >= self.ends
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also when the process is killed. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checked(path: Path, content: bytes) -> None:
-    """Write `content` behind a line with its SHA-256, which also shows what a power cut may leave half written."""
-    write_atomically(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-
-
-def load_checked(path: Path) -> bytes | None:
-    """The content that `save_checked` wrote; None if the file is missing or damaged (then named on stderr)."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    found, _, content = raw.partition(b"\n")
-    if hashlib.sha256(content).hexdigest().encode() == found:
-        return content
-    print(f"{path}: damaged (its digest does not match); the run is done again", file=sys.stderr)
-    return None
 
 
 def _pack(state: Mapping[str, Any]) -> bytes:

@@ -7,17 +7,18 @@ run is found again by its key, so a resumed or repeated stage adds what is missi
 from __future__ import annotations
 
 import getpass
-import json
+import itertools
+import math
 import os
 import platform
 import queue
-import re
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -25,8 +26,8 @@ os.environ.setdefault("MLFLOW_DO_NOT_TRACK", "true")
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset as MlflowDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import LifecycleStage, Run
+from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -34,12 +35,30 @@ from common.core.identity import digest
 from common.naming import EXPERIMENT
 from common.records import TRIAL, Entry, Record
 from common.settings import ROOT, SettingsError
-from common.stage import descriptions
+from common.stage import descriptions, lease
+from common.stage.logged import Names, log_network, log_run, send
+from common.stage.mlflow_store import (
+    ARTIFACTS,
+    PATIENCE,
+    StoreError,
+    await_answer,
+    checkout,
+    ready,
+    store_uri,
+)
 from common.statistics.claims import CLAIMS_FILE, Claim, read
 
 _DESCRIPTION = "mlflow.note.content"
-_NONE: Mapping[str, Any] = MappingProxyType({})
-_METRICS_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH = 1000, 100, 6000  # limits of the store
+_MAKING = 60.0
+"""Seconds that the end of a stage waits for a new store to be made."""
+_PATIENCE_WHEN_STOPPED = 0.5
+_AT_WORK = 0.02
+"""Seconds of a core by which one sees that logging goes on."""
+_NUMBERS = itertools.count()
+_logging = set[str]()
+"""Signatures of what logs in this process."""
+_silent = set[str]()
+"""Stores that have not answered, until they do."""
 
 
 @event.listens_for(Engine, "connect")
@@ -52,38 +71,51 @@ def _no_waiting_for_the_disk(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA synchronous = OFF")
 
 
-def store_uri() -> str:
-    """The tracking server of MLFLOW_TRACKING_URI, or the project's own SQLite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
 class StageLog:
     """Logs the runs of a stage while it goes on, from a thread of its own; use it as a context manager.
 
     environment: `code`, `machine` and `versions` as `common.stage.records.environment` returns them. A run that the store already
-    holds is passed over. When the store cannot be reached, the stage goes on and `error` says why; runs that were not
-    logged are logged the next time the stage is run.
+    holds is passed over. When the store cannot be reached, the stage goes on and `error` says why; a run that cannot be
+    logged costs no other, and `missing` counts them: they are logged the next time the stage is run. The end waits for what
+    is still to be logged, but `PATIENCE` at most without seeing that any of it goes on.
     """
 
     def __init__(self, paper: str, profile: str, environment: Mapping[str, Any]):
         self.paper, self.profile, self.environment = paper, profile, environment
         self.error: Exception | None = None
+        self.missing = 0
+        self.added = 0
+        self._uri = store_uri()
+        self._signature = f"{lease.signature()} {next(_NUMBERS)}"
         self._claims_file = ROOT / "replications" / paper / CLAIMS_FILE
         self._page = page_of(profile)
         self._accuracies: dict[tuple[str, int], list[float]] = {}
-        self.added = 0
+        self._names = Names()
         self._entries: queue.SimpleQueue[tuple[Entry, Path | None] | None] = queue.SimpleQueue()
         self._seconds, self._count, self._failed = 0.0, 0, 0
+        self._moved, self._making, self._complete = 0.0, False, False
         self._thread = threading.Thread(target=self._log, daemon=True)
 
     def __enter__(self) -> StageLog:
+        _logging.add(self._signature)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         self._complete = kind is None
         self._entries.put(None)
-        self._thread.join()
+        ends = time.monotonic() + (math.inf if self._complete else _PATIENCE_WHEN_STOPPED)
+        patience = _PATIENCE_WHEN_STOPPED if self._uri in _silent else PATIENCE
+        self._moved, worked = time.monotonic(), 0.0
+        while self._thread.is_alive() and time.monotonic() < ends:
+            self._thread.join(0.05)
+            if (now := _computed(self._thread)) > worked + _AT_WORK:  # slow, but not waiting
+                self._moved, worked = time.monotonic(), now
+            if time.monotonic() - self._moved > (_MAKING if self._making else patience):
+                break
+        if self._thread.is_alive() and self._complete:
+            _silent.add(self._uri)
+            self.error = self.error or StoreError(f"{self._uri} does not answer")
 
     def add(self, entry: Entry, network: Path | None = None) -> None:
         """Log one entry, and its network where that is in a file; returns at once."""
@@ -94,31 +126,41 @@ class StageLog:
             self._drain()
         except Exception as error:  # tracking must never cost a stage its runs
             self.error = error
+        finally:
+            _logging.discard(self._signature)
+
+    def _moves(self) -> None:
+        """Something has been logged or found."""
+        self._moved = time.monotonic()
+        _silent.discard(self._uri)
 
     def _drain(self) -> None:
-        mlflow.set_tracking_uri(store_uri())
+        self._making = True
+        if mended := ready(self._uri):
+            print(mended, file=sys.stderr)
+        self._moves()
+        self._making = False
+        await_answer(self._uri)
+        self._moves()
+        mlflow.set_tracking_uri(self._uri)
         client = MlflowClient()
         claims = _claims(self._claims_file)
         experiment = _experiment(client, self.paper)
         about = descriptions.of_experiment(self.paper, claims, self._page)
         client.set_experiment_tag(experiment, _DESCRIPTION, about)
-        known = {
-            run.data.tags["run_key"]: run.info.run_id
-            for run in _search(
-                client, experiment, f"tags.profile = '{self.profile}' and attributes.status != 'RUNNING'"
-            )
-            if "run_key" in run.data.tags
-        }
+        known = {run.data.tags["run_key"]: run for run in self._ended(client, experiment)}
+        ids = {key: run.info.run_id for key, run in known.items()}
         shared = {
             "profile": self.profile,
             "stage": self.paper,
             "origin": _origin(),
+            "process": self._signature,
             "code": self.environment["code"],
         }
         shared |= _revision() | _source(self.paper)
         for group in ("machine", "versions"):
             shared |= {f"{group}.{key}": str(value) for key, value in self.environment[group].items()}
-        parent = None
+        parent = _unfinished(client, experiment, shared)
         while (found := self._entries.get()) is not None:
             entry, network = found
             self._seconds += entry.seconds
@@ -126,41 +168,90 @@ class StageLog:
             self._failed += entry.record.status == "failed"
             self._note(entry.record)
             run_key = _run_key(entry.record, self.environment)
-            if run_key not in known:
-                parent = parent or _stage_run(client, experiment, self.paper, shared)
+            before = known.get(run_key)
+            # a run that had failed may have been tried again
+            if before is None or before.info.status == "FAILED" and entry.record.status == "ok":
+                if parent is None:
+                    name = f"{self.paper} ({self.profile})"
+                    parent = client.create_run(experiment, run_name=name, tags=shared).info.run_id
                 text = descriptions.of_run(entry.record, claims, self._page)
-                known[run_key] = _log_run(
-                    client, experiment, parent, entry, {**shared, _DESCRIPTION: text}, run_key
+                tags = {**shared, _DESCRIPTION: text}
+                log = lambda: logged.append(
+                    log_run(client, experiment, parent, entry, tags, run_key, self._names)
                 )
-                self.added += 1
-            if network and network.exists() and network.stat().st_size:
-                _log_network(client, known[run_key], network)
+                logged: list[str] = []
+                if self._tried(log):
+                    if before:
+                        client.delete_run(before.info.run_id)
+                    ids[run_key] = logged[0]
+                    self.added += 1
+            if network and run_key in ids and network.exists() and network.stat().st_size:
+                self._tried(lambda: log_network(client, ids[run_key], network))
         if parent and self._complete:
-            totals = {"runs": self._count, "failed": self._failed, "seconds": self._seconds}
-            _send(client, parent, metrics=totals, steps=self._averages())
-            if self._claims_file.is_file():
-                client.log_artifact(parent, str(self._claims_file))
-            client.set_terminated(parent)
+            self._tried(lambda: self._end(client, experiment, parent))
+
+    def _tried(self, log: Callable[[], object]) -> bool:
+        """Whether something could be logged; it is tried a second time. Otherwise it is counted as missing."""
+        for attempt in (1, 2):
+            try:
+                log()
+            except Exception as error:
+                if attempt == 2:
+                    self.error = self.error or error
+                    self.missing += 1
+            else:
+                self._moves()
+                return True
+        return False
+
+    def _end(self, client: MlflowClient, experiment: str, parent: str) -> None:
+        """Complete the run of the stage, and leave one of the runs that other writers have logged meanwhile as well."""
+        totals = {"runs": self._count, "failed": self._failed, "seconds": self._seconds}
+        send(client, parent, self._names, metrics=totals, steps=self._averages())
+        if self._claims_file.is_file():
+            client.log_artifact(parent, str(self._claims_file))
+        client.set_terminated(parent)
+        first: dict[str, str] = {}
+        for run in sorted(self._ended(client, experiment), key=lambda run: run.info.run_id):
+            if first.setdefault(run.data.tags["run_key"], run.info.run_id) != run.info.run_id:
+                with suppress(MlflowException):  # the other writer does the same
+                    client.delete_run(run.info.run_id)
+
+    def _ended(self, client: MlflowClient, experiment: str) -> Iterator[Run]:
+        """The runs of the profile that the store holds whole."""
+        text = f"tags.profile = '{self.profile}' and attributes.status != 'RUNNING'"
+        for run in _search(client, experiment, text):
+            self._moves()
+            if "run_key" in run.data.tags:
+                yield run
 
     def _note(self, record: Record) -> None:
         """Keep a test accuracy for the charts of the stage's run: one a variant, over its targets in %."""
         accuracy = record.metrics.get("test_accuracy")
         if accuracy is not None and not record.variant.startswith(TRIAL):
             name = f"accuracy/{record.dataset} {record.architecture}/{record.variant}"
-            key = re.sub(r"[^\w\-. :/]", "_", name), round(100 * record.target)
-            self._accuracies.setdefault(key, []).append(accuracy)
+            self._accuracies.setdefault((name, round(100 * record.target)), []).append(accuracy)
 
-    def _averages(self) -> list[Metric]:
-        now = _milliseconds(time.time())
+    def _averages(self) -> list[tuple[str, float, int]]:
         return [
-            Metric(name, sum(values) / len(values), now, step)
+            (name, sum(values) / len(values), step)
             for (name, step), values in sorted(self._accuracies.items())
         ]
 
 
+def _computed(thread: threading.Thread) -> float:
+    """Seconds of a core that a thread has used; 0 where the system does not tell, or it has ended."""
+    if not hasattr(time, "pthread_getcpuclockid") or thread.ident is None:
+        return 0.0
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    except OSError:
+        return 0.0
+
+
 def page_of(profile: str) -> Path:
     """The report's page of a profile, where the pipeline writes it."""
-    return Path("reports", profile, "index.html").resolve()
+    return checkout() / "reports" / profile / "index.html"
 
 
 def _claims(file: Path) -> tuple[Claim, ...]:
@@ -180,33 +271,50 @@ def _source(paper: str) -> dict[str, str]:
         return found
 
 
-def _stage_run(client: MlflowClient, experiment: str, paper: str, tags: Mapping[str, str]) -> str:
-    """The stage's own run: the one that a killed stage of this checkout left unfinished, or a new one.
+def _unfinished(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:
+    """The stage's own run that a killed stage of this checkout has left unfinished, if there is one.
 
-    Runs that were half logged when the stage was killed are deleted; they will be logged whole.
+    Runs that were half logged when the stage was killed are deleted; they will be logged whole. Those of a process that goes
+    on are left to it.
     """
-    unfinished = f"tags.profile = '{tags['profile']}' and tags.origin = '{tags['origin']}' and attributes.status = 'RUNNING'"
+    text = f"tags.profile = '{tags['profile']}' and tags.origin = '{tags['origin']}' and attributes.status = 'RUNNING'"
     parents = []
-    for run in _search(client, experiment, unfinished):
+    for run in _search(client, experiment, text):
+        if _goes_on(run.data.tags.get("process", "")):
+            continue
         if "mlflow.parentRunId" in run.data.tags:
             client.delete_run(run.info.run_id)
         else:
             parents.append(run.info.run_id)
-    if parents:
-        return parents[0]
-    return client.create_run(experiment, run_name=f"{paper} ({tags['profile']})", tags=dict(tags)).info.run_id
+    if not parents:
+        return None
+    client.set_tag(parents[0], "process", tags["process"])
+    return parents[0]
+
+
+def _goes_on(signature: str) -> bool:
+    """Whether what logs with a signature, in this process or another of this machine, is still at it."""
+    process = signature.rpartition(" ")[0]
+    return signature in _logging if process == lease.signature() else not lease.over(process)
 
 
 def _experiment(client: MlflowClient, paper: str) -> str:
     name = EXPERIMENT.format(paper=paper)
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
     local = store_uri().startswith("sqlite:")
-    artifacts = Path("mlartifacts").resolve().as_uri() if local else None
+    artifacts = (checkout() / ARTIFACTS).as_uri() if local else None
     # the UI then opens on the runs, not on its pages for language models
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return client.create_experiment(name, artifact_location=artifacts, tags=kind)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts, tags=kind)
+        except MlflowException:  # another process may have been the first
+            if (found := client.get_experiment_by_name(name)) is None:
+                raise
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        client.restore_experiment(found.experiment_id)
+        print(f"MLflow: the deleted experiment {name} is restored, to log into it", file=sys.stderr)
+    return found.experiment_id
 
 
 def _run_key(record: Record, environment: Mapping[str, Any]) -> str:
@@ -227,123 +335,6 @@ def _search(client: MlflowClient, experiment: str, text: str) -> Iterator[Run]:
         token = page.token
         if not token:
             return
-
-
-def _log_run(
-    client: MlflowClient,
-    experiment: str,
-    parent: str,
-    entry: Entry,
-    shared: Mapping[str, str],
-    run_key: str,
-) -> str:
-    """Log a run and return its id."""
-    record = entry.record
-    # machine and versions stand at the stage's run, which is the parent, unless another machine executed this one
-    own = {key: value for key, value in shared.items() if not key.startswith(("machine.", "versions."))}
-    machine = {f"machine.{key}": str(value) for key, value in (entry.machine or {}).items()}
-    own |= {key: value for key, value in machine.items() if shared.get(key) != value}
-    tags = {**own, **{k: str(v) for k, v in record.identity.items()}, "mlflow.parentRunId": parent}
-    for name in ("status", "settings_hash", "failure", "reason", "device", "precision"):
-        if (value := getattr(record, name)) is not None:
-            tags[name] = value[:_VALUE_LENGTH]
-    name = f"{record.variant} {record.architecture} t={record.target:g} s={record.seed}"
-    ended = time.time() if entry.ended is None else entry.ended
-    started = _milliseconds(ended - entry.seconds)
-    run_id = client.create_run(experiment, started, run_name=name, tags=tags).info.run_id
-    params = {**dict(_flat("", record.settings)), **_trained(entry), **_identity(record)}
-    # as numbers, too, since MLflow compares params as text
-    numbers = {"target": record.target, "seed": float(record.seed), "seconds": entry.seconds}
-    numbers |= {**_numbers("", record.metrics), **_numbers("cost.", record.cost)}
-    numbers |= _numbers("measured.", entry.measured or {})
-    # the key by which the run is found again comes last: half a run is never taken for a whole one
-    _send(client, run_id, params=params, metrics=numbers, curves=entry.curves, tags={"run_key": run_key})
-    source = json.dumps(record.settings.get("data"))
-    inputs = [
-        DatasetInput(
-            MlflowDataset(record.dataset, fingerprint[:32], "local", source),
-            [InputTag("mlflow.data.context", "train")],
-        )
-        for fingerprint in record.data
-    ]
-    if inputs:
-        client.log_inputs(run_id, inputs)
-    status = "FINISHED" if record.status == "ok" else "FAILED"
-    client.set_terminated(run_id, status, _milliseconds(ended))
-    return run_id
-
-
-def _log_network(client: MlflowClient, run_id: str, network: Path) -> None:
-    """Hang a network on its run, once."""
-    if not client.list_artifacts(run_id, "network"):
-        client.log_artifact(run_id, str(network), "network")
-
-
-def _identity(record: Record) -> dict[str, Any]:
-    """What names the run, as the filters on the report's page have it."""
-    return {
-        name: f"{v:g}" if isinstance(v, float) else v
-        for name, v in record.identity.items()
-        if name != "paper"
-    }
-
-
-def _trained(entry: Entry) -> dict[str, Any]:
-    """What the run was trained with in the end, where its settings leave a choice: what tuning chose, epochs, rate."""
-    chosen = entry.record.details.get("chosen")
-    found = {} if chosen is None else dict(_flat("chosen", chosen))
-    rates = [rate for row in entry.curves if isinstance(rate := row.get("lr"), (int, float))]
-    if entry.curves:
-        found["trained.epochs"] = len(entry.curves)
-    if rates:
-        found["trained.learning_rate"] = f"{max(rates):.6g}"
-    return found
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), item)
-    else:
-        yield prefix, value
-
-
-def _numbers(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        f"{prefix}{key}": float(value)
-        for key, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
-def _send(
-    client: MlflowClient,
-    run_id: str,
-    *,
-    params: Mapping[str, Any] = _NONE,
-    metrics: Mapping[str, float] = _NONE,
-    curves: Sequence[Mapping[str, Any]] = (),
-    steps: Sequence[Metric] = (),
-    tags: Mapping[str, str] = _NONE,
-) -> None:
-    """Send everything in as few calls as the store's limits allow, the tags in the last one."""
-    now = _milliseconds(time.time())
-    rows = [*(Metric(key, value, now, 0) for key, value in metrics.items()), *steps]
-    for step, row in enumerate(curves):
-        rows += [
-            Metric(f"curve/{key}", value, now, step)
-            for key, value in _numbers("", row).items()
-            if key != "epoch"
-        ]
-    texts = [Param(key, str(value)[:_VALUE_LENGTH]) for key, value in params.items()]
-    while len(rows) > _METRICS_PER_CALL or len(texts) > _PARAMS_PER_CALL:
-        client.log_batch(run_id, rows[:_METRICS_PER_CALL], texts[:_PARAMS_PER_CALL])
-        rows, texts = rows[_METRICS_PER_CALL:], texts[_PARAMS_PER_CALL:]
-    client.log_batch(run_id, rows, texts, [RunTag(key, value) for key, value in tags.items()])
-
-
-def _milliseconds(moment: float) -> int:
-    return int(1000 * moment)
 
 
 def _revision() -> dict[str, str]:

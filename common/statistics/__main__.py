@@ -5,6 +5,11 @@ Reads what the runs left and what the papers claim, and writes the verdicts; not
 
 from __future__ import annotations
 
+from common import commandline
+
+if __name__ == "__main__":
+    commandline.listen()  # before what takes long to load
+
 import argparse
 import json
 import sys
@@ -51,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {commandline.told(error)}", file=sys.stderr)
         return 2
     print(", ".join(f"{count} {verdict}" for verdict, count in verdicts["counts"].items()))
     return 0
@@ -72,9 +77,10 @@ def _looks(text: str) -> tuple[int, ...]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    with commandline.naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.run(main)

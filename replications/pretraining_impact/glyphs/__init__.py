@@ -29,7 +29,7 @@ from fontTools.ttLib import TTFont
 
 from common.core.identity import stream
 from common.settings import SettingsError
-from common.stage.store import write_atomically
+from common.stage.files import write_atomically
 
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),

@@ -1,7 +1,6 @@
 """`python -m replications.pretraining_impact.glyphs`: draw the corpus."""
 
-import sys
-
+from common import commandline
 from replications.pretraining_impact.glyphs import main
 
-sys.exit(main())
+commandline.run(main)
