@@ -16,9 +16,10 @@ from common.core.pruning import channels
 from common.core.run import Run
 from common.settings import SettingsError
 from common.stage import pipeline
+from common.stage.files import write_atomically
 from common.stage.papers import load
 from common.stage.scheduler import Networks, execute, in_order
-from common.stage.store import SCRATCH, StageError, Store, write_atomically
+from common.stage.store import SCRATCH, StageError, Store
 
 ENDINGS = (".safetensors", ".pt2", ".onnx")
 _MOST_NAMED = 5

@@ -18,10 +18,10 @@ from common.core.files import read_npz
 from common.core.loading import NEEDED
 from common.core.pictures import sides
 from common.settings import DataError, DatasetSettings, SettingsError, profile_chain
+from common.stage.files import write_atomically
 from common.stage.folders import listing
 from common.stage.papers import load, papers, runs
 from common.stage.prepare import described
-from common.stage.store import write_atomically
 
 TINY = range(8, 13)
 """Sides of images for which the networks of the digits are made."""
