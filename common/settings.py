@@ -266,7 +266,8 @@ class ExecutionSettings(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and matrix products; `auto` is bfloat16 on a GPU that has it and on a CPU with AMX, else float32."""
     compilation: Literal["auto", "capture", "compile", "off"] = "auto"
-    """`capture`: each pass is replayed from a CUDA graph; `auto` is that on a GPU and nothing on a CPU."""
+    """`capture`: whole steps are replayed from CUDA graphs; `compile`: passes go through torch.compile, on a GPU within such
+    graphs; `auto` is `capture` on a GPU and nothing on a CPU."""
     deterministic: bool = True
     """Whether a GPU must sum in a fixed order; false lets it choose faster kernels, and results differ in the last digits."""
     threads: Processes = 1

@@ -1,23 +1,18 @@
 """The training core: SGD, hooks, divergence, checkpoints, determinism."""
 
 import copy
-import gc
-import threading
-import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from common.core import compute as computing
 from common.core.compute import Compute
 from common.core.data import Batches, FixedBatches
 from common.core.failures import Diverged, RunFailed
 from common.core.loading import load
 from common.core.models import build
 from common.core.pruning import channels
-from common.core.pruning.masks import KeepMasked, Masks
 from common.core.trainer import Hooks, Trainer
 from common.settings import DatasetSettings, SettingsError
 from common.statistics import inference
@@ -297,151 +292,6 @@ def test_a_hook_that_is_added_brings_its_parameters():
     trainer.add_hook(Scaled())
     trainer.fit([0.1] * len(trainer.batches))
     assert own < 1
-
-
-class _StandIn:
-    """What a CUDA graph does, on a CPU: a replay does the captured work again, in the tensors of the capture."""
-
-    def __init__(self, model):
-        self.model, self.captures = model, 0
-
-    def capture(self, run):
-        self.captures += 1
-        before = copy.deepcopy(self.model.state_dict())
-        outcome = run()
-        self.model.load_state_dict(before)  # capturing computes nothing
-        gradients = {p: p.grad for p in self.model.parameters()}
-
-        def replay():
-            for tensor, fresh in zip(outcome, run()):
-                tensor.copy_(fresh)
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient.copy_(parameter.grad)
-
-        return replay, outcome
-
-
-class _ShrinksAndAdds(Hooks):
-    """Removes channels after the first epoch, and adds to the gradients in every step."""
-
-    def gradients_ready(self, trainer):
-        for parameter in trainer.model.parameters():
-            parameter.grad.add_(parameter.detach(), alpha=0.01)
-
-    def epoch_ended(self, trainer, epoch):
-        if trainer.epochs_done == 0:
-            keep = {group.name: torch.arange(3) for group in trainer.model.channel_groups()}
-            channels.remove(trainer.model, keep, trainer.optimizer)
-
-
-def test_replayed_passes_train_as_plain_ones_do(monkeypatch):
-    data = load(DatasetSettings(train=190))
-    trained = []
-    for captured in (False, True):
-        model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
-        stand_in = _StandIn(model)
-        monkeypatch.setattr(computing, "_capture_graph", stand_in.capture)
-        batches = Batches(data, "train", 20, shuffle=True)  # the last of an epoch is smaller
-        compute = Compute(torch.device("cpu"), captured=captured)
-        trainer = Trainer(model, batches, hooks=_ShrinksAndAdds(), compute=compute)
-        trainer.fit([0.05] * 2 * len(batches))
-        masks = Masks.dense(model)
-        masks.prune(model, 0.5)
-        masks.apply(model)
-        trainer.add_hook(KeepMasked(masks))
-        trainer.fit([0.05] * len(batches))
-        trained.append((trainer.history, model.state_dict()))
-        assert stand_in.captures == (2 if captured else 0)  # once for each shape of the network
-    assert trained[0][0] == trained[1][0]
-    for one, other in zip(trained[0][1].values(), trained[1][1].values()):
-        assert torch.equal(one, other)
-
-
-def test_what_cannot_be_captured_is_trained_without(monkeypatch, capsys):
-    def refuse(run):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(computing, "_capture_graph", refuse)
-    losses = []
-    for captured in (False, True):
-        trainer = Trainer(_network(), _batches(6), compute=Compute(torch.device("cpu"), captured=captured))
-        trainer.fit([0.1] * 6)
-        losses.append(trainer.history[-1]["train_loss"])
-    assert losses[0] == losses[1]
-    assert "cannot be captured (operation not permitted" in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="compilation = 'capture': a CPU has no graphs"):
-        Compute.choose("cpu", "float32", "capture")
-
-
-def test_threads_share_a_gpu_and_one_that_captures_is_alone(monkeypatch):
-    turns, order = computing.Turns(), []
-    together, capturing = threading.Barrier(2, timeout=10), threading.Event()
-
-    def work():
-        with turns.share():
-            together.wait()  # breaks unless both are inside
-            order.append("worked")
-
-    def capture():
-        with turns.alone():
-            capturing.set()
-            for thread in pair:
-                thread.start()
-            pair[0].join(0.1)
-            with turns.share():  # the pass that is captured
-                order.append("captured")
-
-    pair = [threading.Thread(target=work) for _ in range(2)]
-    capturer = threading.Thread(target=capture)
-    with turns.share():
-        capturer.start()
-        assert not capturing.wait(0.1)
-    capturer.join(10)
-    for thread in pair:
-        thread.join(10)
-    assert order == ["captured", "worked", "worked"]
-
-    alone = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alone.append(computing.TURNS._busy))
-    computing.release_memory(torch.device("cuda"))
-    computing.release_memory(torch.device("cpu"))
-    assert alone == [True]
-
-
-def test_a_thread_that_shares_a_gpu_may_do_so_again_while_another_waits_to_be_alone():
-    turns = computing.Turns()
-
-    def capture():
-        with turns.alone():
-            pass
-
-    waiting = threading.Thread(target=capture, daemon=True)
-    with turns.share():
-        waiting.start()
-        waiting.join(0.1)
-        with turns.share():  # a method's own pass within a pass
-            assert waiting.is_alive()
-        with pytest.raises(RuntimeError, match="cannot wait"), turns.alone():
-            pass
-    waiting.join(10)
-    assert not waiting.is_alive()
-
-
-def test_a_trainer_that_is_dropped_frees_its_memory_at_once(monkeypatch):
-    """Reference counting must do it: memory of a GPU does not make the garbage collector run."""
-    model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
-    monkeypatch.setattr(computing, "_capture_graph", lambda run: (lambda: None, run()))
-    trainer = Trainer(model, _batches(6), compute=Compute(torch.device("cpu"), captured=True))
-    trainer.fit([0.1] * 6)
-    assert trainer._capture is not None
-    gone = weakref.ref(trainer)
-    gc.collect()
-    gc.disable()
-    try:
-        del trainer
-        assert gone() is None
-    finally:
-        gc.enable()
 
 
 class _Hungry(nn.Module):

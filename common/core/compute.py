@@ -1,26 +1,21 @@
-"""Where and in which number format a step runs, and the capture of its pass in a CUDA graph.
-
-On a GPU the forward and backward pass is captured once and replayed, since narrow networks wait for launches otherwise.
-"""
+"""Where and in which number format steps run, whose turn it is on a GPU, and the capture of work in a CUDA graph."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.settings import ExecutionSettings, SettingsError
 
 M = TypeVar("M", bound=nn.Module)
-
-_WARM_UP = 3
-"""Passes before one is captured, in which libraries choose kernels and set up their work space."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Compute:
     """Where and in which number format training runs.
 
     autocast: lower precision of convolutions and matrix products; batch norm and the loss stay in float32.
-    captured: forward and backward passes are replayed from a CUDA graph, captured anew when a network shrinks.
+    captured: whole steps are replayed from CUDA graphs, captured anew when a network shrinks.
     compiled: they go through torch.compile, anew whenever a network changes its shape.
     """
 
@@ -43,8 +38,8 @@ class Compute:
         """What `auto` stands for on this machine, and the rest as it is asked for.
 
         `auto` precision is bfloat16 on a GPU that has it and on a CPU with matrix units for it (AMX), else float32.
-        `auto` compilation is a captured graph on a GPU and nothing on a CPU, where torch.compile pays for long runs of
-        some architectures only. Raises SettingsError when the device or the number format is not there.
+        `auto` compilation is captured graphs on a GPU and nothing on a CPU, where torch.compile pays for long runs of
+        some architectures only; `compile` on a GPU is both. Raises SettingsError when the device or the number format is not there.
         """
         cuda = torch.cuda.is_available()
         if device.startswith("cuda") and not cuda:
@@ -70,7 +65,7 @@ class Compute:
             chosen,
             torch.bfloat16 if half else None,
             channels_last=True,
-            captured=compilation == "capture" or (compilation == "auto" and on_gpu),
+            captured=on_gpu and compilation != "off",
             compiled=compilation == "compile",
         )
 
@@ -79,9 +74,17 @@ class Compute:
         placed = model.to(self.device)
         return placed.to(memory_format=torch.channels_last) if self.channels_last else placed
 
-    def turn(self) -> AbstractContextManager[None]:
-        """The context in which passes run: on a GPU, while no other thread captures a graph."""
-        return TURNS.share() if self.device.type == "cuda" else nullcontext()
+    @property
+    def planned(self) -> bool:
+        """Whether steps read what differs between them from tables on the device, so that they can be captured."""
+        return self.captured or self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Let other threads have their turn until the device has done what this one has launched."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            TURNS.wait(event.synchronize)
 
     def precision(self) -> torch.autocast:
         """The context in which forward passes run."""
@@ -110,132 +113,105 @@ def make_repeatable(execution: ExecutionSettings) -> None:
 
 
 class Turns:
-    """Threads that train on a GPU do so side by side; one that captures a graph waits for the others and is then alone.
+    """Threads that train on one GPU take turns: one at a time executes Python, and gives up its turn when it has launched work.
 
-    While a graph is captured the GPU's random generator is in a state in which no other thread can replay a graph or draw
-    numbers, and what waits for the whole device, as libraries do that try out kernels, ends the capture.
+    What it launched goes on beside that of others, on its stream. So nobody waits for Python's lock, and while a thread
+    captures a graph no other one replays a graph, draws numbers or lets a library try out kernels.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._sharing = 0
+        self._changing = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
         self._busy = False
         self._own = threading.local()
 
     @contextmanager
-    def share(self) -> Iterator[None]:
-        """Work beside other threads; also within `share` or `alone` of the same thread."""
-        if getattr(self._own, "inside", False):
-            yield
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: not self._busy)
-            self._sharing += 1
+    def taken(self) -> Iterator[None]:
+        """Work in turns with others; within it, this thread has the turn except while it passes it on or waits."""
+        self._take()
         self._own.inside = True
         try:
             yield
         finally:
             self._own.inside = False
-            with self._changed:
-                self._sharing -= 1
-                self._changed.notify_all()
+            self._give()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Work while no other thread does. Raises RuntimeError within `share`, where it would wait for itself."""
-        if getattr(self._own, "inside", False):
-            raise RuntimeError("a thread that shares a GPU cannot wait until nobody does")
-        with self._changed:
-            self._changed.wait_for(lambda: not self._busy)
-            self._busy = True
-            self._changed.wait_for(lambda: not self._sharing)
-        self._own.inside = True
+    def pass_on(self) -> None:
+        """Let all that wait for their turn have one first."""
+        if getattr(self._own, "inside", False) and self._waiting:
+            self.wait(lambda: None)
+
+    def wait(self, until: Callable[[], object]) -> None:
+        """Call what waits for something other than a turn, while others have theirs."""
+        if not getattr(self._own, "inside", False):
+            until()
+            return
+        self._give()
         try:
-            yield
+            until()
         finally:
-            self._own.inside = False
-            with self._changed:
+            self._take()
+
+    def _take(self) -> None:
+        with self._changing:
+            if not self._busy:
+                self._busy = True
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        gate.acquire()
+
+    def _give(self) -> None:
+        with self._changing:
+            if self._waiting:
+                self._waiting.popleft().release()  # its turn begins, so nobody comes between
+            else:
                 self._busy = False
-                self._changed.notify_all()
 
 
 TURNS = Turns()
-"""Whose turn it is on the GPUs of this process."""
+"""Whose turn it is in this process."""
 
 
 class CaptureFailed(Exception):
-    """A pass that CUDA cannot capture."""
+    """Steps that CUDA cannot capture."""
 
 
-def _capture_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Capture `run` as a CUDA graph; returns its replay, and what `run` returned: tensors that a replay fills."""
+def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Capture `run` as a CUDA graph, which computes nothing; returns its replay, which does not hold `run`.
+
+    pool: the memory (`torch.cuda.graph_pool_handle`) that it shares with graphs that are replayed before or after it and
+    never at once. Raises CaptureFailed.
+    """
     graph = torch.cuda.CUDAGraph()
     # the stream of this thread: torch has 32, which it hands out in turn, so that a further one may be another thread's
     own = torch.cuda.current_stream()
     if own == torch.cuda.default_stream():
         own = torch.cuda.Stream()
-    with TURNS.alone(), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
-        outcome = run()
-
-    def replay() -> None:
-        with TURNS.share():
-            graph.replay()
-
-    return replay, outcome
+    try:
+        # torch.cuda.graph would first wait for all that the device has to do, for other threads, too
+        with torch.cuda.stream(own):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise CaptureFailed(f"steps cannot be captured ({reason})") from None
+    return graph.replay
 
 
 def release_memory(device: torch.device) -> None:
-    """Give memory that is kept for later back to a GPU; it must not happen while another thread captures."""
+    """Give memory that is kept for later back to a GPU."""
     if device.type == "cuda":
-        with TURNS.alone():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
-class Capture:
-    """The forward and backward pass of one network, captured once and replayed for every batch of the same shape.
-
-    What surrounds a pass (hooks, optimiser, sums) is not captured, so methods need not know of it. places: addresses of
-    the parameters; a network whose parameters lie elsewhere needs another capture.
-    """
-
-    def __init__(self, model: nn.Module, places: list[int]):
-        self.model, self.places = model, places
-        self._passes = 0
-        self._replay: Callable[[], None] | None = None
-
-    def __call__(
-        self, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and logits of a batch; they are overwritten by the next one.
-
-        run: the pass, which leaves gradients in `.grad` and returns loss and logits. It is not kept: a trainer that held
-        itself through it would keep its memory on the GPU after its end. Raises CaptureFailed.
-        """
-        if self._replay is None and self._passes >= _WARM_UP:
-            self._start(run, images, labels)
-        if self._replay is None or images.shape != self._images.shape:
-            self._passes += 1
-            return run(images, labels)
-        self._images.copy_(images)
-        self._labels.copy_(labels)
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient  # another pass in between may have put its own there
-        self._replay()
-        return self._outcome
-
-    def _start(
-        self, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], images: Tensor, labels: Tensor
-    ) -> None:
-        self._images, self._labels = images.clone(), labels.clone()
-        try:
-            self._replay, self._outcome = _capture_graph(lambda: run(self._images, self._labels))
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            raise CaptureFailed(f"the pass cannot be captured ({str(error).splitlines()[0]})") from None
-        self._gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU or the machine had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the machine had no memory left for a tensor; also where that ended a capture, which then says so."""
+    here = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return here or (error.__context__ is not None and out_of_memory(error.__context__))

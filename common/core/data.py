@@ -168,17 +168,27 @@ class Batches:
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `number` (from 0)."""
-        order, labels, start = None, self.labels, 0
-        if self.shuffle:
-            order = torch.randperm(len(labels), generator=self._generator("order", number)).to(self.device)
-            labels = labels[order]
+        order, start = self._order(number), 0
+        labels = self.labels if order is None else self.labels[order]
         for pixels in self._pixels(order, number):
-            x = (pixels.to(self.dtype) - self._shift) * self._gain
-            x = x.permute(0, 3, 1, 2)
+            x = self._normalised(pixels)
             if self.augmentation.rotation:
-                x = self._rotated(x, number, start)
+                x = self._rotated(x, self._angles(number, start, len(x)))
             yield x, labels[start : start + len(x)]
             start += len(x)
+
+    def tables(self) -> Tables | None:
+        """What makes the batches of an epoch step by step on the device; None for images that stay on disk."""
+        return Tables(self) if isinstance(self.images, Tensor) else None
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return ((pixels.to(self.dtype) - self._shift) * self._gain).permute(0, 3, 1, 2)
+
+    def _order(self, number: int) -> Tensor | None:
+        """The images of an epoch by their numbers [N]; None as they are."""
+        if not self.shuffle:
+            return None
+        return torch.randperm(len(self.labels), generator=self._generator("order", number)).to(self.device)
 
     def _generator(self, *names: str | int) -> torch.Generator:
         return torch.Generator().manual_seed(stream(self.seed, *names))
@@ -191,12 +201,20 @@ class Batches:
         order = torch.arange(len(self.labels)) if order is None else order
         return self.images.batches(order, self.batch_size, crops, self.augmentation.flip)
 
+    @property
+    def _moves(self) -> bool:
+        """Whether images are cropped or flipped."""
+        return bool(self.augmentation.crop_padding or self.augmentation.flip)
+
     def _arranged(self, order: Tensor | None, number: int) -> Tensor:
+        if not self._moves:
+            return self._padded if order is None else self._padded[order]
+        order = torch.arange(len(self.labels), device=self.device) if order is None else order
+        return self._cut(order, *self._places(number))
+
+    def _places(self, number: int) -> tuple[Tensor, Tensor]:
+        """Which rows [N, H] and columns [N, W] of the padded images of an epoch are seen."""
         count, height, width, _ = self.images.shape
-        images = self._padded
-        if not (self.augmentation.crop_padding or self.augmentation.flip):
-            return images if order is None else images[order]
-        order = torch.arange(count, device=self.device) if order is None else order
         generator = self._generator("augment", number)
         span = 2 * self.augmentation.crop_padding + 1
         offset = torch.randint(span, (2, count), generator=generator).to(self.device)
@@ -205,11 +223,19 @@ class Batches:
         if self.augmentation.flip:
             mirrored = (torch.rand(count, generator=generator) < 0.5).to(self.device)
             columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-        return images[order[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return rows, columns
 
-    def _rotated(self, x: Tensor, number: int, start: int) -> Tensor:
-        angles = torch.rand(len(x), generator=self._generator("rotate", number, start)).to(x.device, x.dtype)
-        angles = torch.deg2rad((2 * angles - 1) * self.augmentation.rotation)
+    def _cut(self, order: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._padded[order[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _angles(self, number: int, start: int, count: int) -> Tensor:
+        """By how many radians the images of the batch that begins at `start` are turned."""
+        angles = torch.rand(count, generator=self._generator("rotate", number, start)).to(
+            self.device, self.dtype
+        )
+        return torch.deg2rad((2 * angles - 1) * self.augmentation.rotation)
+
+    def _rotated(self, x: Tensor, angles: Tensor) -> Tensor:
         cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
         # the grid runs from -1 to 1 along either side, however long
         across = x.shape[2] / x.shape[3]
@@ -217,6 +243,52 @@ class Batches:
         matrix = torch.stack(rows, 1)
         grid = torch.nn.functional.affine_grid(matrix, list(x.shape), align_corners=False)
         return torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+class Tables:
+    """The draws of an epoch in tables on the device: any step finds there which batch is its own.
+
+    The tables keep their places, so that a captured step sees what `fill` has put there.
+    """
+
+    def __init__(self, batches: Batches):
+        self.batches, count, device = batches, len(batches.labels), batches.device
+        _, height, width, _ = batches.images.shape
+        self._sizes = [1, height, width] if batches._moves else [1]
+        # which image, and which of its rows and columns
+        self._table = torch.empty(count, sum(self._sizes), dtype=torch.int64, device=device)
+        self._labels = torch.empty_like(batches.labels)
+        self._angles = torch.empty(count, dtype=batches.dtype, device=device)
+        self._within = torch.arange(batches.batch_size, device=device)
+
+    def fill(self, number: int) -> None:
+        """Take up epoch `number` (from 0)."""
+        own = self.batches
+        order = own._order(number)
+        order = torch.arange(len(own.labels), device=own.device) if order is None else order
+        places = own._places(number) if own._moves else ()
+        torch.cat([order[:, None], *places], 1, out=self._table)
+        torch.index_select(own.labels, 0, order, out=self._labels)
+        if own.augmentation.rotation:
+            for start in range(0, len(order), own.batch_size):
+                part = self._angles[start : start + own.batch_size]
+                part.copy_(own._angles(number, start, len(part)))
+
+    def size(self, step: int) -> int:
+        """Images of the batch of a step (from 0)."""
+        own = self.batches
+        return min(own.batch_size, len(own.labels) - step * own.batch_size)
+
+    def batch(self, step: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """As of `Batches.epoch`: the batch of a step, int64 [1] on the device, which has `size` images."""
+        own = self.batches
+        index = torch.add(self._within[:size], step, alpha=own.batch_size)
+        chosen = self._table.index_select(0, index).split(self._sizes, 1)
+        order = chosen[0][:, 0]
+        x = own._normalised(own._cut(order, *chosen[1:]) if own._moves else own._padded[order])
+        if own.augmentation.rotation:
+            x = own._rotated(x, self._angles.index_select(0, index))
+        return x, self._labels.index_select(0, index)
 
 
 class FixedBatches:

@@ -1,16 +1,14 @@
 """The one loop in which every network of the suite is trained.
 
 A method takes part through `Hooks`. Learning rates are given as one number per iteration. The loop never waits for
-the device inside an epoch; sums of loss and accuracy are read once at its end.
+the device inside an epoch; sums of loss and accuracy are read once at its end. On a GPU whole steps are captured.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,45 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
-from common.core.compute import Capture, CaptureFailed, Compute, out_of_memory, release_memory
+from common.core.compute import TURNS, Compute, out_of_memory, release_memory
+from common.core.data import Batches
 from common.core.failures import Diverged, OutOfMemory, Unreachable
+from common.core.hooks import Hooks as Hooks
 from common.core.identity import GLOBAL_GENERATOR, stream
-
-
-class Hooks:
-    """What a method may do inside the loop. Every method does nothing by default."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser beside the model's own."""
-        return []
-
-    def epoch_started(self, trainer: Trainer, epoch: int) -> None:
-        """Before the first iteration of epoch `epoch` (from 0 in each fit)."""
-
-    def weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
-        """Weights by parameter name to use in the forward pass in place of the stored ones; gradients flow through."""
-        return None
-
-    def loss(self, trainer: Trainer) -> Tensor | None:
-        """A differentiable scalar that is added to the cross-entropy."""
-        return None
-
-    def gradients_ready(self, trainer: Trainer) -> None:
-        """After backward and before the optimiser's step: `.grad` may be changed in place."""
-
-    def stepped(self, trainer: Trainer) -> None:
-        """After the optimiser's step."""
-
-    def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
-        """After the last iteration of an epoch: prune, shrink, select."""
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values that a checkpoint in the middle of a fit must hold."""
-        return {}
-
-    def load_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        """Take up a `state`; called before the trainer loads its model and optimiser, so shapes may be restored here."""
-
+from common.core.steps import Steps
 
 Decays = Callable[[str, nn.Parameter], bool]
 """Whether a parameter, given with its name, gets weight decay."""
@@ -103,7 +68,8 @@ class Trainer:
 
     momentum, nesterov, weight_decay: of SGD (Sutskever form as in torch). decays(name, parameter) tells which
     parameters get weight decay (default: all). `optimizer` replaces the SGD altogether. `history` has one row per
-    epoch over all fits; `epochs_done` counts them, and numbers the epochs of the batches.
+    epoch over all fits; `epochs_done` counts them, and numbers the epochs of the batches. `rates` are the learning rates
+    of the epoch, one an iteration.
     """
 
     def __init__(
@@ -134,7 +100,9 @@ class Trainer:
         self.iteration = 0
         self._checkpoints = checkpoints
         self._compiled: tuple[nn.Module, Callable[[Tensor], Tensor]] | None = None
-        self._capture: Capture | None = None
+        self.rates: Sequence[float] = ()
+        self._steps: Steps | None = None
+        self._in_steps = False
         self._fits = 0
         self._draws = any(isinstance(module, _DropoutNd) and module.p for module in model.modules())
 
@@ -151,6 +119,11 @@ class Trainer:
     def device(self) -> torch.device:
         """Where the network is trained."""
         return self.compute.device
+
+    @property
+    def planned(self) -> bool:
+        """Whether steps are taken from tables on the device, as they are on a GPU where nothing speaks against it."""
+        return self._planned() is not None
 
     def go_on_from(
         self,
@@ -201,7 +174,8 @@ class Trainer:
             self.iteration = epoch * per_epoch
             for hook in self.hooks:
                 hook.epoch_started(self, epoch)
-            row = self._epoch(learning_rates[self.iteration : self.iteration + per_epoch])
+            self.rates = learning_rates[self.iteration : self.iteration + per_epoch]
+            row = self._epoch(self.rates)
             for hook in self.hooks:
                 hook.epoch_ended(self, epoch)
             if self.validation is not None:
@@ -215,89 +189,109 @@ class Trainer:
     def _epoch(self, learning_rates: Sequence[float]) -> dict[str, float]:
         with GLOBAL_GENERATOR if self._draws else nullcontext():
             if self._draws:
-                # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself
+                # dropout draws from the global generator: seeding it per epoch makes an epoch repeatable by itself, as long
+                # as no other thread has its turn before the end
                 torch.manual_seed(stream(self.seed, "dropout", self.epochs_done))
-            return self._iterations(learning_rates)
+            self.model.train()
+            steps = self._planned()
+            count = self._planned_epoch(steps, learning_rates) if steps else self._eager(learning_rates)
+        self.compute.wait()
+        mean = self._loss.item() / count
+        if not math.isfinite(mean):
+            raise Diverged(f"the training loss is {mean} in epoch {self.epochs_done + 1}")
+        return {
+            "lr": learning_rates[-1],
+            "train_loss": mean,
+            "train_accuracy": self._correct.item() / count,
+        }
 
-    def _iterations(self, learning_rates: Sequence[float]) -> dict[str, float]:
-        self.model.train()
-        device = self.compute.device
-        loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    def _planned_epoch(self, steps: Steps, learning_rates: Sequence[float]) -> int:
+        """Train by steps from tables; returns the number of images."""
+        self._loss, self._correct, self._in_steps = steps.loss, steps.correct, True
+        try:
+            steps.run(self, learning_rates)
+        except (RuntimeError, ValueError) as error:
+            steps.no_memory()
+            self._explain(error, lambda: steps.batch(steps.size))
+            raise
+        finally:
+            self._in_steps = False
+        return sum(steps.tables.size(step) for step in range(len(learning_rates)))
+
+    def _planned(self) -> Steps | None:
+        """The steps that are taken from tables on the device, where that is done and can be."""
+        if not self.compute.planned or self._draws or not isinstance(self.batches, Batches):
+            return None
+        if self._steps is None or self._steps.tables.batches is not self.batches:
+            tables = self.batches.tables()
+            self._steps = Steps(tables, self.compute.device) if tables else None
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        return self._steps
+
+    def _eager(self, learning_rates: Sequence[float]) -> int:
+        """Train step by step; returns the number of images."""
+        device, count = self.compute.device, 0
+        self._loss, self._correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for rate, (images, labels) in zip(learning_rates, self.batches.epoch(self.epochs_done), strict=True):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss, logits = self._step(images, labels)
-            loss_sum += loss * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
+            try:
+                self.learn(images, labels)
+            except (RuntimeError, ValueError) as error:
+                self._explain(error, lambda: (images, labels))
+                raise
             count += len(labels)
             self.iteration += 1
-        mean = loss_sum.item() / count
-        if not math.isfinite(mean):
-            raise Diverged(f"the training loss is {mean} in epoch {self.epochs_done + 1}")
-        return {"lr": learning_rates[-1], "train_loss": mean, "train_accuracy": correct.item() / count}
+            if not self._draws:
+                TURNS.pass_on()
+        return count
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One update; returns the loss and the logits of the batch."""
-        effective = self.effective()
-        try:
-            if self._capturable and not effective:
-                loss, logits = self._captured(images, labels)
-            else:
-                loss, logits = self._pass(images, labels, effective)
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise OutOfMemory(self._what_fits(images, labels)) from None
-            raise
-        except ValueError as error:
-            if len(labels) > 1:
-                raise
-            raise Unreachable(
-                f"one of the {len(self.batches)} batches has a single image, on which this network cannot be trained "
-                f"({error}): another batch_size leaves none"
-            ) from None
+    def learn(self, images: Tensor, labels: Tensor) -> None:
+        """One step on a batch, with all that hooks do in it; its loss and correct answers join the sums of the epoch."""
+        loss, logits = self._pass(images, labels, self.effective())
         for hook in self.hooks:
             hook.gradients_ready(self)
         self.optimizer.step()
         for hook in self.hooks:
             hook.stepped(self)
-        return loss, logits
+        self._loss += loss * len(labels)
+        self._correct += (logits.argmax(1) == labels).sum()
 
-    def _pass(
-        self, images: Tensor, labels: Tensor, effective: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def at_iteration(self, values: Sequence[float]) -> float | Tensor:
+        """The entry of `values`, which must not change, for this iteration of the fit.
+
+        A scalar on the device where steps may be captured, in float32.
+        """
+        if self._steps and self._in_steps:
+            return self._steps.number(values)
+        return values[self.iteration]
+
+    def _explain(self, error: RuntimeError | ValueError, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Raise OutOfMemory or Unreachable if a step on a batch ended for want of memory, or since it is a single image."""
+        if out_of_memory(error):
+            raise OutOfMemory(self._what_fits(*batch())) from None
+        if isinstance(error, ValueError) and len(batch()[1]) == 1:
+            raise Unreachable(
+                f"one of the {len(self.batches)} batches has a single image, on which this network cannot be trained "
+                f"({error}): another batch_size leaves none"
+            ) from None
+
+    def _pass(self, images: Tensor, labels: Tensor, effective: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Forward and backward pass, which leaves the gradients in `.grad`; returns the loss and the logits."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.compute.turn():
-            logits = self._forward(images, effective)
-            loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-            total = loss
-            for hook in self.hooks:
-                if (term := hook.loss(self)) is not None:
-                    total = total + term
-            total.backward()
+        logits = self._forward(images, effective)
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        total = loss
+        for hook in self.hooks:
+            if (term := hook.loss(self)) is not None:
+                total = total + term
+        total.backward()
         return loss.detach(), logits.detach()
-
-    @property
-    def _capturable(self) -> bool:
-        """Whether a pass is the same work every time: no term of a hook in the loss, no random numbers."""
-        plain = all(type(hook).loss is Hooks.loss for hook in self.hooks)
-        return self.compute.captured and plain and not self._draws
-
-    def _captured(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # where the parameters lie tells whether the network is still the one that was captured
-        places = [p.data_ptr() for group in self.optimizer.param_groups for p in group["params"]]
-        if self._capture is None or self._capture.places != places:
-            self._capture = Capture(self.model, places)
-        try:
-            return self._capture(self._pass, images, labels)
-        except CaptureFailed as failure:
-            print(f"{failure}; training goes on without a captured graph", file=sys.stderr)
-            self.compute, self._capture = replace(self.compute, captured=False), None
-            return self._pass(images, labels)
 
     def _what_fits(self, images: Tensor, labels: Tensor) -> str:
         """Why a batch cannot be trained on, and the largest half, quarter, ... of it that can."""
-        self._capture = None
         fitting = len(labels) // 2
         while fitting:
             release_memory(self.compute.device)
@@ -331,8 +325,7 @@ class Trainer:
 
         The network stays in training or evaluation mode, whichever it is in.
         """
-        with self.compute.turn():
-            return self._forward(images, self.effective())
+        return self._forward(images, self.effective())
 
     def _network(self) -> Callable[[Tensor], Tensor]:
         """The model, compiled where that was chosen; a hook may have put another model in its place."""
@@ -364,6 +357,8 @@ class Trainer:
             count += len(labels)
             if classes is not None:
                 classes.append(predicted)
+            TURNS.pass_on()
+        self.compute.wait()
         return {"accuracy": correct.item() / count, "loss": loss.item() / count}
 
     def momentum_buffer(self, parameter: nn.Parameter) -> Tensor | None:

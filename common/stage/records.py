@@ -118,8 +118,7 @@ def predictions_of(context: Context, outcome: Outcome, store: Store) -> Predicti
     """
     tested = context.reported(outcome.metrics)
     if tested and tested.classes:
-        with context.compute.turn():
-            return Predictions.of(tested.labels.cpu(), torch.cat(tested.classes).cpu())
+        return Predictions.of(tested.labels.cpu(), torch.cat(tested.classes).cpu())
     for need in taken_over(context, outcome):
         if (entry := store.load(need)) and entry.predictions:
             return Predictions.from_text(entry.predictions)
@@ -149,8 +148,7 @@ def chance(run: Run, compute: Compute) -> float | None:
             labels = Context(run, compute, ()).dataset(sources[0]).labels["test"]
         except (MemoryError, torch.OutOfMemoryError):
             return None  # what ended the run ends this, too
-        with compute.turn():
-            counts = labels.cpu().bincount()
+        counts = labels.cpu().bincount()
         _chances[sources[0]] = counts.max().item() / len(labels)
     return _chances[sources[0]]
 

@@ -29,6 +29,7 @@ from common.core.data import Dataset
 from common.core.identity import digest
 from common.core.pruning import counting
 from common.core.run import Context, Run
+from common.core.steps import MOST, WARM_UP
 from common.core.trainer import BatchSource, Trainer
 from common.records import Entry
 from common.settings import ExecutionSettings
@@ -292,20 +293,22 @@ def _now(trainer: Trainer) -> float:
 def _time_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> tuple[float, dict[str, float]]:
     """Seconds of the epoch that would begin now, and the row that its first iterations give."""
     whole, first, per_epoch = trainer.batches, trainer.iteration, len(learning_rates)
+    planned = trainer.planned
 
     def timed(count: int) -> tuple[float, float, dict[str, float]]:
-        """Seconds until the first batch, seconds of an iteration, row."""
-        trainer.batches, trainer.iteration = _First(whole, count), first
+        """Seconds until the first batch (none where tables on the device give it), seconds of an iteration, row."""
+        cut = _First(whole, count)
+        trainer.batches, trainer.iteration = whole if planned else cut, first
         begun = _now(trainer)
         try:
             row = _EPOCH(trainer, learning_rates[:count])
-            ready = trainer.batches.ready
         finally:
             trainer.batches = whole
+        ready = begun if planned else cut.ready
         return ready - begun, (_now(trainer) - ready) / count, row
 
-    # a pass that is to be replayed on a GPU is captured after some others
-    timed(min(8 if trainer.compute.captured else 1, per_epoch))
+    # steps that are to be replayed on a GPU are captured after some others, one by one and several together
+    timed(min(2 * MOST + 2 * WARM_UP if planned else 1, per_epoch))
     before, each, row = timed(min(2, per_epoch))
     if (enough := min(int(TIMED_SECONDS / each), per_epoch)) > 2:
         before, each, row = timed(enough)

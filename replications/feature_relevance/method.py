@@ -388,6 +388,7 @@ class GradualPruning(Hooks):
 
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
         """Prune if an event is due."""
+        self.removal.trained(trainer)
         if (number := trainer.epochs_done + 1) in self.events:
             self.prune(trainer, number)
 
@@ -404,8 +405,8 @@ class GradualPruning(Hooks):
         """Where channels are masked, the masked weights."""
         return self.removal.weights(trainer.model)
 
-    def stepped(self, trainer: Trainer) -> None:
-        self.removal.stepped(trainer)
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return self.removal.tensors()
 
     def state(self) -> dict[str, Any]:
         own = {"removed": self.pruner.removed, "events": self.pruner.events, "log": self.log}

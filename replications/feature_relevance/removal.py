@@ -36,8 +36,12 @@ class Removal:
         """The weights that a forward pass sees in place of the stored ones, by parameter name."""
         return {}
 
-    def stepped(self, trainer: Trainer) -> None:
-        """Take note of one step of the optimiser."""
+    def trained(self, trainer: Trainer) -> None:
+        """Take note of the steps of an epoch that has just ended."""
+
+    def tensors(self) -> list[Tensor]:
+        """What `weights` multiplies."""
+        return []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
@@ -76,6 +80,9 @@ class ForwardMasks(Removal):
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: model.get_parameter(name) * mask for name, mask in self._masks.items()}
 
+    def tensors(self) -> list[Tensor]:
+        return list(self._masks.values())
+
 
 class MaskedTwin(Removal):
     """Channels leave the trained network; the full-width one with masks that it stands for is put together anew.
@@ -96,13 +103,16 @@ class MaskedTwin(Removal):
     def _begin(self) -> None:
         self._age, self._steps = [[1.0, 0.0], [0.0, 1.0]], 0
 
-    def stepped(self, trainer: Trainer) -> None:
+    def trained(self, trainer: Trainer) -> None:
         group = trainer.optimizer.param_groups[0]
-        rate, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+        for rate in trainer.rates:
+            self._step(rate, group["momentum"], group["weight_decay"], group["nesterov"])
+
+    def _step(self, rate: float, momentum: float, decay: float, nesterov: bool) -> None:
         values, momenta = self._age
         momenta = [decay * value + momentum * m for value, m in zip(values, momenta)]
         moves = momenta
-        if group["nesterov"]:
+        if nesterov:
             moves = [decay * value + momentum * m for value, m in zip(values, momenta)]
         self._age = [[value - rate * move for value, move in zip(values, moves)], momenta]
         self._steps += 1

@@ -80,6 +80,9 @@ class Penalty(Hooks):
     def gradients_ready(self, trainer: Trainer) -> None:
         torch._foreach_add_(gradients_of(self.tensors), self.weight_gradients())
 
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return [*self.tensors, self.xi, self.psi]
+
     @torch.no_grad()
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
         self.log.append(self.statistics())
@@ -186,8 +189,11 @@ class _Shrinkage(Penalty):
             self.psi = self.training.psi_by_epoch[epoch]
 
     def _placed(self, own: list[Tensor]) -> list[Tensor]:
-        """Tensors of the shapes of the lambdas, on the device of the weights and in their memory format."""
-        return [new.copy_(old) for new, old in zip(self._initial(), own, strict=True)]
+        """The same tensors, on the device of the weights and in their memory format."""
+        return [
+            old if (old.device, old.stride()) == (new.device, new.stride()) else new.copy_(old)
+            for new, old in zip(self._initial(), own, strict=True)
+        ]
 
     @torch.no_grad()
     def gradients_ready(self, trainer: Trainer) -> None:
@@ -197,7 +203,14 @@ class _Shrinkage(Penalty):
             self.accumulate(part, gradients_of(self.tensors[part]), momenta)
             if self.training.weight_decay:
                 torch._foreach_add_(momenta, lambdas, alpha=self.training.weight_decay)
-            torch._foreach_add_(lambdas, momenta, alpha=-self.training.rates[trainer.iteration])
+            rate = trainer.at_iteration(self.training.rates)
+            if isinstance(rate, Tensor):
+                torch._foreach_sub_(lambdas, torch._foreach_mul(momenta, rate))
+            else:
+                torch._foreach_add_(lambdas, momenta, alpha=-rate)
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return [*super().in_graph(trainer), *self.lambdas, *self._momenta, self.training]
 
     def statistics(self) -> dict[str, float]:
         sizes = torch.cat([part.flatten() for part in self.lambdas]).abs()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.core.failures import Unreachable
+from common.core.hooks import NotCapturable
 from common.core.pruning.masks import Allocation, Masks, select, smallest
 from common.core.trainer import Hooks, Trainer
 from replications.imp_slr.method import relative_steps
@@ -66,6 +67,9 @@ class DuringTraining(Hooks):
     def _tensors(self) -> Sequence[Tensor]:
         """The method's own trained tensors."""
         return []
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return [self.finished, *self._tensors()]
 
     def state(self) -> dict[str, Any]:
         return {"kept": self.masks.kept, "tensors": [tensor.detach() for tensor in self._tensors()]}
@@ -127,6 +131,9 @@ class GMP(DuringTraining):
             self.masks.prune(trainer.model, self._steps[epoch + 1], self.allocation)
         self.masks.apply_to_momentum(trainer)
 
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return [*super().in_graph(trainer), *self.masks.factors(trainer.model).values()]
+
 
 class DPF(DuringTraining):
     """Dynamic pruning with feedback (Lin et al. 2020).
@@ -146,8 +153,14 @@ class DPF(DuringTraining):
         }
 
     def stepped(self, trainer: Trainer) -> None:
-        if (trainer.iteration + 1) % DPF_ITERATIONS == 0:
+        if self.needs_host(trainer.iteration):
             self._look_again(trainer, trainer.iteration // len(trainer.batches))
+
+    def needs_host(self, iteration: int) -> bool:
+        return (iteration + 1) % DPF_ITERATIONS == 0
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return [*super().in_graph(trainer), *self.masks.factors(trainer.model).values()]
 
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
         if epoch + 1 in dict(self._events):
@@ -192,6 +205,13 @@ class _Preparing(DuringTraining):
             with torch.no_grad():
                 pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
                 self._change([p for p, _ in pairs], [gradient for _, gradient in pairs])
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        if self.finished:
+            return super().in_graph(trainer)
+        raise NotCapturable(
+            f"{type(self).__name__} ranks all entries in every step, and the host counts them"
+        )
 
     def _change(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
         """Edit the gradients of these parameters."""
@@ -312,6 +332,9 @@ class _Reparameterised(DuringTraining):
     code.
     """
 
+    alone: ClassVar[str]
+    """What each of its steps does that a captured one cannot."""
+
     def __init__(self, model: nn.Module, penalty: float, weight_decay: float, double_decay: bool):
         super().__init__(model)
         self.penalty, self.weight_decay, self.double_decay = penalty, weight_decay, double_decay
@@ -327,6 +350,9 @@ class _Reparameterised(DuringTraining):
         decay = 0.5 * self.weight_decay * _total(w.square().sum() for w in weights)
         return self.penalty * self._penalised(trainer) + decay
 
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        raise NotCapturable(f"{type(self).__name__} {self.alone}")
+
     def _penalised(self, trainer: Trainer) -> Tensor:
         raise NotImplementedError
 
@@ -337,6 +363,8 @@ class CS(_Reparameterised):
     beta grows from 1 to `beta_final`. iterations: length of training. The final mask is m > 0; the scale
     1 / sigmoid(initial) stays in the weights.
     """
+
+    alone = "has sharper masks in every step"
 
     def __init__(
         self,
@@ -398,6 +426,8 @@ class DST(_Reparameterised):
 
     When no more than 1 % of a layer survives, its thresholds go back to 0.
     """
+
+    alone = "asks in every step whether a layer has collapsed"
 
     def __init__(self, model: nn.Module, penalty: float, weight_decay: float, double_decay: bool = False):
         super().__init__(model, penalty, weight_decay, double_decay)

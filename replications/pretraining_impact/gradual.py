@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -159,6 +159,9 @@ class KeepFiltersMasked(Hooks):
         if self.policy == "after_step":
             apply_masks(self.masks, dict(trainer.model.named_parameters()), trainer.optimizer)
 
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return list(self.masks.values())
+
     def state(self) -> dict[str, Any]:
         return {"masks": self.masks}
 
@@ -195,6 +198,12 @@ class Gradual(Hooks):
         done = trainer.iteration + 1
         if done in self.events:
             self._prune(trainer, self.events[done], done)
+
+    def needs_host(self, iteration: int) -> bool:
+        return iteration + 1 in self.events
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return ()
 
     def _prune(self, trainer: Trainer, fraction: float, done: int) -> None:
         model = trainer.model

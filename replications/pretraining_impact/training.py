@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 from torch import nn
 
 from common.core.data import Dataset
+from common.core.hooks import NotCapturable
 from common.core.identity import stream
 from common.core.recipe import NotNegative, Recipe
 from common.core.run import Context
@@ -86,6 +87,9 @@ class OneCycleMomentum(Hooks):
         momentum = one_cycle_policy(trainer.iteration / self.total, 1.0)[1]
         for group in trainer.optimizer.param_groups:
             group["betas"] = (momentum, group["betas"][1])
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        raise NotCapturable("the momentum of one-cycle training is another one in every step")
 
 
 def one_cycle_policy(progress: float, peak: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from common.core.hooks import NotCapturable
 from common.core.identity import stream
 from common.core.models import ChannelGroup, module_of
 from common.core.models.resnet import Block, PaddedShortcut, ResNet
@@ -87,6 +88,9 @@ class BlockGates(Hooks):
 
     def gradients_ready(self, trainer: Trainer) -> None:
         trainer.optimizer.param_groups[-1]["lr"] = self.rate
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        raise NotCapturable("block gates are drawn anew in every step")
 
     def state(self) -> dict[str, Any]:
         return {"alpha": self.alpha.detach().clone()}

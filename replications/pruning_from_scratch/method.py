@@ -109,6 +109,9 @@ class Gates(Hooks):
         # a gate that reaches 0 stays there: neither the activation nor |g| has a gradient at 0
         self.values.clamp_(0, 1)
 
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return [self.values, *(tensor for pair in self._affine for tensor in pair), self.weight, self.level]
+
     def epoch_ended(self, trainer: Trainer, epoch: int) -> None:
         self.epochs.append(self.values.detach().clone())
 

@@ -230,6 +230,7 @@ class Masks:
     def __init__(self, kept: Mapping[str, Tensor]):
         self.kept = dict(kept)
         self._factors: dict[str, Tensor] = {}
+        self._changed = False
         self._model: nn.Module | None = None
         self._weights: dict[str, nn.Parameter] = {}
 
@@ -243,7 +244,7 @@ class Masks:
     def update(self, kept: Mapping[str, Tensor]) -> None:
         """Replace the masks."""
         self.kept = dict(kept)
-        self._factors = {}
+        self._changed = True
         self._model = None
 
     def prune(
@@ -265,13 +266,20 @@ class Masks:
         return self._weights
 
     def factors(self, model: nn.Module) -> dict[str, Tensor]:
-        """The masks as tensors of 0 and 1 in the number format and on the device of the model's weights."""
+        """The masks as tensors of 0 and 1 in the number format and on the device of the model's weights.
+
+        Other masks of the same weights are written into the same tensors, so that captured steps see them.
+        """
         weights = self.weights(model)
         like = next(iter(self._factors.values()), None)
         first = next(iter(weights.values()))
-        if like is None or (like.dtype, like.device) != (first.dtype, first.device):
+        if self._changed or like is None or (like.dtype, like.device) != (first.dtype, first.device):
             # kept from call to call: a product with booleans is slow
-            self._factors = {n: torch.empty_like(w).copy_(self.kept[n]) for n, w in weights.items()}
+            if not _alike(self._factors, weights):
+                self._factors = {n: torch.empty_like(w) for n, w in weights.items()}
+            for name, factor in self._factors.items():
+                factor.copy_(self.kept[name])
+            self._changed = False
         return self._factors
 
     def effective(self, model: nn.Module) -> dict[str, Tensor]:
@@ -313,6 +321,12 @@ class Masks:
             torch._foreach_mul_(*map(list, zip(*pairs)))
 
 
+def _alike(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether they have the same names, shapes, layouts, number formats and devices."""
+    kinds = [[(n, t.shape, t.stride(), t.dtype, t.device) for n, t in of.items()] for of in (tensors, others)]
+    return kinds[0] == kinds[1]
+
+
 class KeepMasked(Hooks):
     """Holds pruned weights at zero: masks the weights again after each step of the optimiser.
 
@@ -324,6 +338,9 @@ class KeepMasked(Hooks):
 
     def stepped(self, trainer: Trainer) -> None:
         self.masks.apply(trainer.model)
+
+    def in_graph(self, trainer: Trainer) -> Sequence[Any]:
+        return list(self.masks.factors(trainer.model).values())
 
     def state(self) -> dict[str, Any]:
         return {"kept": self.masks.kept}
