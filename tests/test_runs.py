@@ -16,14 +16,12 @@ from project import add_example, copy, environment, params, run, start
 
 from common.core.data import Batches
 from common.core.loading import load
-from common.core.recipe import Recipe
-from common.core.run import Cell
 from common.core.trainer import Trainer
 from common.predictions import unpacked
-from common.settings import DatasetSettings, ExecutionSettings
+from common.settings import DatasetSettings
 from common.stage import partial, processes
 from common.stage.files import load_checked, save_checked
-from common.stage.scheduler import execute, in_order
+from common.stage.scheduler import in_order
 from common.stage.store import (
     OutOfTime,
     RunCheckpoints,
@@ -33,7 +31,6 @@ from common.stage.store import (
 )
 from replications import commands
 from replications.__main__ import main
-from replications.equal_footing.protocol import Dense
 
 pytestmark = pytest.mark.slow
 
@@ -472,29 +469,6 @@ def test_a_spent_time_budget_stops_inside_a_run_which_goes_on_later(tmp_path):
     resumed.fit([0.1] * 16)
     assert resumed.history == unbroken.history
     assert torch.equal(resumed.model[1].weight, unbroken.model[1].weight)
-
-
-def _example_runs(count):
-    """Dense runs on equal footing, of a small network on few digits."""
-    cell = Cell(architecture="vgg_t8", data=DatasetSettings(train=200, validation=100))
-    arena = Recipe(epochs=2, batch_size=64, learning_rate=0.1, schedule="linear")
-    return [Dense(variant="dense", cell=cell, seed=seed, arena=arena).run for seed in range(count)]
-
-
-def test_threads_of_one_process_give_the_bytes_of_separate_processes(tmp_path, monkeypatch):
-    """On a GPU several runs train in threads of one process; here the same threads train on the CPU."""
-    results = []
-    for place in ("processes", "threads"):
-        if place == "threads":
-            monkeypatch.setattr(
-                "common.stage.scheduler.training_slots", lambda execution, most: (3, ["cpu"] * 3)
-            )
-            monkeypatch.setattr("common.stage.scheduler._start_thread", lambda devices: None)
-        store = Store(tmp_path / place)
-        entries = execute(_example_runs(4), store, ExecutionSettings(device="cpu"), "test")
-        results.append([(entry.record, entry.curves) for entry in entries])
-    assert results[0] == results[1]
-    assert len({json.dumps(curves) for _, curves in results[0]}) == 4
 
 
 def test_a_kept_run_of_another_schema_is_done_again(tmp_path, capsys):

@@ -6,9 +6,9 @@ itself a run, which the others list in `needs`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-import queue
 import sys
 import threading
 import time
@@ -20,7 +20,6 @@ from concurrent.futures import (
     Executor,
     Future,
     ProcessPoolExecutor,
-    ThreadPoolExecutor,
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
@@ -40,6 +39,7 @@ from common.core.run import Context, Needed, Outcome, Run
 from common.records import Entry
 from common.settings import ROOT, ExecutionSettings, SettingsError
 from common.stage import latency, processes
+from common.stage.gpus import Died, GPUWorkers
 from common.stage.records import Failed, entry_of, predictions_of, record_of, taken_over
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 
@@ -186,14 +186,7 @@ def _start_worker(execution: ExecutionSettings) -> None:
 
 
 _own = threading.local()
-"""device: of a thread that trains on a GPU. refuses: why a worker cannot train."""
-
-
-def _start_thread(devices: queue.SimpleQueue[str]) -> None:
-    """Bind a thread that trains on a GPU to that device and to a stream of its own."""
-    _own.device = devices.get()
-    torch.cuda.set_device(_own.device)
-    torch.cuda.set_stream(torch.cuda.Stream())
+"""refuses: why a worker cannot train."""
 
 
 def _work(
@@ -203,10 +196,11 @@ def _work(
     keep_state: bool,
     budget: TimeBudget,
     wanted: Networks,
+    device: str | None = None,
 ) -> Entry | None:
     if refuses := getattr(_own, "refuses", None):
         raise StageError(refuses)
-    if device := getattr(_own, "device", None):
+    if device:
         execution = execution.model_copy(update={"device": device})
     return None if budget.spent else perform(run, store, execution, keep_state, budget, wanted)
 
@@ -299,8 +293,8 @@ def training_slots(execution: ExecutionSettings, most: int) -> tuple[int, list[s
 class _Scheduler:
     """Gives each run to a worker as soon as what it needs is finished.
 
-    A worker is a process on a CPU, and on a GPU a thread with a stream of its own: kernels of several processes would
-    take turns there.
+    A worker is a process on a CPU, and on a GPU a thread of its one process, with a stream of its own: kernels of several
+    processes would take turns there.
     """
 
     def __init__(
@@ -319,8 +313,10 @@ class _Scheduler:
         self.wanted = wanted
         self.needed, self.entries, self.finish, self.budget = needed, entries, finish, budget
         self.running: dict[Future[Entry | None], Run] = {}
-        self.crowded: list[Run] = []
-        """Runs that found no memory beside others."""
+        self.again: list[Run] = []
+        """Runs that found no memory beside others, or whose process has died with those of others."""
+        self.room = workers + 1
+        """Runs that are given to workers at once, at most; fewer when memory has been short."""
         self.defects: list[str] = []
         self.deaths = Counter[str]()
         """How often a worker has died with a run that was alone with it, by settings hash."""
@@ -340,14 +336,13 @@ class _Scheduler:
                     except BrokenProcessPool:
                         suspects += self._after_a_death(alone=workers == 1)
                     except BaseException as error:
-                        self.budget.ends = 0.0  # threads stop at the end of their epoch
                         pool.shutdown(wait=False, cancel_futures=True)
                         commandline.end_children()
                         if isinstance(error, (OSError, EOFError)):
                             raise StageError(f"{self._told(error)}; {self._kept()}") from None
                         raise
-                suspects += self.crowded
-                self.crowded = []
+                suspects += self.again
+                self.again = []
         if self.defects:
             raise StageError(f"{len(self.defects)} runs stopped on an error: {'; '.join(self.defects[:3])}")
         if any(run.settings_hash not in self.entries for run in todo):
@@ -355,11 +350,7 @@ class _Scheduler:
 
     def _pool(self, workers: int) -> Executor:
         if self.devices:
-            prepare_process(self.execution)
-            devices: queue.SimpleQueue[str] = queue.SimpleQueue()
-            for device in self.devices:
-                devices.put(device)
-            return ThreadPoolExecutor(workers, initializer=_start_thread, initargs=(devices,))
+            return GPUWorkers(self.devices[:workers], functools.partial(prepare_process, self.execution))
         with commandline.naming("/dev/shm"):  # where the system keeps what processes wait for each other by
             return ProcessPoolExecutor(
                 workers, processes.context(), initializer=_start_worker, initargs=(self.execution,)
@@ -373,7 +364,7 @@ class _Scheduler:
             if self.budget.spent:
                 waiting.clear()
             ready = (run for run in waiting if all(need.settings_hash in self.entries for need in run.needs))
-            for run in list(itertools.islice(ready, most - len(self.running))):
+            for run in list(itertools.islice(ready, max(0, min(most, self.room) - len(self.running)))):
                 waiting.remove(run)
                 keep = run.settings_hash in self.needed
                 with commandline.unheard():  # a worker may be started for it
@@ -382,7 +373,7 @@ class _Scheduler:
                     )
                 self.running[future] = run
             if not self.running:
-                if not self.crowded:  # else what is left may need one of them
+                if not self.again:  # else what is left may need one of them
                     waiting.clear()  # what is left needs a run that a defect stopped
                 return
             ended = wait(self.running, timeout=commandline.LOOKS_EVERY, return_when=FIRST_COMPLETED).done
@@ -396,6 +387,8 @@ class _Scheduler:
             entry = future.result()
         except (BrokenProcessPool, OSError, StageError):
             raise
+        except Died:
+            self.again += self._lost(self.running.pop(future), alone)
         except Exception as error:
             run = self.running.pop(future)
             self.defects.append(f"{run}: {type(error).__name__}: {error}")
@@ -404,28 +397,31 @@ class _Scheduler:
             run = self.running.pop(future)
             if entry and entry.record.failure == "resources" and not alone:
                 self.store.forget(run)
-                self.crowded.append(run)
+                self.again.append(run)
+                self.room = max(1, min(self.room, self.workers) - 1)
             elif entry:
                 self.finish(entry)
 
     def _after_a_death(self, alone: bool) -> list[Run]:
-        """The runs that may have killed their worker and are to be tried again. One that was alone with it, the second
-        time, is recorded as failed; the next command tries it again."""
+        """The runs that may have killed their worker and are to be tried again."""
         runs = list(self.running.values())
         self.running.clear()
-        suspects = []
-        for run in runs:
-            self.deaths[run.settings_hash] += alone
-            entry = self.store.finished(run, needed=False)
-            if entry is None and self.deaths[run.settings_hash] == DEATHS:
-                died = Failed("died", "its process died (killed, or the machine is out of memory)")
-                compute = Compute.choose(self.execution.device, self.execution.precision)
-                entry = self.store.save(run, entry_of(record_of(run, compute, died), compute, 0.0), None)
-            if entry is None:
-                suspects.append(run)
-            else:
-                self.finish(entry)
-        return suspects
+        return [suspect for run in runs for suspect in self._lost(run, alone)]
+
+    def _lost(self, run: Run, alone: bool) -> list[Run]:
+        """A run whose worker has died, to be tried again unless it is finished. One that was alone with it, the second time,
+        is recorded as failed; the next command tries it again."""
+        self.deaths[run.settings_hash] += alone
+        entry = self.store.finished(run, needed=False)
+        if entry is None and self.deaths[run.settings_hash] == DEATHS:
+            causes = "a fault of CUDA, killed" if self.devices else "killed"
+            died = Failed("died", f"its process died ({causes}, or the machine is out of memory)")
+            compute = Compute.choose(self.execution.device, self.execution.precision)
+            entry = self.store.save(run, entry_of(record_of(run, compute, died), compute, 0.0), None)
+        if entry is None:
+            return [run]
+        self.finish(entry)
+        return []
 
     def _kept(self) -> str:
         return f"{len(self.entries)} finished runs are kept in {self.store.folder}; the same command goes on from there"
