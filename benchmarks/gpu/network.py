@@ -27,31 +27,35 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench import BATCH, Bench, train
-from benchmarks.comparisons import Peaks, floor_seconds, plain_runs
+from benchmarks.bench import BATCH, RATE, Bench, train
+from benchmarks.comparisons import SPARSITY, Peaks, floor_seconds, plain_runs
+from common.core.recipe import Recipe
 from common.core.run import Run
-from common.core.trainer import Hooks, Trainer
+from common.core.trainer import Trainer
+from common.core.tuning import Tuned
 from common.settings import ExecutionSettings
 from common.stage import processes
 from common.stage.scheduler import execute, prepare_process
 from common.stage.store import OutOfTime, RunCheckpoints, Store, TimeBudget
+from replications.imp_slr.during import DPF
+from replications.imp_slr.protocol import PruneDuring
 
 EPOCH = 50_000
 """Images of an epoch of CIFAR-10, in which seconds are told."""
 ROUNDS = 3
-QUEUED = 12
-"""Steps whose kernels can wait in the GPU's queue (about a thousand), so that the host need not wait for it."""
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much is measured.
 
-    steps: of an epoch here. epochs: of each of several runs, more than there is time for. copied: bytes. matrix: its side.
+    mixed: so many runs at once, and how many of them prune while they train. steps: of an epoch here. epochs: of each of
+    several runs, more than there is time for. copied: bytes. matrix: its side.
     """
 
     networks: tuple[str, ...] = ("resnet20", "resnet56", "vgg16")
     together: tuple[int, ...] = (2, 4, 8, 16)
+    mixed: tuple[int, int] = (8, 2)
     batch: int = BATCH
     steps: int = 64
     epochs: int = 1000
@@ -62,7 +66,9 @@ class Scale:
 def scale(quick: bool) -> Scale:
     """quick: a rehearsal, whose numbers say nothing."""
     return (
-        Scale(("resnet8",), (2,), batch=16, steps=2, epochs=8, copied=2**20, matrix=128) if quick else Scale()
+        Scale(("resnet8",), (2,), (2, 1), batch=16, steps=2, epochs=8, copied=2**20, matrix=128)
+        if quick
+        else Scale()
     )
 
 
@@ -139,12 +145,10 @@ class Network:
         return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.bench.on_gpu else {}
 
     def host(self) -> dict[str, Any]:
-        """Time in which the host has launched a step, over the first of an epoch, whose work the queue of the GPU holds."""
-        clock = _Clock()
-        self.core.add_hook(clock)
+        """What the host computes for a step, over an epoch: processor time, so without what it waits for the GPU."""
+        begun = time.process_time()
         train(self.core)
-        times = clock.times[:QUEUED]
-        return {"us_step": _micro((times[-1] - times[0]) / (len(times) - 1))}
+        return {"us_step": _micro((time.process_time() - begun) / self.size.steps)}
 
     def kernels(self) -> dict[str, Any]:
         """How many kernels a step has, how long the GPU is busy with them, and which take the longest."""
@@ -170,12 +174,14 @@ class Network:
             "longest": longest,
         }
 
-    def together(self, runs: int, seconds: float) -> dict[str, Any]:
-        """So many runs at once, as a stage executes them: from when each has ended an epoch until the time is spent."""
+    def together(self, runs: int, seconds: float, pruning: int = 0) -> dict[str, Any]:
+        """So many runs at once, as a stage executes them: from when each has ended an epoch until the time is spent.
+
+        pruning: how many of them are trained by DPF, which looks at all weights every 16 steps.
+        """
         gc.collect()
         if self.bench.on_gpu:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         execution = ExecutionSettings(
             device=self.bench.device, precision=self.bench.precision, deterministic=False, workers=runs
         )
@@ -183,6 +189,7 @@ class Network:
             folder = Path(name)
             data = self.bench.dataset(self.size.steps)
             listed = plain_runs(self.bench, data, folder, self.name, self.size.epochs)(runs)
+            listed[:pruning] = [self._pruning(run) for run in listed[:pruning]]
             store, budget = Marking(folder, execution), TimeBudget(time.time() + seconds)
             failed: list[str | None] = []
             try:
@@ -191,19 +198,22 @@ class Network:
                 pass
             if reasons := [reason for reason in failed if reason]:
                 raise RuntimeError(f"{len(reasons)} of {runs} runs failed: {reasons[0]}")
-            window, epochs = in_common(store.marks(), runs)
+            marks = store.marks()
+            window, epochs = in_common([[when for when, _ in ends] for ends in marks], runs)
         found = self._of_floor(window, round(epochs * self.size.steps))
-        return {"runs": runs, **found, "window_seconds": round(window, 2), **self._peak_memory()}
+        peak = (
+            {"peak_bytes": int(max(most for ends in marks for _, most in ends))} if self.bench.on_gpu else {}
+        )
+        return {"runs": runs, **found, "window_seconds": round(window, 2), **peak}
 
-
-class _Clock(Hooks):
-    """Notes when the host was done with a step."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def stepped(self, trainer: Trainer) -> None:
-        self.times.append(time.perf_counter())
+    def _pruning(self, run: Run) -> Run:
+        """The same run with weights that are pruned while they are trained."""
+        epochs, batch = self.size.epochs, self.size.batch
+        recipe = Recipe(epochs=epochs, batch_size=batch, learning_rate=RATE, schedule="constant")
+        where = {"cell": run.job.cell, "seed": run.seed, "target": SPARSITY}
+        return PruneDuring(
+            variant="dpf", method="dpf", method_options=DPF(), training=Tuned((recipe,)), **where
+        ).run
 
 
 class Marking(Store):
@@ -212,9 +222,10 @@ class Marking(Store):
     def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
         return _MarkingRun(self.folder / f"{run.seed}.marks", budget)
 
-    def marks(self) -> list[list[float]]:
-        """Of each run that has ended an epoch, when it did (`time.monotonic()`)."""
-        return [[float(line) for line in file.read_text().split()] for file in self.folder.glob("*.marks")]
+    def marks(self) -> list[list[tuple[float, float]]]:
+        """Of each run that has ended an epoch, when it did (`time.monotonic()`), and most bytes of its process on a GPU."""
+        files = [file.read_text().splitlines() for file in self.folder.glob("*.marks")]
+        return [[(float(when), float(most)) for when, most in map(str.split, lines)] for lines in files]
 
 
 class _MarkingRun(RunCheckpoints):
@@ -232,7 +243,7 @@ class _Marks:
 
     def offer(self, fit: int, state: Callable[[], dict[str, Any]], finished: bool) -> None:
         with self.file.open("a") as marks:
-            marks.write(f"{time.monotonic()}\n")
+            marks.write(f"{time.monotonic()} {torch.cuda.max_memory_allocated()}\n")
         if self.budget.spent:
             raise OutOfTime
 
@@ -265,14 +276,17 @@ def measure(network: Network, add: Callable[[dict[str, Any]], object]) -> None:
         ("eager", lambda: network.alone(replace(bench, compilation="off"))),
     ]
     # captures take the longer the more runs there are
-    weights = [3 + runs for runs in network.size.together]
-    for number, runs in enumerate(network.size.together):
+    mixed, pruning = network.size.mixed
+    crowds = [(f"together-{runs}", runs, 0) for runs in network.size.together]
+    crowds.insert(-1, (f"mixed-{mixed}", mixed, pruning))
+    weights = [3 + runs for _, runs, _ in crowds]
+    for number, (what, runs, others) in enumerate(crowds):
         share = weights[number] / sum(weights[number:])
         parts.append(
             (
-                f"together-{runs}",
-                lambda runs=runs, share=share: network.together(
-                    runs, share * (network.ends - time.monotonic())
+                what,
+                lambda runs=runs, others=others, share=share: network.together(
+                    runs, share * (network.ends - time.monotonic()), others
                 ),
             )
         )

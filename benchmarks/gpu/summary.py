@@ -95,8 +95,10 @@ def _fast(part: Mapping[str, Any]) -> Iterator[str]:
     }
     labels |= {"kernels": "kernels, one run"}
     table = []
-    for what in sorted(names, key=lambda name: name.startswith("together")):
-        label = labels.get(what) or f"{what.removeprefix('together-')} runs at once, each"
+    for what in sorted(names, key=lambda name: name.startswith(("together", "mixed"))):
+        how, _, runs = what.partition("-")
+        pruned = ", some of them by DPF" if how == "mixed" else ""
+        label = labels.get(what) or f"{runs} runs at once{pruned}, each"
         table.append([label, *(_cell(rows.get(what)) for rows in networks.values())])
     yield from _table(["", *networks], table)
     yield ""

@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured passes, several runs at once on streams, memory that runs out."""
+"""What only a GPU can show: captured steps, several runs in turns on streams, memory that runs out, a fault of CUDA."""
 
 import gc
 import io
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.core import compute, steps
 from common.core.compute import Compute
 from common.core.data import SPLITS, Batches
 from common.core.failures import RunFailed
@@ -20,14 +21,27 @@ from common.core.trainer import Hooks, Trainer
 from common.settings import AugmentationSettings, DatasetSettings, ExecutionSettings
 from common.stage.scheduler import execute, prepare_process
 from common.stage.store import Store
-from replications.halo.method import HALO, LambdaTraining, penalised
+from replications.feature_relevance.method import (
+    Goal,
+    GradualPruning,
+    Pruner,
+    Relevance,
+    scoring_batches,
+    until_channels,
+)
+from replications.halo.method import HALO, L1, MCP, SWS, LambdaTraining, penalised
+from replications.imp_slr import baselines
+from replications.imp_slr.method import PruneAt
+from replications.pretraining_impact.gradual import Gradual, KeepFiltersMasked
+from replications.pretraining_impact.method import FilterSelection
+from replications.pruning_from_scratch.bpcp import BlockGates
 from replications.pruning_from_scratch.jobs import Dense
 from replications.pruning_from_scratch.method import Gates, Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 BATCH, RATE = 32, 0.05
-EPOCHS = 3
+EPOCHS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +49,26 @@ def _deterministic():
     prepare_process(ExecutionSettings(deterministic=True))
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are captured, each with how often it is replayed."""
+    found, capture = [], compute.capture_graph
+
+    def noted(run, pool):
+        replay = capture(run, pool)
+        found.append(0)
+        number = len(found) - 1
+
+        def replayed():
+            found[number] += 1
+            replay()
+
+        return replayed
+
+    monkeypatch.setattr(compute, "capture_graph", noted)
+    return found
 
 
 def _images(count=200, seed=0):
@@ -63,9 +97,12 @@ def _masked(model):
     return {"hooks": KeepMasked(masks)}
 
 
+def _lambdas():
+    return LambdaTraining(rates=[RATE] * EPOCHS * 5)
+
+
 def _penalised(model):
-    training = LambdaTraining(rates=[RATE] * EPOCHS * 5)
-    return {"hooks": HALO(penalised(model, "conv"), xi=1e-5, psi=1e-3, training=training)}
+    return {"hooks": HALO(penalised(model, "conv"), xi=1e-5, psi=1e-3, training=_lambdas())}
 
 
 def _gated(model):
@@ -83,12 +120,44 @@ class _Shrinks(Hooks):
             channels.remove(trainer.model, keep, trainer.optimizer)
 
 
+def _relevance(model, physical):
+    pruner = Pruner(model, scoring_batches(_data(), 0.5), Relevance(), minimum=1)
+    events = {1: Goal(until_channels(4)), 2: Goal(until_channels(2))}
+    return {"hooks": GradualPruning(pruner, events, physical)}
+
+
+def _filters(model, policy=None):
+    masks = KeepFiltersMasked(policy) if policy else None
+    gradual = Gradual(model, {6: 0.25, 8: 0.5}, FilterSelection(), masks=masks)
+    return {"hooks": [masks, gradual] if masks else [gradual]}
+
+
 METHODS = {
     "plain": lambda model: {},
     "masks": _masked,
     "HALO": _penalised,
+    "SWS": lambda model: {"hooks": SWS(penalised(model, "conv"), 1e-5, 1e-3, _lambdas())},
+    "L1": lambda model: {"hooks": L1(penalised(model, "conv"), 1e-4)},
+    "MCP": lambda model: {"hooks": MCP(penalised(model, "conv"), 1e-4, 100.0)},
     "gates": _gated,
     "shrinking": lambda model: {"hooks": _Shrinks()},
+    "pruned at epochs": lambda model: {"hooks": PruneAt(Masks.dense(model), [(1, 0.5), (2, 0.8)])},
+    "GMP": lambda model: {"hooks": baselines.GMP(model, 0.8, EPOCHS, 1)},
+    "DPF": lambda model: {"hooks": baselines.DPF(model, 0.8, EPOCHS, 1)},
+    "DNW": lambda model: {"hooks": baselines.DNW(model, 0.5)},
+    "STR": lambda model: {"hooks": baselines.STR(model, -5.0)},
+    "relevance, masked": lambda model: _relevance(model, physical=False),
+    "relevance, removed": lambda model: _relevance(model, physical=True),
+    "filters removed": _filters,
+    "filters masked after steps": lambda model: _filters(model, "after_step"),
+    "filters masked before passes": lambda model: _filters(model, "before_forward"),
+}
+REFUSED = {
+    "GSM": (lambda model: baselines.GSM(model, 0.5), "GSM ranks all entries"),
+    "LC": (lambda model: baselines.LC(model, 0.5, 1e-3), "LC ranks all entries"),
+    "CS": (lambda model: baselines.CS(model, 0.0, 10.0, 1e-4, 15, 1e-4), "CS has sharper masks"),
+    "DST": (lambda model: baselines.DST(model, 1e-3, 1e-4), "DST asks in every step"),
+    "block gates": (lambda model: BlockGates(model, 0.1, 0.1), "block gates are drawn anew"),
 }
 
 
@@ -105,7 +174,7 @@ def _trained(method, captured, autocast=None, checkpoints=None):
         checkpoints=checkpoints,
         **METHODS[method](model),
     )
-    trainer.fit([RATE] * EPOCHS * len(batches))
+    trainer.fit([RATE / (1 + i / 10) for i in range(EPOCHS * len(batches))])
     return trainer
 
 
@@ -117,10 +186,25 @@ def _same(one, other):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_captured_passes_train_as_eager_ones_bit_for_bit_and_again(method, autocast):
+def test_captured_steps_train_as_eager_ones_bit_for_bit_and_again(method, autocast, graphs, capsys):
     eager = _trained(method, captured=False, autocast=autocast)
     _same(_trained(method, captured=False, autocast=autocast), eager)
+    assert not graphs
     _same(_trained(method, captured=True, autocast=autocast), eager)
+    # three eager steps, then replays of one and of several, and of the last batch of an epoch
+    assert len(graphs) >= 2
+    assert "captured" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_what_cannot_be_captured_is_refused_with_its_reason(method, graphs, capsys, monkeypatch):
+    monkeypatch.setattr(steps, "_TOLD", set())
+    make, reason = REFUSED[method]
+    data, model = _data(), Compute(torch.device("cuda")).place(_network())
+    batches = Batches(data, "train", BATCH, seed=3, shuffle=True, augment=True)
+    trainer = Trainer(model, batches, hooks=make(model), compute=Compute(torch.device("cuda"), captured=True))
+    trainer.fit([0.01] * EPOCHS * len(batches))
+    assert reason in capsys.readouterr().err and not graphs
 
 
 def test_a_gpu_learns_what_a_cpu_learns():
@@ -154,7 +238,7 @@ class _Memory:
             raise InterruptedError
 
 
-@pytest.mark.parametrize("method", ["plain", "masks", "HALO", "gates"])
+@pytest.mark.parametrize("method", ["plain", "masks", "HALO", "gates", "DPF", "relevance, removed"])
 def test_a_resumed_fit_equals_an_unbroken_one(method):
     states = {}
     with pytest.raises(InterruptedError):
@@ -162,8 +246,8 @@ def test_a_resumed_fit_equals_an_unbroken_one(method):
     _same(_trained(method, captured=True, checkpoints=_Memory(states)), _trained(method, captured=True))
 
 
-def _stage(tmp_path, name, workers, rates):
-    """Entries of a stage of plain training runs, one for each learning rate."""
+def _stage(tmp_path, name, workers, rates, faulty=None):
+    """Entries of a stage of plain training runs, one for each learning rate; the one of that number is faulty."""
     file = tmp_path / "images.npz"
     if not file.exists():
         (x_train, y_train), (x_test, y_test) = _images(200), _images(60, seed=1)
@@ -172,10 +256,28 @@ def _stage(tmp_path, name, workers, rates):
     runs = []
     for seed, rate in enumerate(rates):
         training = Training(epochs=EPOCHS, batch_size=BATCH, learning_rate=rate, weight_decay=1e-4)
-        runs.append(Dense(variant="dense", cell=cell, seed=seed, training=training).run)
+        kind = Faulty if seed == faulty else Dense
+        runs.append(kind(variant="dense", cell=cell, seed=seed, training=training).run)
     execution = ExecutionSettings(device="cuda", precision="bfloat16", workers=workers)
     store = Store(tmp_path / name, execution)
     return execute(runs, store, execution, name)
+
+
+class Faulty(Dense):
+    """Asks a GPU for what is not there, which nothing in its process survives."""
+
+    def execute(self, context):
+        table = torch.zeros(1, device=context.compute.device)
+        return table[torch.full((1,), 10**6, device=context.compute.device)].sum().item()
+
+
+def test_a_fault_ends_its_run_alone_and_the_others_go_on(tmp_path):
+    entries = _stage(tmp_path, "fault", 4, [RATE] * 6, faulty=2)
+    failures = [entry.record.failure for entry in entries]
+    assert failures == [None, None, "died", None, None, None]
+    whole = _stage(tmp_path, "whole", 4, [RATE] * 6)
+    for number in (0, 1, 3, 4, 5):
+        assert _record(entries[number]) == _record(whole[number])
 
 
 def _record(entry):
@@ -194,7 +296,7 @@ def test_runs_together_leave_the_records_of_runs_alone_and_a_diverging_one_ends_
 
 
 def test_many_short_runs_capture_and_replay_side_by_side(tmp_path):
-    """More captures than torch has streams, while other threads replay."""
+    """More captures than torch has streams, while the work of other threads goes on."""
     alone, together = (
         [_record(entry) for entry in _stage(tmp_path, name, workers, [RATE] * 48)]
         for name, workers in (("alone", 1), ("together", 16))
