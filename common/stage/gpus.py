@@ -134,29 +134,33 @@ def _serve(device: str, ends: Sequence[Connection], prepare: Callable[[], None])
 
 
 def _lane(device: str, end: Connection) -> None:
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        with TURNS.taken():
-            torch.cuda.set_device(device)
-            torch.cuda.set_stream(torch.cuda.Stream())
-    while end.poll(None):
-        with TURNS.taken():
-            try:
-                fn, args, kwargs = end.recv()
-            except EOFError:
-                return
-            answer: tuple[Any, Exception | None]
-            try:
-                answer = fn(*args, device, **kwargs), None
-            except Exception as error:
-                if on_gpu and _faulty(device):
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
-                error.add_note("".join(traceback.format_exception(error)))
-                answer = None, error
-            del fn, args, kwargs
-            end.send(answer)
+    """Do what comes over a connection; the process ends with what cannot be answered, so that nobody waits in vain."""
+    try:
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu:
+            with TURNS.taken():
+                torch.cuda.set_device(device)
+                torch.cuda.set_stream(torch.cuda.Stream())
+        while end.poll(None):
+            with TURNS.taken():
+                try:
+                    fn, args, kwargs = end.recv()
+                except EOFError:
+                    return
+                answer: tuple[Any, Exception | None]
+                try:
+                    answer = fn(*args, device, **kwargs), None
+                except Exception as error:
+                    if on_gpu and _faulty(device):
+                        raise
+                    error.add_note("".join(traceback.format_exception(error)))
+                    answer = None, error
+                del fn, args, kwargs
+                end.send(answer)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _faulty(device: str) -> bool:

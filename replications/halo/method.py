@@ -191,7 +191,9 @@ class _Shrinkage(Penalty):
     def _placed(self, own: list[Tensor]) -> list[Tensor]:
         """The same tensors, on the device of the weights and in their memory format."""
         return [
-            old if (old.device, old.stride()) == (new.device, new.stride()) else new.copy_(old)
+            old
+            if (old.device, old.dtype, old.stride()) == (new.device, new.dtype, new.stride())
+            else new.copy_(old)
             for new, old in zip(self._initial(), own, strict=True)
         ]
 
