@@ -16,12 +16,14 @@ from project import add_example, copy, environment, params, run, start
 
 from common.core.data import Batches
 from common.core.loading import load
+from common.core.recipe import Recipe
+from common.core.run import Cell
 from common.core.trainer import Trainer
 from common.predictions import unpacked
-from common.settings import DatasetSettings
+from common.settings import DatasetSettings, ExecutionSettings
 from common.stage import partial, processes
 from common.stage.files import load_checked, save_checked
-from common.stage.scheduler import in_order
+from common.stage.scheduler import execute, in_order
 from common.stage.store import (
     OutOfTime,
     RunCheckpoints,
@@ -31,6 +33,7 @@ from common.stage.store import (
 )
 from replications import commands
 from replications.__main__ import main
+from replications.equal_footing.protocol import Dense
 
 pytestmark = pytest.mark.slow
 
@@ -289,6 +292,13 @@ def test_a_long_name_of_the_folder_for_temporary_files_is_no_hindrance(project, 
     (folder := tmp_path / ("d" * 140)).mkdir()
     result = run(project, *STAGE, TMPDIR=str(folder))
     assert result.returncode == 0 and "Traceback" not in result.stderr and len(_records(project)) == 2
+
+
+def _example_runs(count):
+    """Dense runs on equal footing, of a small network on few digits."""
+    cell = Cell(architecture="vgg_t8", data=DatasetSettings(train=200, validation=100))
+    arena = Recipe(epochs=2, batch_size=64, learning_rate=0.1, schedule="linear")
+    return [Dense(variant="dense", cell=cell, seed=seed, arena=arena).run for seed in range(count)]
 
 
 def test_a_worker_that_cannot_be_prepared_stops_the_stage_in_one_line(tmp_path, monkeypatch):

@@ -205,6 +205,16 @@ def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
     return graph.replay
 
 
+def usable(device: torch.device) -> bool:
+    """Whether a device still does what this process asks of it; after a fault of CUDA it does not."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def release_memory(device: torch.device) -> None:
     """Give memory that is kept for later back to a GPU."""
     if device.type == "cuda":

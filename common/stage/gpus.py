@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from common import commandline
-from common.core.compute import TURNS
+from common.core.compute import TURNS, usable
 
 
 class Died(Exception):
@@ -136,8 +136,7 @@ def _serve(device: str, ends: Sequence[Connection], prepare: Callable[[], None])
 def _lane(device: str, end: Connection) -> None:
     """Do what comes over a connection; the process ends with what cannot be answered, so that nobody waits in vain."""
     try:
-        on_gpu = torch.device(device).type == "cuda"
-        if on_gpu:
+        if torch.device(device).type == "cuda":
             with TURNS.taken():
                 torch.cuda.set_device(device)
                 torch.cuda.set_stream(torch.cuda.Stream())
@@ -151,7 +150,7 @@ def _lane(device: str, end: Connection) -> None:
                 try:
                     answer = fn(*args, device, **kwargs), None
                 except Exception as error:
-                    if on_gpu and _faulty(device):
+                    if not usable(torch.device(device)):
                         raise
                     error.add_note("".join(traceback.format_exception(error)))
                     answer = None, error
@@ -161,12 +160,3 @@ def _lane(device: str, end: Connection) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-
-
-def _faulty(device: str) -> bool:
-    """Whether the device is of no use to this process any more."""
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from common import commandline
 from common.core import networks, tuning
-from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory
+from common.core.compute import Compute, make_repeatable, out_of_memory, release_memory, usable
 from common.core.failures import OutOfMemory, RunFailed
 from common.core.identity import canonical
 from common.core.models import Network
@@ -145,6 +145,8 @@ def _ended(context: Context) -> Outcome | Failed:
         return Failed(error.failure, str(error))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
+            if not usable(context.compute.device):
+                raise  # the process ends, and with it what it has on the device
             return _of_defect(error)
         where = context.compute.device
         return Failed(
