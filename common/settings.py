@@ -121,7 +121,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Targets = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(apart)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Images = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Rate = Annotated[float, Field(gt=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=1e30)]
 Share = Annotated[float, Field(gt=0, le=1)]
 MOST_SEEDS = 1000
 SeedCount = Annotated[int, Field(ge=1, le=MOST_SEEDS)]

@@ -69,7 +69,7 @@ def test_all_that_a_comparison_reads_is_bought():
 def test_the_points_of_a_trend_are_bought():
     noise = sample(0.0, 8, sd=0.05)
     records = [
-        record(f"step-{k}", s, 0.8 + k * x, target=0.0) for k in (1, 2, 3) for s, x in enumerate(noise)
+        record(f"step-{k}", s, 0.5 + k * x, target=0.0) for k in (1, 2, 3) for s, x in enumerate(noise)
     ]
     steps = [{"variant": f"step-{k}"} for k in (1, 2, 3)]
     trend = claim("trend", treatment={"target": 0.0}, control=None, steps=steps)

@@ -57,8 +57,8 @@ def test_it_counts_the_verdicts_that_are_written():
     for records in Papers(cell).draw(np.random.default_rng(3), 10):
         claims = Papers(cell).claims
         judged = judge_claims(claims, records, Terms(LOOKED.looks))
-        file = ClaimsFile("made up", claims, "", Path("claims.yaml"))
-        written = judge([file], {"made up": records}, looks=LOOKED.looks)["papers"]["made up"]["claims"]
+        file = ClaimsFile("made-up", claims, "", Path("claims.yaml"))
+        written = judge([file], {"made-up": records}, looks=LOOKED.looks)["papers"]["made-up"]["claims"]
         assert [claim["verdict"] for claim in written] == [claim.verdict for claim in judged]
         graded = [comparison["graded"] for comparison in written[0]["comparisons"]]
         assert graded == [comparison.graded for comparison in judged[0].comparisons]

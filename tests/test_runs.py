@@ -276,7 +276,7 @@ def test_streams_that_are_closed_or_full_cost_no_run(project):
         subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=project, env=environment(), check=False)
         assert len(_records(project)) == 2, closed
     full = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m replications plan --seconds 0 > /dev/full"],
+        ["sh", "-c", f"{sys.executable} -m replications open example > /dev/full"],
         cwd=project,
         env=environment(),
         capture_output=True,

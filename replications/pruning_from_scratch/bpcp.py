@@ -241,7 +241,7 @@ def drop_channels(model: ResNet, budget: float, cost: NetworkCost, least: int) -
 
 def narrow(model: ResNet, keep: Keep) -> None:
     """Remove in place, from the groups of `channel_groups`, every channel that `keep` leaves out."""
-    remove(model, keep, groups=channel_groups(model))
+    remove(model, keep, groups=channel_groups(model), unfinished=True)
     width = model.conv1.out_channels
     for _, block in model.blocks():
         if not isinstance(block.shortcut, nn.Identity):

@@ -41,6 +41,7 @@ def remove(
     optimizer: torch.optim.Optimizer | None = None,
     groups: Sequence[ChannelGroup] | None = None,
     image_shape: Sequence[int] | None = None,
+    unfinished: bool = False,
 ) -> None:
     """Remove from the named groups every channel that `keep` leaves out, with all that belongs to it.
 
@@ -48,14 +49,16 @@ def remove(
     is narrowed when it is passed, and its next step fails otherwise. Batch-norm statistics stay with their
     channels. Gradients are dropped, and an earlier forward pass can no longer be differentiated. groups: for
     a network that does not describe itself. image_shape: (channels, height, width) of what goes into a network that is no
-    named architecture, which is tried; found where it is usual.
+    named architecture, which is tried; found where it is usual. unfinished: whether the caller still changes what lies between
+    the layers, so that nothing can be tried.
 
     Raises ValueError, before anything has changed, for an unknown group or network, for channels that do not exist, repeat or
     are too few, for layers whose channels cannot leave, and where the rest of the network would not compute what it
     computes with these channels masked.
     """
     chosen = _checked(model, keep, groups)
-    if groups is not None or type(model) not in {known.network for known in ARCHITECTURES.values()}:
+    described = groups is None and type(model) in {known.network for known in ARCHITECTURES.values()}
+    if not (described or unfinished):
         _try(model, chosen, image_shape)
     _remove(model, chosen, optimizer)
 

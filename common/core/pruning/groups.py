@@ -77,13 +77,14 @@ def _not_plain(module: nn.Module) -> str | None:
 
 
 def _not_channelwise(module: nn.Module, name: str, channels: int) -> str | None:
-    """What a layer is that does not treat each of so many channels by itself."""
+    """What a layer is that neither treats each of so many channels by itself nor writes as many into the same sum."""
     if isinstance(module, CONVOLUTIONS):
-        if module.groups == module.in_channels == module.out_channels == channels:
+        alike = module.groups == 1 or module.groups == module.in_channels == module.out_channels
+        if alike and module.out_channels == channels:
             weight_parameter(module, name)
             return None
         shape = f"{module.in_channels} to {module.out_channels} channels in {module.groups} groups"
-        return f"{_called(module)} from {shape}; one filter for each channel is known"
+        return f"{_called(module)} from {shape}; one filter for each channel is known, or a further layer that writes as many"
     if isinstance(module, CHANNEL_NORMS):
         found = module.num_features
     elif isinstance(module, nn.GroupNorm):

@@ -14,7 +14,7 @@ from common.statistics.calibration.cells import CHANCE, DENSE, EQUAL, FAR, LEVEL
 from common.statistics.claims import Claim
 from common.statistics.records import Records
 
-_PLACE = {"paper": "made up", "dataset": "made-up", "architecture": "none"}
+_PLACE = {"paper": "made-up", "dataset": "made-up", "architecture": "none"}
 _POINTS = 3  # targets of a trend
 
 
