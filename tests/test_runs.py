@@ -275,8 +275,9 @@ def test_streams_that_are_closed_or_full_cost_no_run(project):
         shutil.rmtree(project / "results", ignore_errors=True)
         subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=project, env=environment(), check=False)
         assert len(_records(project)) == 2, closed
+    params(project, example={"seeds": [0]}, halo={"fine_tuning_epochs": 8})  # whole iterations
     full = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m replications open example > /dev/full"],
+        ["sh", "-c", f"{sys.executable} -m replications plan --seconds 0 > /dev/full"],
         cwd=project,
         env=environment(),
         capture_output=True,
