@@ -155,7 +155,7 @@ def test_jobs_share_the_time_and_one_that_outlasts_it_is_killed_with_what_it_sta
     code += f"subprocess.Popen([sys.executable, {str(child)!r}]); time.sleep(60)"
     jobs = [
         Job("first", _python("print(seconds)")),
-        Job("second", _python("print(seconds); raise SystemExit('no such thing')")),
+        Job("second", _python("print(seconds, flush=True); raise SystemExit('no such thing')")),
         Job("after", _python("print(seconds)"), after="first"),
         Job("never", _python("print(seconds)"), after="second"),
         Job("long", _python(code), whole=True),
