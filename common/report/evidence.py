@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.reading import json_value, read_text
+from common.reading import read_text
 from common.records import CURVES_SUFFIX, Curves, Environment, Record, is_number, read
 from common.records import files as record_files
 from common.report import verdicts as judgement
-from common.settings import SettingsError, validated
+from common.settings import SettingsError
 from common.statistics.claims import CLAIMS_FILE, Claim, ClaimsFile, read_all
 
 EQUAL_FOOTING = "equal_footing"
@@ -155,9 +155,4 @@ def _paper(
 def _environment(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    try:
-        value: dict[str, Any] = json_value(read_text(path))
-    except ValueError as error:
-        raise SettingsError(f"{path}: not valid JSON: {error}") from None
-    validated(Environment, value, str(path))
-    return value
+    return judgement.document(path, Environment)

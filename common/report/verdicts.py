@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.reading import Exact, json_value, read_text
 from common.records import LARGEST
@@ -152,9 +152,14 @@ def read(path: Path) -> dict[str, Any]:
     """The content of a verdicts file, whose parts are as they are said to be. Raises SettingsError that names file and key."""
     if not path.exists():
         raise SettingsError(f"{path}: no verdicts there; `python -m common.statistics` writes them")
+    return document(path, _Document)
+
+
+def document(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """The content of a JSON file whose parts are as `kind` has them. Raises SettingsError that names file and key."""
     try:
-        document: dict[str, Any] = json_value(read_text(path))
+        found: dict[str, Any] = json_value(read_text(path))
     except ValueError as error:
         raise SettingsError(f"{path}: not valid JSON: {error}") from None
-    validated(_Document, document, str(path))
-    return document
+    validated(kind, found, str(path))
+    return found
