@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,11 +24,12 @@ from benchmarks.measuring import Finding, Growth
 from common.core.data import Dataset
 from common.core.models import Network
 from common.core.pruning import channels
-from common.core.pruning.counting import cost, layer_costs
+from common.core.pruning.counting import cost
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.run import Cell, Run
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings
+from common.stage.floors import CARDS, training_seconds
 from common.stage.scheduler import execute
 from common.stage.store import Store
 from replications.feature_relevance.method import Relevance, prunable_layers, scoring_batches
@@ -41,21 +42,6 @@ KEPT_CHANNELS = 0.5
 SCORING_SHARE = 0.1
 LINEAR = 1.1
 """Growth counts as linear up to this exponent."""
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What a card does at best with torch's own kernels: FLOP/s in large bf16 matrix products, and B/s in a large copy,
-    reading and writing."""
-
-    flops: float
-    bytes: float
-
-
-H200 = Peaks(flops=780e12, bytes=4.3e12)
-"""As measured on one."""
-# passes over a convolution's output in training, with batch norm, ReLU and addition in one kernel; bf16 has two bytes
-FUSED_PASSES, BYTES = 14.5, 2
 
 
 # ------------------------------------------------------------------------------------------ the core
@@ -105,7 +91,8 @@ def loops(
         ]
     if bench.on_gpu:
         data = bench.dataset(1)
-        floor = floor_seconds(bench.network(architecture, data), data) * measured.images
+        network = bench.network(architecture, data)
+        floor = training_seconds(network, data.image_shape, CARDS["h200"]) * measured.images
         findings.append(
             Finding.of(f"{architecture}: core, of an H200's floor", "share", floor / measured.wall["core"])
         )
@@ -132,17 +119,6 @@ def core_epoch(bench: Bench, architecture: str, steps: int) -> Callable[[], None
     data = bench.dataset(steps)
     trainer = bench.trainer(bench.network(architecture, data), data)
     return lambda: train(trainer)
-
-
-def floor_seconds(model: Network, data: Dataset, peaks: Peaks = H200) -> float:
-    """The least time in which a card could train on one image: the larger of arithmetic and memory traffic.
-
-    Six FLOP for each MAC; every convolution's output is passed over `FUSED_PASSES` times.
-    """
-    layers = layer_costs(model, data.image_shape)
-    outputs = sum(layer.shape[0] * layer.positions for layer in layers if layer.kind != "linear")
-    arithmetic = 6 * sum(layer.macs for layer in layers) / peaks.flops
-    return max(arithmetic, outputs * FUSED_PASSES * BYTES / peaks.bytes)
 
 
 def bare_step(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[str, Any]:

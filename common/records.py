@@ -196,8 +196,9 @@ class Curves(_Line):
 class Entry(_Line):
     """A record with what is kept beside it.
 
-    seconds: of its execution; ended: when that was over (`time.time()`), which an import does not know. has_state: whether the run has left something for others to start from. machine: on which it was executed, as of
-    `common.stage.records.machine`; an earlier revision has not written it. predictions: those of the record, as the text
+    seconds: of its execution; ended: when that was over (`time.time()`). has_state: whether the run has left something for
+    others to start from. machine: on which it was executed, as of `common.stage.records.machine`. An earlier revision has
+    written neither the end nor the machine. predictions: those of the record, as the text
     of `common.predictions.Predictions`. measured: what its network takes on that machine, as of
     `common.stage.latency.measured`; None where it was not measured.
     """
@@ -216,7 +217,7 @@ class Environment(Exact):
     """What stands beside the records of a stage, as far as a page shows it; the rest of it is kept as it is.
 
     machine, versions: of all runs, but for those that another machine has executed (elsewhere, by settings hash). seconds:
-    of each run. measured: what networks take on their machine. unfinished: how many runs of the stage are not there.
+    of each run; ended: when it was over, of those of which that is known (`time.time()`). measured: what networks take on their machine. unfinished: how many runs of the stage are not there.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -224,6 +225,7 @@ class Environment(Exact):
     machine: Facts = {}
     versions: Facts = {}
     seconds: dict[str, Seconds] = {}
+    ended: dict[str, float] = {}
     elsewhere: dict[str, Facts] = {}
     measured: dict[str, Measured] = {}
     unfinished: int = Field(0, ge=0)

@@ -93,6 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         default=60.0,
         help="how long the rehearsal may take; 0 only counts runs (default: %(default)s)",
     )
+    plan.add_argument(
+        "--card",
+        help="reckon for one such GPU (h100, h200), which need not be here, from the least time that it could need",
+    )
     new = known.add_parser("new-profile", help="add a profile for data of your own to the settings")
     new.add_argument("name")
     new.add_argument(
@@ -152,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         "claims": lambda: commands.print_claims(o.params, o.profile),
         "decide": lambda: commands.decide(o.profile, o.time_budget),
         "new-profile": lambda: commands.new_profile(o.name, o.data, o.params),
-        "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds),
+        "plan": lambda: commands.print_plan(o.params, o.profile, o.seconds, o.card),
         "export": lambda: exporting.export(
             o.paper, o.params, o.profile, _of_run(o), o.remove_channels, o.out
         ),

@@ -61,9 +61,9 @@ def status(command: Callable[[], None]) -> int:
     return 0
 
 
-def print_plan(params: str, profile_name: str | None, seconds: float) -> None:
-    """Print what a profile costs on this machine. Raises SettingsError."""
-    print(plan.plan(params, profile_name, seconds, RESULTS))
+def print_plan(params: str, profile_name: str | None, seconds: float, card: str | None) -> None:
+    """Print what a profile costs on this machine, or on a card. Raises SettingsError."""
+    print(plan.plan(params, profile_name, seconds, RESULTS, card))
 
 
 def new_profile(name: str, data: str, params: str) -> None:

@@ -363,11 +363,19 @@ def test_an_imported_stage_is_logged_once_and_not_trained_again(project, folder)
     code = (
         "import json, mlflow; c = mlflow.MlflowClient('sqlite:///mlflow.db');"
         "e = c.get_experiment_by_name('pruning-replications/example');"
-        "print(json.dumps([r.data.tags for r in c.search_runs([e.experiment_id])]))"
+        "found = c.search_runs([e.experiment_id]);"
+        "print(json.dumps([[r.data.tags, r.info.start_time, r.info.end_time] for r in found]))"
     )
-    tags = json.loads(run(project, "python", "-c", code).stdout)
+    logged = json.loads(run(project, "python", "-c", code).stdout)
+    tags = [own for own, _, _ in logged]
     stages = [own for own in tags if "mlflow.parentRunId" not in own]
     assert len(tags) == 7 and [own["machine.device"] for own in stages] == ["a machine elsewhere"]
+    # they began and ended when they were trained
+    about = json.loads((folder / FILES[2]).read_text())
+    times = {own.get("settings_hash"): (start, end) for own, start, end in logged}
+    for name, ended in about["ended"].items():
+        begun = ended - about["seconds"][name]
+        assert times[name] == pytest.approx((1000 * begun, 1000 * ended), rel=0, abs=2)
     repro = run(project, "dvc", "repro", "example")
     assert repro.returncode == 0, repro.stderr
     assert "Running stage" not in repro.stdout and "didn't change" in repro.stdout

@@ -3,12 +3,14 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from made_up_jobs import MadeUp, made_up
-from project import add_example, copy, params, run
+from project import ROOT, add_example, copy, params, run
 from torch import nn
 
 from common.core.data import FixedBatches
@@ -17,8 +19,9 @@ from common.core.pruning.counting import cost
 from common.core.run import Outcome
 from common.core.trainer import Hooks, Trainer
 from common.settings import ExecutionSettings
-from common.stage import rehearsal
-from common.stage.papers import papers
+from common.stage import floors, plan, rehearsal
+from common.stage.floors import Peaks
+from common.stage.papers import load, papers
 from common.stage.plan import Expected, Stage
 from common.stage.rehearsal import Cost, kinds
 from common.stage.scheduler import perform
@@ -72,10 +75,10 @@ def performed(monkeypatch, tmp_path):
     """Rehearse one run of a made-up job in this process: a function of what it does and the time to measure."""
     monkeypatch.setattr(rehearsal, "_known", {})
 
-    def rehearse(execute, measured=True):
+    def rehearse(execute, measured=True, card=None):
         monkeypatch.setattr(MadeUp, "does", staticmethod(execute), raising=False)
         execution = ExecutionSettings(device="cpu", precision="float32")
-        store = rehearsal._Rehearsal(tmp_path, execution, time.time() + (60 if measured else -1))
+        store = rehearsal._Rehearsal(tmp_path, execution, time.time() + (60 if measured else -1), card)
         return perform(made_up(), store, execution, True)
 
     yield rehearse
@@ -135,6 +138,16 @@ def test_what_is_unknown_when_time_is_over_is_reckoned_from_macs(performed):
     assert entry.cost.seconds > EPOCHS * 2 * known.seconds
 
 
+def test_for_a_card_that_is_not_there_time_is_that_of_its_floor(performed):
+    hook = _Counting()
+    entry = performed(lambda context: _outcome(_trainer(hook)), card=Peaks(flops=1e6, bytes=1e6))
+    macs, images = 4 * 16 + 16 * 2, 4 * PER_EPOCH
+    # validated after each epoch and tested once, on four images, forward only
+    evaluations = (EPOCHS + 1) * 4 * 2 * macs / 1e6
+    assert entry.cost.seconds == pytest.approx(EPOCHS * images * 6 * macs / 1e6 + evaluations)
+    assert hook.steps == 1 and len(entry.curves) == EPOCHS
+
+
 class _Counting(_Shrinking):
     def epoch_ended(self, trainer, epoch):
         pass
@@ -185,6 +198,49 @@ def _cells(result, stage="example"):
     table = result.stdout.split("\n\n")[1]  # below it, what open claims need
     rows = {line.split()[0]: line.split() for line in table.splitlines()}
     return tuple(rows[stage][1:4])
+
+
+def test_a_plan_for_a_card_needs_none(project):
+    planned = _command(project, "plan", "--card", "h100", "--seconds", "60")
+    assert _cells(planned) == ("6", "0", "6") and "one H100 at 60% of its floor" in planned.stdout
+    refused = _command(project, "plan", "--card", "h10")
+    assert refused.returncode == 2 and "h100" in refused.stderr and "Traceback" not in refused.stderr
+
+
+HUNDREDTH = """
+profile: hundredth
+profiles:
+  hundredth:
+    extends: cifar10
+    seeds: {count: 1}
+    dataset: {source: npz, path: images.npz, train: null, validation: 50}
+    pretraining_impact: {corpus: {source: npz, path: corpus.npz, train: null, test: null}}
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("paper", papers())
+def test_each_stage_of_cifar10_comes_to_its_end_with_a_hundredth_of_the_images(paper, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, classes in (("images", 10), ("corpus", 100)):
+        arrays = {}
+        for split, count in (("train", 500), ("test", 100)):
+            arrays[f"x_{split}"] = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+            arrays[f"y_{split}"] = np.arange(count) % classes
+        np.savez(f"{name}.npz", **arrays)
+    profiles = yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]
+    hundredth = yaml.safe_load(HUNDREDTH)
+    Path("params.yaml").write_text(yaml.safe_dump(hundredth | {"profiles": profiles | hundredth["profiles"]}))
+    profile = load(paper, "params.yaml", "hundredth")
+    stage = plan.stage(paper, profile, tmp_path / "results")
+    assert stage.kinds and not stage.missing
+    card = floors.CARDS["h100"]
+    costs = rehearsal.rehearse({paper: stage.kinds}, profile.execution, 3600, card)
+    assert {kind.run.settings_hash for kind in stage.kinds} == set(costs)
+    assert [cost.problem for cost in costs.values() if cost.problem] == []
+    # as declared: six seeds within three minutes at 60 % of the floor; what is tuned once counts six times here
+    assert 100 * 6 * Expected.of(stage, costs).seconds / floors.GOAL < 2 * 180
 
 
 def test_the_plan_counts_what_is_there_and_what_is_done(project):

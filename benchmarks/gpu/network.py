@@ -28,13 +28,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench import BATCH, RATE, Bench, train
-from benchmarks.comparisons import SPARSITY, Peaks, floor_seconds, plain_runs
+from benchmarks.comparisons import SPARSITY, plain_runs
 from common.core.recipe import Recipe
 from common.core.run import Run
 from common.core.trainer import Trainer
 from common.core.tuning import Tuned
 from common.settings import ExecutionSettings
 from common.stage import processes
+from common.stage.floors import Peaks, training_seconds
 from common.stage.scheduler import execute, prepare_process
 from common.stage.store import OutOfTime, RunCheckpoints, Store, TimeBudget
 from replications.imp_slr.during import DPF
@@ -100,7 +101,10 @@ class Network:
         multiplying = self._seconds(lambda: torch.mm(factor, factor, out=product))
         self.peaks = Peaks(flops=2 * side**3 / multiplying, bytes=2 * self.size.copied / copying)
         data = self.bench.dataset(1)
-        floor = floor_seconds(self.bench.network(self.name, data), data, self.peaks) * self.size.batch
+        floor = (
+            training_seconds(self.bench.network(self.name, data), data.image_shape, self.peaks)
+            * self.size.batch
+        )
         return {"copy": self.peaks.bytes, "bfloat16": self.peaks.flops, "us_step": _micro(floor)}
 
     def _seconds(self, call: Callable[[], Any], calls: int = 20, rows: int = 3) -> float:
@@ -128,7 +132,10 @@ class Network:
         }
         if self.peaks:
             data = self.bench.dataset(1)
-            floor = floor_seconds(self.bench.network(self.name, data), data, self.peaks) * self.size.batch
+            floor = (
+                training_seconds(self.bench.network(self.name, data), data.image_shape, self.peaks)
+                * self.size.batch
+            )
             found["share"] = round(floor / step, 4)
         return found
 

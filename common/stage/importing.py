@@ -181,6 +181,7 @@ def _checked(folder: Path, paper: str, profile: str, params: str) -> Imported:
             record=row,
             curves=own.curves,
             seconds=about.seconds[row.settings_hash],
+            ended=about.ended.get(row.settings_hash),
             machine=about.elsewhere.get(row.settings_hash, about.machine),
             predictions=row.predictions and predicted[row.predictions].text,
             measured=about.measured.get(row.settings_hash),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from common.core.compute import Compute
 from common.core.run import Run
-from common.settings import DataError, Profile
-from common.stage import looks, pipeline, rehearsal
+from common.reading import words
+from common.settings import DataError, Profile, SettingsError, hint
+from common.stage import floors, looks, pipeline, rehearsal
 from common.stage.inspection import is_told, remarks
 from common.stage.needs import Need, needs, together
 from common.stage.papers import load, papers, profile_datasets
@@ -134,23 +135,37 @@ def _is_known(kind: Kind, costs: Mapping[str, Cost]) -> bool:
     return cost is not None and cost.problem is None
 
 
-def plan(params: str, profile_name: str | None, seconds: float, results: Path) -> str:
-    """What to print for a profile, after a rehearsal of about `seconds` seconds (0: none). Raises SettingsError."""
+def plan(
+    params: str, profile_name: str | None, seconds: float, results: Path, card: str | None = None
+) -> str:
+    """What to print for a profile, after a rehearsal of about `seconds` seconds (0: none).
+
+    card: one of `floors.CARDS`, to reckon for in place of this machine. Raises SettingsError.
+    """
+    if card and card not in floors.CARDS:
+        raise SettingsError(f"--card {words(card)}: {hint(card, sorted(floors.CARDS))}")
     profiles = {paper: load(paper, params, profile_name) for paper in papers()}
     profile = next(iter(profiles.values()))
     stages = [stage(paper, own, results) for paper, own in profiles.items()]
     begun, costs = time.perf_counter(), {}
     if seconds > 0:
         ready = {stage.paper: stage.kinds for stage in stages if not stage.missing}
-        costs = rehearsal.rehearse(ready, profile.execution, seconds)
+        peaks = floors.CARDS[card] if card else None
+        costs = rehearsal.rehearse(ready, profile.execution, seconds, peaks)
     took = f"rehearsed in {time.perf_counter() - begun:.0f} s" if costs else "not rehearsed"
-    workers, _ = training_slots(profile.execution, max(stage.runs for stage in stages) or 1)
-    here = machine(Compute.choose(profile.execution.device))
-    title = (
-        f"profile {profile.name} on {here['device']}, {here['cores']} cores, {workers} runs at once; {took}"
-    )
+    workers: float
+    if card:
+        # whatever runs at once shares the card
+        workers = floors.GOAL
+        where = f"one {card.upper()} at {floors.GOAL:.0%} of its floor"
+    else:
+        workers, _ = training_slots(profile.execution, max(stage.runs for stage in stages) or 1)
+        here = machine(Compute.choose(profile.execution.device))
+        where = f"{here['device']}, {here['cores']} cores, {workers} runs at once"
+    title = f"profile {profile.name} on {where}; {took}"
     table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)
-    claims = _claims([need for stage in stages for need in stage.open], workers)
+    # what seeds have cost so far says nothing of a card
+    claims = [] if card else _claims([need for stage in stages for need in stage.open], workers)
     told = (data for data in profile_datasets(params, profile_name) if is_told(data))
     notes = [f"note: {remark}" for data in told for remark in remarks(data)]
     return "\n".join([title, "", *table, "", *_remarks(stages, costs), *notes, *claims]).rstrip()
@@ -159,7 +174,7 @@ def plan(params: str, profile_name: str | None, seconds: float, results: Path) -
 # ------------------------------------------------------------------------------------------ what is printed
 
 
-def _claims(found: Sequence[Need], workers: int) -> list[str]:
+def _claims(found: Sequence[Need], workers: float) -> list[str]:
     """What it takes to decide open claims, by paper, and the sum."""
     if not found:
         return []
@@ -175,7 +190,7 @@ def _claims(found: Sequence[Need], workers: int) -> list[str]:
     return ["", text, *_aligned(rows), "", f"all together: {total}", *why]
 
 
-def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], workers: int) -> list[str]:
+def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], workers: float) -> list[str]:
     rows = []
     for stage in stages:
         own = found[stage.paper]

@@ -102,6 +102,7 @@ def take_over(
                 record=record,
                 curves=curves[name],
                 seconds=found.environment["seconds"][name],
+                ended=found.environment.get("ended", {}).get(name),
                 has_state=name in states,
                 machine=machine,
                 predictions=record.predictions and predictions[record.predictions].text,

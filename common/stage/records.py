@@ -202,7 +202,7 @@ def results_files(
 ) -> dict[Path, bytes]:
     """What a stage leaves, by path below the results folder: records, curves, predictions, and the environment of all.
 
-    about: what the runs share, to which seconds, the machine of each run that is of another one (`elsewhere`), which runs
+    about: what the runs share, to which seconds and end of each, the machine of each run that is of another one (`elsewhere`), which runs
     have left a state for others to start from (`states`), what was measured of networks (`measured`), and the digests come
     by which one knows that the files are whole.
     """
@@ -222,6 +222,8 @@ def results_files(
     sha256 = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
     states = sorted(entry.record.settings_hash for entry in entries if entry.has_state)
     beside = {**about, "seconds": seconds, "elsewhere": elsewhere, "states": states, "sha256": sha256}
+    if ended := {e.record.settings_hash: e.ended for e in entries if e.ended is not None}:
+        beside["ended"] = ended
     if measured := {e.record.settings_hash: e.measured for e in entries if e.measured}:
         beside["measured"] = measured
     files[environment_file(profile, paper)] = json.dumps(beside, indent=1, sort_keys=True).encode()

@@ -5,6 +5,9 @@ other run, by the same workers and as many at once, but its trainers train only 
 the rest; epochs of a network, batch and method that have been timed before are reckoned whole. Hooks are called for
 every epoch, so a network that shrinks while it trains is timed in each of its shapes. What a method does at single
 iterations (`Hooks.stepped`) happens only at those that are trained, and the time that torch.compile takes is left out.
+
+For a card that is not there (`rehearse(..., card)`), a few images go through each network here, which says what shapes it
+comes to have, and time is reckoned from the card's floor: that of training and evaluations, and of nothing else.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from common.core.steps import MOST, WARM_UP
 from common.core.trainer import BatchSource, Trainer
 from common.records import Entry
 from common.settings import ExecutionSettings
+from common.stage.floors import FORWARD, Peaks, training_seconds
 from common.stage.scheduler import execute, in_order
 from common.stage.store import SCRATCH, OutOfTime, RunCheckpoints, StageError, Store, TimeBudget
 
@@ -40,6 +44,8 @@ TIMED_SECONDS = 0.05
 """Iterations are timed for about so long, two at least."""
 EVALUATED_MACS = 2e9
 """On a CPU, an evaluation is timed on so many images that their MACs add up to this, one at least."""
+FEW = 8
+"""Images that go through a network whose time is reckoned for a card."""
 MEASURING = 0.8
 """The share of the time after which what is still unknown is reckoned from MACs."""
 
@@ -82,12 +88,18 @@ def kinds(runs: Sequence[Run]) -> list[Kind]:
 
 
 def rehearse(
-    stages: Mapping[str, Sequence[Kind]], execution: ExecutionSettings, seconds: float
+    stages: Mapping[str, Sequence[Kind]],
+    execution: ExecutionSettings,
+    seconds: float,
+    card: Peaks | None = None,
 ) -> dict[str, Cost]:
     """The cost of each kind, by the settings hash of its `run`, in about `seconds` seconds.
 
-    Stages take turns, so that each has some of its kinds rehearsed when time is over; what is then left is missing.
+    card: where it is to be reckoned for, at its floor, in place of this machine. Stages take turns, so that each has some of
+    its kinds rehearsed when time is over; what is then left is missing.
     """
+    if card:
+        execution = execution.model_copy(update={"device": "cpu", "precision": "float32"})
     turns = [kind.run for turn in zip_longest(*stages.values()) for kind in turn if kind is not None]
     found: dict[str, Cost] = {}
 
@@ -98,7 +110,7 @@ def rehearse(
     SCRATCH.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     with tempfile.TemporaryDirectory(prefix="plan-", dir=SCRATCH) as folder:
-        store = _Rehearsal(Path(folder), execution, begun + MEASURING * seconds)
+        store = _Rehearsal(Path(folder), execution, begun + MEASURING * seconds, card)
         try:
             execute(turns, store, execution, "rehearsal", note, TimeBudget(begun + seconds))
         except OutOfTime:
@@ -122,13 +134,15 @@ class _Rehearsed(Entry):
 class _Rehearsal(Store):
     """A store whose runs are rehearsed: a run begins when it asks for its checkpoints, and ends when it is saved."""
 
-    def __init__(self, folder: Path, execution: ExecutionSettings, measure_until: float):
+    def __init__(
+        self, folder: Path, execution: ExecutionSettings, measure_until: float, card: Peaks | None = None
+    ):
         super().__init__(folder, execution)
-        self._measure_until = measure_until
+        self._measure_until, self._card = measure_until, card
 
     def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
         _replace()
-        _own.tally = _Tally(self._measure_until)
+        _own.tally = _Tally(self._measure_until, self._card)
         with _own.tally.instead():
             # what each process does once, when it first gets there
             torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0).step()
@@ -140,7 +154,7 @@ class _Rehearsal(Store):
         record, *others = (self.folder / f"{key}.{suffix}" for suffix in ("json", "pt"))
         kept = 2 * record.stat().st_size + sum(file.stat().st_size for file in others if file.exists())
         cost = Cost(
-            seconds=entry.seconds - tally.spent + tally.reckoned,
+            seconds=tally.reckoned + (0.0 if self._card else entry.seconds - tally.spent),
             epochs=tally.epochs,
             disk=kept,
             from_macs=tally.from_macs,
@@ -154,6 +168,7 @@ class _Tally:
     """What the trainers of a run have spent on their rehearsal, and what they would spend on the real thing."""
 
     measure_until: float
+    card: Peaks | None = None
     spent: float = 0.0
     reckoned: float = 0.0
     epochs: int = 0
@@ -216,7 +231,13 @@ def _unreckoned_dataset(context: Context, settings: Any) -> Dataset:
 
 def _rehearsed_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> dict[str, float]:
     first = trainer.iteration
-    found = _timing(trainer, trainer.batches, "train", lambda: _time_epoch(trainer, learning_rates))
+    found = _timing(
+        trainer,
+        trainer.batches,
+        "train",
+        lambda: _time_epoch(trainer, learning_rates),
+        lambda: _cut_epoch(trainer, _First(trainer.batches, 1, FEW), learning_rates[:1]),
+    )
     _own.tally.epochs += 1
     trainer.iteration = first + len(learning_rates)
     return found | {"lr": learning_rates[-1]}
@@ -228,11 +249,26 @@ def _rehearsed_evaluate(
     source = trainer.validation if batches is None else batches
     if source is None:
         raise ValueError("there are no batches to evaluate on")
-    return _timing(trainer, source, "evaluate", lambda: _time_evaluation(trainer, source))
+    return _timing(
+        trainer,
+        source,
+        "evaluate",
+        lambda: _time_evaluation(trainer, source),
+        lambda: _EVALUATE(trainer, _First(source, 1, FEW)),
+    )
 
 
-def _timing(trainer: Trainer, source: BatchSource, what: str, measure) -> dict[str, float]:
-    """Add the time of an epoch or an evaluation to the run's; returns what it would return."""
+def _timing(
+    trainer: Trainer,
+    source: BatchSource,
+    what: str,
+    measure: Callable[[], tuple[float, dict[str, float]]],
+    first: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+    """Add the time of an epoch or an evaluation to the run's; returns what it would return.
+
+    measure: gives the seconds here, and what is returned. first: what is returned after a few images.
+    """
     tally = _own.tally
     with tally.instead():
         hooks = tuple(type(hook) for hook in trainer.hooks)
@@ -245,7 +281,11 @@ def _timing(trainer: Trainer, source: BatchSource, what: str, measure) -> dict[s
         else:
             layers = counting.layer_costs(trainer.model, batch[1:])
             macs = max(1, sum(layer.macs for layer in layers)) * batch[0] * len(source)
-            if alike and time.time() > tally.measure_until:
+            if tally.card:
+                share = 1.0 if what == "train" else FORWARD
+                floor = share * training_seconds(trainer.model, batch[1:], tally.card)
+                found = _known[key] = _Timing(floor * batch[0] * len(source), macs, hooks, first())
+            elif alike and time.time() > tally.measure_until:
                 nearest = min(alike, key=lambda t: (t.hooks != hooks, abs(math.log(t.macs / macs))))
                 found = replace(nearest, seconds=nearest.seconds * macs / nearest.macs)
                 tally.from_macs = True
@@ -290,6 +330,16 @@ def _now(trainer: Trainer) -> float:
     return time.perf_counter()
 
 
+def _cut_epoch(trainer: Trainer, batches: BatchSource, learning_rates: Sequence[float]) -> dict[str, float]:
+    """The row of an epoch of other batches."""
+    whole = trainer.batches
+    trainer.batches = batches
+    try:
+        return _EPOCH(trainer, learning_rates)
+    finally:
+        trainer.batches = whole
+
+
 def _time_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> tuple[float, dict[str, float]]:
     """Seconds of the epoch that would begin now, and the row that its first iterations give."""
     whole, first, per_epoch = trainer.batches, trainer.iteration, len(learning_rates)
@@ -298,12 +348,9 @@ def _time_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> tuple[floa
     def timed(count: int) -> tuple[float, float, dict[str, float]]:
         """Seconds until the first batch (none where tables on the device give it), seconds of an iteration, row."""
         cut = _First(whole, count)
-        trainer.batches, trainer.iteration = whole if planned else cut, first
+        trainer.iteration = first
         begun = _now(trainer)
-        try:
-            row = _EPOCH(trainer, learning_rates[:count])
-        finally:
-            trainer.batches = whole
+        row = _cut_epoch(trainer, whole if planned else cut, learning_rates[:count])
         ready = begun if planned else cut.ready
         return ready - begun, (_now(trainer) - ready) / count, row
 
