@@ -253,7 +253,8 @@ def read_yaml(file: str | os.PathLike) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise SettingsError(f"{file}{line}: not valid YAML: {words(problem)}") from None
+        tab = " (a tab; indent by spaces)" if mark and text[mark.index : mark.index + 1] == "\t" else ""
+        raise SettingsError(f"{file}{line}: not valid YAML: {words(problem)}{tab}") from None
 
 
 def _check_size(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from common.stage.scheduler import Networks, execute, in_order
 from common.stage.store import SCRATCH, StageError, Store
 
 ENDINGS = (".safetensors", ".pt2", ".onnx")
+_FOR_ONNX = ("onnx", "onnxscript")
 _MOST_NAMED = 5
 
 
@@ -36,6 +38,9 @@ def export(
     """
     if out.suffix not in ENDINGS:
         raise SettingsError(f"{out}: must end in {', '.join(ENDINGS)}")
+    for name in _FOR_ONNX if out.suffix == ".onnx" else ():
+        if importlib.util.find_spec(name) is None:  # before a run is done again
+            raise StageError(f"{out}: {name} is not installed here: `pip install {' '.join(_FOR_ONNX)}`")
     profile = load(paper, params, profile_name)
     run = _the_one(pipeline.listed(paper, profile), wanted)
     store = Store(SCRATCH / profile.name / paper, profile.execution)
@@ -74,9 +79,4 @@ def _write(model: nn.Module, images: torch.Tensor, out: Path) -> None:
     if out.suffix == ".pt2":
         torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), out)
         return
-    try:
-        torch.onnx.export(model, (images,), out, dynamic_shapes=batch, dynamo=True, verbose=False)
-    except ModuleNotFoundError as missing:
-        raise StageError(
-            f"{out}: {missing.name} is not installed here: `pip install onnx onnxscript`"
-        ) from None
+    torch.onnx.export(model, (images,), out, dynamic_shapes=batch, dynamo=True, verbose=False)

@@ -48,8 +48,8 @@ def add_example(project: Path, name: str = "example") -> None:
     pipeline.write_text(pipeline.read_text().replace("stages:\n", f"stages:\n{stage}\n", 1))
 
 
-def params(project: Path, profile: str = "digits", **papers: dict) -> Path:
-    """Write a params.yaml with one small profile."""
+def params(project: Path, profile: str = "digits", **more: object) -> Path:
+    """Write a params.yaml with one small profile, and what more it is to say."""
     data = {"source": "digits", "train": 200, "validation": 100}
     block = {
         "dataset": data,
@@ -61,7 +61,7 @@ def params(project: Path, profile: str = "digits", **papers: dict) -> Path:
             "threads": 1,
             "workers": 2,
         },
-        **papers,
+        **more,
     }
     file = project / "params.yaml"
     file.write_text(yaml.safe_dump({"profile": profile, "profiles": {profile: block}}))

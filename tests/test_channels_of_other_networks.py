@@ -114,6 +114,12 @@ WRONG = {
     "position by position": (
         behind(lambda net, x: net.c(net.a(x).permute(0, 2, 3, 1).flatten(1)), nn.Linear(392, 4)), "mixes channels"
     ),
+    "largest of the channels": (
+        behind(lambda net, x: net.c(net.a(x)) + net.a(x).amax(1, keepdim=True), conv(8, 4)), "mixes channels"
+    ),
+    "smallest of the channels": (
+        behind(lambda net, x: net.c(net.a(x)) + net.a(x).amin(1, keepdim=True), conv(8, 4)), "mixes channels"
+    ),
     "softmax over channels": (chain(conv(3, 8), nn.Softmax(1), conv(8, 4)), "mixes channels"),
     "local response": (chain(conv(3, 8), nn.LocalResponseNorm(3), conv(8, 4)), "mixes channels"),
     "a network that says nothing": (
@@ -200,3 +206,10 @@ def test_a_weight_that_cannot_be_masked_is_named():
         prunable(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
     with pytest.raises(ValueError, match="0: the weight of this Linear"):
         prunable(nn.Sequential(prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)))
+
+
+def test_a_network_without_layers_that_can_be_pruned_is_named():
+    with pytest.raises(ValueError, match="LSTM has none of the layers .*: convolutions and linear layers"):
+        Masks.dense(nn.LSTM(3, 4))
+    with pytest.raises(ValueError, match="Linear has none of the layers whose .*: convolutions$"):
+        prunable(nn.Linear(3, 4), "conv")

@@ -33,6 +33,7 @@ STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
         {"whatever": {"inner": STATE}},
         {"model": STATE, "model_ema": {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(2)}},
         {"state_dict": {f"module._orig_mod.{name}": value for name, value in STATE.items()}},
+        {"n_averaged": torch.tensor(7), **{f"module.{name}": value for name, value in STATE.items()}},
         {**STATE, "epoch": 3},
     ],
     ids=lambda content: " ".join(content),
@@ -61,6 +62,12 @@ def test_what_holds_no_table_of_tensors_is_described(tmp_path, content, message)
     with pytest.raises(SettingsError, match=message) as caught:
         read_checkpoint(str(tmp_path / "net.pt"))
     assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Nothing_Weights.DEFAULT", "ResNet18_Weights.NOTHING", "nothing"])
+def test_weights_that_torchvision_does_not_have_are_named(name):
+    with pytest.raises(SettingsError, match=f"torchvision has no weights called '{name}'"):
+        read_checkpoint(f"torchvision:{name}")
 
 
 def test_a_file_that_never_ends_is_not_read():
@@ -150,6 +157,16 @@ def test_names_decide_before_order():
     # as Lightning saves them
     prefixed = {f"model.{name}": value for name, value in reversed(layers().items())}
     assert list(matched(layers(), prefixed, "x")[0]) == list(layers())
+    # within others of its own, and beside something else
+    deeper = {"loss.scale": torch.ones(4)} | {f"task.{name}": value for name, value in prefixed.items()}
+    found, rest = matched(layers(), deeper, "x")
+    assert [int(value[0, 0]) for value in found.values()] == [0, 1, 2] and list(rest) == ["loss.scale"]
+
+
+def test_several_networks_in_one_table_are_refused():
+    both = {f"{who}.{name}": value for who in ("student", "teacher") for name, value in layers().items()}
+    with pytest.raises(SettingsError, match="has several networks, under student., teacher.; keep"):
+        matched(layers(), both, "x")
 
 
 def test_order_decides_where_names_are_others():
@@ -184,6 +201,10 @@ def test_names_that_contradict_the_order_are_refused():
         (
             {"features.0.weight": torch.zeros(16, 3, 3, 3, dtype=torch.int64)},
             "features.0.weight is torch.int64",
+        ),
+        (
+            {"features.0.weight": torch.full((16, 3, 3, 3), 1e300, dtype=torch.float64)},
+            "features.0.weight has values that are no finite numbers in single precision",
         ),
         ({"features.0.weight": torch.zeros(16, 3, 3, 3, dtype=torch.complex64)}, "is torch.complex64"),
         ({"features.0.weight": torch.zeros(16, 3, 3, 3).to_sparse()}, "torch.sparse_coo: plain tensors"),

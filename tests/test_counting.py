@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.core.models import build
@@ -227,6 +229,54 @@ def test_what_nobody_counts_is_named(convention):
         ValueError, match=r"Pair: \w+ does not count Bilinear \(both\), which calls _trilinear"
     ):
         cost(Pair(), (4, 1, 1), convention=convention)
+
+
+class Weighted(nn.Module):
+    """A matrix that is not applied by a product of matrices."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.own, self.how = nn.Parameter(torch.ones(6, 4)), forward
+
+    def forward(self, x):
+        return self.how(x.flatten(1), self.own)
+
+
+@pytest.mark.parametrize("convention", ["conv_linear", "products"])
+@pytest.mark.parametrize(
+    "forward, what",
+    [
+        (lambda x, own: (x[:, None] * own).sum(-1), "mul of each with each"),
+        (lambda x, own: (x[:, None] - own).square().sum(-1), "sub of each with each"),
+    ],
+)
+def test_products_that_are_written_out_are_named(convention, forward, what):
+    with pytest.raises(
+        ValueError, match=f"Weighted: {convention} does not count Weighted, which calls {what}"
+    ):
+        cost(Weighted(forward), (4, 1, 1), convention=convention)
+
+
+def test_scales_and_shifts_of_each_entry_are_no_products():
+    model = Weighted(lambda x, own: x[:, None].expand(-1, 6, -1) * own + own)
+    assert cost(model, (4, 1, 1), convention="products")["macs"] == 0
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (nn.Conv2d(2, 3, 1), r"Conv2d: no shapes of \(4, 5, 5\) go through it"),
+        (nn.DataParallel(nn.Conv2d(4, 3, 1)), "DataParallel: no shapes of .* with nn.DataParallel"),
+        (Weighted(lambda x, own: x * x.mean().item()), r"Weighted: no shapes of .* Tensor.item\(\)"),
+        (prune.random_unstructured(nn.Conv2d(4, 3, 1), "weight", 0.5), "this Conv2d is no plain parameter"),
+        (nn.Sequential(spectral_norm(nn.Conv2d(4, 3, 1))), "0: the weight of this ParametrizedConv2d"),
+        (nn.LazyConv2d(3, 1), "the weight of this LazyConv2d is no plain parameter"),
+    ],
+)
+def test_a_network_that_cannot_be_counted_is_one_line(model, message):
+    with pytest.raises(ValueError, match=message) as error:
+        cost(model, (4, 5, 5))
+    assert "\n" not in str(error.value)
 
 
 def test_a_transformer_has_the_size_that_torchvision_publishes():

@@ -296,6 +296,27 @@ def test_a_network_that_is_too_deep_for_its_images_is_refused(monkeypatch):
         _listed_with("digits_cnn", DATA, RECIPE)
 
 
+@pytest.mark.parametrize(
+    "architecture, options, message",
+    [
+        (
+            "vgg_mini",
+            {"hidden": [0]},
+            r"\(vgg_mini\): with options {'hidden': \[0\]} classifier.0.weight has no",
+        ),
+        ("vgg_mini", {"hidden": [-3]}, r"\(vgg_mini\): .*negative dimension"),
+        ("mlp", {"hidden": [8, 0]}, r"\(mlp\): with options .* layers.3.weight has no entries"),
+        ("resnet8", {"stem": 0}, r"\(resnet8\): with options {'stem': 0}"),
+        ("resnet8", {"multiplier": float("nan")}, r"\(resnet8\): cannot convert float NaN"),
+        ("mobilenet_t8", {"strides": [1]}, r"\(mobilenet_t8\): "),
+    ],
+)
+def test_options_of_which_no_network_comes_are_one_line(architecture, options, message):
+    with pytest.raises(SettingsError, match=message) as error:
+        _listed_with(architecture, DATA, RECIPE, **options)
+    assert "\n" not in str(error.value)
+
+
 def test_a_batch_of_one_image_in_training_fails_the_run_with_its_reason():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     images, labels = torch.rand(5, 1, 2, 2), torch.arange(5) % 2

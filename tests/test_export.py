@@ -59,9 +59,16 @@ def test_a_run_is_exported_for_other_tools_and_values_alone(folder, capsys):
     assert about["seed"] == 10001 and about["paper"] == "halo"
 
 
-def test_what_cannot_be_exported_is_named(folder, capsys):
+def test_what_cannot_be_exported_is_named(folder, capsys, monkeypatch):
     assert main(["export", "halo", "--out", "net.pt"]) == 2
     assert "net.pt: must end in .safetensors, .pt2, .onnx" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (
+        main(["export", "halo", "--variant", "none", "--target", "0.5", "--seed", "10001", "--out", "n.onnx"])
+        == 2
+    )
+    assert "n.onnx: onnx is not installed here: `pip install onnx onnxscript`" in capsys.readouterr().err
+    assert not (folder / ".runs").exists()
     listed = runs("halo", load("halo"))
     with pytest.raises(
         SettingsError, match=r"2 runs have variant none, target 0.5, where one is needed; of 2: halo/none"

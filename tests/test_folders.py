@@ -134,3 +134,14 @@ def test_the_manifest_keeps_what_was_said_when_the_folder_was_prepared(photos, m
         assert json.loads(Path("data/prepared/manifest.json").read_text())["photos"]["remarks"] == said
         changed = prepared_file(settings).stat().st_mtime_ns
     assert prepared_file(settings).stat().st_mtime_ns == changed
+
+
+def test_that_sides_are_cut_off_is_told(photos):
+    left = np.zeros((8, 14, 3), np.uint8)
+    left[:, :3], left[:, 3:11] = 200, np.random.default_rng(1).integers(0, 100, (8, 8, 3))
+    Image.fromarray(left).save(photos / "a" / "wide.png")
+    told = "photos: 1 images are not square: only the square in their middle is taken (the first: a/wide.png)"
+    assert told in _prepared()[2]
+    arrays = prepare(_folder(test=2))
+    images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+    assert sum(np.array_equal(image, left[:, 3:11]) for image in images) == 1

@@ -6,11 +6,14 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from project import add_example, copy, environment, params, run
 
+from common.core import networks
 from common.stage.papers import papers
 
 pytestmark = pytest.mark.slow
@@ -23,7 +26,7 @@ def project(tmp_path_factory):
     for paper in papers():
         _remove(project, paper)
     add_example(project)
-    params(project)
+    params(project, keep="headline")
     for command in (["git", "init", "-q"], ["git", "add", "-A"]):
         assert run(project, *command).returncode == 0
     return project
@@ -140,6 +143,38 @@ def test_the_store_of_the_copy_holds_its_runs(project):
     )
     found = run(project, "python", "-c", code)
     assert int(found.stdout) >= len((project / "results/digits/example.jsonl").read_text().splitlines())
+
+
+def test_networks_of_headline_runs_are_in_the_store_and_what_they_take_on_the_page(project):
+    _repro(project)
+    records = [
+        json.loads(line) for line in (project / "results/digits/example.jsonl").read_text().splitlines()
+    ]
+    kept = {record["settings_hash"] for record in records}  # the claim is a headline, and compares all
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'pruning-replications/example'")
+    runs = {run.data.tags.get("settings_hash"): run for run in client.search_runs([experiment.experiment_id])}
+    environment = json.loads((project / "results/environment/digits/example.json").read_text())
+    takes, found = environment["measured"], {}
+    for name in kept:
+        (artifact,) = client.list_artifacts(runs[name].info.run_id, "network")
+        file = Path(client.download_artifacts(runs[name].info.run_id, artifact.path))
+        found[name], about = networks.unpacked(file.read_bytes())
+        assert file.suffix == ".safetensors" and about["settings_hash"] == name
+        # those of the first seed are measured, beside and not in the records
+        measured = {f"measured.{key}": value for key, value in takes.get(name, {}).items()}
+        assert {
+            key: v for key, v in runs[name].data.metrics.items() if key.startswith("measured.")
+        } == measured
+    assert set(takes) == {record["settings_hash"] for record in records if record["seed"] == 0}
+    assert all(one["milliseconds"] > 0 and one["bytes"] == one["dense_bytes"] > 0 for one in takes.values())
+    assert "milliseconds" not in (project / "results/digits/example.jsonl").read_text()
+    for record in records:
+        weights = sum(int(p.count_nonzero()) for p in found[record["settings_hash"]].parameters())
+        assert weights == record["cost"]["nonzero_parameters"]
+    page = (project / "reports/digits/index.html").read_text()
+    first = next(takes[record["settings_hash"]] for record in records if record["variant"] == "pruned")
+    assert f"{first['milliseconds']:.3g} ms, " in page and f"{first['bytes']:,}" in page
 
 
 def test_wrong_settings_stop_the_pipeline_with_one_clear_line(project):

@@ -97,6 +97,10 @@ def _bomb(last):
         ("a: b".encode("utf-16"), "a.yaml: not UTF-8 text"),
         ("a: \0", "unacceptable character"),
         ('a: "\\ud800"', "invalid Unicode character"),
+        (
+            "a:\n\tb: 1",
+            "line 2: not valid YAML: found character that cannot start any token (a tab; indent by spaces)",
+        ),
     ],
 )
 def test_damage_is_one_short_line_that_names_the_file(tmp_path, text, message):

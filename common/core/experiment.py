@@ -99,8 +99,13 @@ class Experiment(Generic[Settings]):
         self.settings, self.cell, self.data = settings, cell, data
         try:
             self.network = cell.build(data, device="meta")
-        except (TypeError, ValueError) as error:
-            raise SettingsError(str(error)) from None
+        except SettingsError:
+            raise
+        except Exception as error:  # a network with odd options raises whatever its layers do
+            raise SettingsError(" ".join(str(error).split())) from None
+        empty = [name for name, parameter in self.network.named_parameters() if not parameter.numel()]
+        if empty and "widths" not in cell.options:
+            raise SettingsError(f"with options {dict(cell.options)} {empty[0]} has no entries")
 
     def job(
         self, kind: type[JobKind], variant: str, seed: int, target: float = 0.0, **fields: Any

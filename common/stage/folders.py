@@ -24,6 +24,7 @@ from common.settings import DataError, DatasetSettings
 _LEFTOVERS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 """What systems and programs leave in folders, beside what begins with a dot."""
 _HIDDEN = "are hidden, or left by a system or a notebook"
+_NOT_SQUARE = "are not square: only the square in their middle is taken"
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _NO_CLASSES = "not a folder of class folders with images"
 
@@ -198,7 +199,8 @@ class _Odd:
 def _pictures(paths: Sequence[Path], odd: _Odd) -> Iterator[Image.Image]:
     for path in paths:
         picture = read_picture(path)
-        odd.note(path, picture.remarks)
+        width, height = picture.image.size
+        odd.note(path, (*picture.remarks, *([_NOT_SQUARE] if width != height else [])))
         yield picture.image
 
 

@@ -21,6 +21,7 @@ from common.settings import DataError, DatasetSettings, SettingsError, profile_c
 from common.stage.files import write_atomically
 from common.stage.folders import listing
 from common.stage.papers import load, papers, runs
+from common.stage.pipeline import preparation
 from common.stage.prepare import described
 
 TINY = range(8, 13)
@@ -112,13 +113,14 @@ def new_profile(name: str, path: str, file: str) -> list[str]:
     text = _inserted(file, name, content, own)
     data = described(DatasetSettings.model_validate(content["dataset"]))
     said = [f"note: {remark}" for remark in data["remarks"]]
-    said += [f"note: {paper}: {reason}" for paper, reason in _missing(text, name, file)]
+    missing = _missing(text, name, file)
+    said += [
+        f"note: {paper}: {reason}; {preparation(paper)} prepares what it reads" for paper, reason in missing
+    ]
     write_atomically(Path(file), text.encode())
     size = f"{own.classes} classes, {content['dataset']['train']} images to train"
     said.append(f"{file}: profile {name} extends {known[-1]}: {size}; change there what you know better")
-    prepare = (
-        "`python -m common.stage.prepare --profile {0}`, " if said[:-1] or own.source == "folder" else ""
-    )
+    prepare = "`python -m common.stage.prepare --profile {0}`, " if missing or own.source == "folder" else ""
     commands = prepare + "`python -m replications plan --profile {0}` says what it costs"
     return [*said, commands.format(name)]
 
@@ -146,7 +148,8 @@ def _inserted(file: str, name: str, content: dict[str, Any], own: Own) -> str:
     profile_chain(file)  # what is wrong already is told as ever
     if not re.fullmatch(r"[A-Za-z_][\w.-]*", name) or yaml.safe_load(name) != name:
         raise SettingsError(
-            f"{name!r}: a name of a profile must be letters, digits, '_', '-' and '.', and no number"
+            f"{name!r}: a name of a profile must be letters, digits, '_', '-' and '.', and begin with a letter; words that some "
+            "read as truth values, as `on`, are none"
         )
     text = Path(file).read_text(encoding="utf-8")
     top = yaml.compose(text, yaml.SafeLoader)

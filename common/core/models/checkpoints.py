@@ -22,6 +22,8 @@ _STATES = ("state_dict", "model_state_dict", "model", "net", "network", "model_s
 """What training scripts call the state of a network, the usual names first."""
 _WRAPPERS = ("module.", "_orig_mod.")
 """What wrappers of torch put before every name."""
+_AVERAGED = "n_averaged"
+"""What torch's wrapper that averages weights puts beside them: of how many."""
 _DEEPEST = 4
 
 
@@ -114,6 +116,7 @@ def _tables(found: Any, deepest: int) -> dict[str, dict[str, Tensor]]:
 
 
 def _without_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {key: value for key, value in state.items() if key != _AVERAGED}
     for prefix in _WRAPPERS:
         if all(key.startswith(prefix) for key in state):
             return _without_wrapper({key.removeprefix(prefix): value for key, value in state.items()})
@@ -126,7 +129,7 @@ def _of_torchvision(source: str) -> dict[str, Tensor]:
     name = source.removeprefix(TORCHVISION)
     try:
         weights = get_weight(name)
-    except ValueError:
+    except (ValueError, KeyError):
         raise SettingsError(f"checkpoint {source}: torchvision has no weights called {name!r}") from None
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
@@ -141,18 +144,15 @@ def matched(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors that are wanted, under their names there, and what is left of those that are offered.
 
-    By name where all names are there (a first part that all offered names share does not count), else in order, so that
-    names may differ. Counters of batches are left out. Raises SettingsError naming the first tensor that does not fit, one
-    whose values no network can have, or names that contradict the order.
+    By name where all names are there (what stands before each of them does not count), else in order, so that names may
+    differ. Counters of batches are left out. Raises SettingsError naming the first tensor that does not fit, one whose values
+    no network can have, or names that contradict the order or are there for several networks.
     """
     wanted, offered = (
         {k: v for k, v in part.items() if not k.endswith(_COUNTER)} for part in (wanted, offered)
     )
-    theirs = offered
-    first = {key.partition(".")[0] for key in offered}
-    if len(first) == 1 and not set(wanted) <= set(offered):
-        theirs = {key.partition(".")[2]: value for key, value in offered.items()}
-        theirs = theirs if set(wanted) <= set(theirs) else offered
+    prefix = _prefix(wanted, offered, source)
+    theirs = {key.removeprefix(prefix): value for key, value in offered.items()}
     by_name = set(wanted) <= set(theirs)
     pairs = {name: name for name in wanted} if by_name else dict(zip(wanted, theirs))
     for own, name in pairs.items():
@@ -175,6 +175,20 @@ def matched(
     return {own: theirs[name] for own, name in pairs.items()}, rest
 
 
+def _prefix(wanted: Mapping[str, Tensor], offered: Mapping[str, Tensor], source: str) -> str:
+    """What stands before the names that are wanted, where they are all there. Raises SettingsError for more than one."""
+    if set(wanted) <= set(offered):
+        return ""
+    first = f".{next(iter(wanted))}"
+    possible = [key.removesuffix(first) + "." for key in offered if key.endswith(first)]
+    whole = [prefix for prefix in possible if all(prefix + name in offered for name in wanted)]
+    if len(whole) > 1:
+        raise SettingsError(
+            f"checkpoint {source}: has several networks, under {', '.join(whole)}; keep the tensors of one of them"
+        )
+    return whole[0] if whole else ""
+
+
 def _check_order(
     wanted: Mapping[str, Tensor], theirs: Mapping[str, Tensor], pairs: Mapping[str, str], source: str
 ) -> None:
@@ -194,8 +208,8 @@ def _unusable(tensor: Tensor, name: str) -> str | None:
     """What is wrong with a tensor's values."""
     if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
         return f"is {tensor.dtype} on {tensor.device}, {tensor.layout}: plain tensors of floating-point numbers are needed"
-    if not tensor.isfinite().all():
-        return "has values that are no finite numbers"
+    if not tensor.float().isfinite().all():
+        return "has values that are no finite numbers in single precision"
     if name.endswith("running_var") and (tensor < 0).any():
         return "has negative variances"
     return None

@@ -108,19 +108,20 @@ def _remove(model: nn.Module, chosen: Chosen, optimizer: torch.optim.Optimizer |
 
 def _try(model: nn.Module, chosen: Chosen, image_shape: Sequence[int] | None) -> None:
     """Remove from a copy and compare it with one that is masked. Raises ValueError."""
-    masked, images = trial.copy_with_images(model, image_shape)
-    narrow = copy.deepcopy(masked)
-    _remove(narrow, chosen)
-    parameters = dict(masked.named_parameters())
-    for name, mask in _masks(masked, chosen, norms=True).items():
-        parameters[name].mul_(mask)
+    whole, images = trial.copy_with_images(model, image_shape)
     names = ", ".join(group.name for group, _ in chosen)
     who = f"{names}: without these channels {type(model).__name__}"
-    found = trial.outputs(narrow, images, f"{who} no longer computes")
-    if not trial.equal(found, trial.outputs(masked, images, f"{who} is masked, which does not compute")):
-        raise ValueError(
-            f"{who} computes something else than with them masked: something behind them mixes channels or is not in the group"
-        )
+    for masked in (whole, trial.with_negative_shifts(whole)):
+        narrow = copy.deepcopy(masked)
+        _remove(narrow, chosen)
+        parameters = dict(masked.named_parameters())
+        for name, mask in _masks(masked, chosen, norms=True).items():
+            parameters[name].mul_(mask)
+        found = trial.outputs(narrow, images, f"{who} no longer computes")
+        if not trial.equal(found, trial.outputs(masked, images, f"{who} is masked, which does not compute")):
+            raise ValueError(
+                f"{who} computes something else than with them masked: something behind them mixes channels or is not in the group"
+            )
 
 
 def masks(

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.core.pruning.layers import CONVOLUTIONS, TRANSPOSED
+from common.core.pruning.layers import CONVOLUTIONS, TRANSPOSED, weight_parameter
 from common.core.pruning.products import Products
 
 Convention = Literal["conv_linear", "pool_inputs", "same_padding", "products"]
@@ -81,7 +81,8 @@ def layer_costs(
     ignored. `products` adds the matrix products and convolutions of all other modules (attention, recurrent layers) as
     torch's own counter counts them, without regard to zeros. The model is neither run nor changed: only shapes go through
     it, of one model at a time, since threads may
-    count the same one. Raises ValueError for an unknown convention, and naming layers that multiply and are not counted.
+    count the same one. Raises ValueError for an unknown convention or images that the network does not take, and naming layers
+    that multiply and are not counted, or whose weight is no plain parameter.
     """
     own: Any = getattr(model, "convention", "conv_linear")
     chosen: Convention = convention or own
@@ -89,11 +90,14 @@ def layer_costs(
         raise ValueError(f"convention = {chosen!r}: must be one of {', '.join(get_args(Convention))}")
     counted = (*_WEIGHTED, *(_POOLS if chosen == "pool_inputs" else ()))
     names = {module: name for name, module in model.named_modules() if isinstance(module, counted)}
+    for module, name in names.items():
+        if isinstance(module, _WEIGHTED):
+            weight_parameter(module, name)
     with _COUNTING:
         seen, others = _shapes(model, names, image_shape)
     if reason := others.refusal(counts_products=chosen == "products"):
         raise ValueError(f"{type(model).__name__}: {chosen} does not count {reason}")
-    sharing: dict[nn.Module | nn.Parameter, list[_Counted]] = {}
+    sharing: dict[nn.Module | Tensor, list[_Counted]] = {}
     for module in names:
         weight = module._parameters.get("weight")
         sharing.setdefault(module if weight is None else weight, []).append(module)
@@ -125,6 +129,11 @@ def _shapes(
     try:
         with torch.no_grad(), others:
             torch.func.functional_call(model, hollow, (images,))
+    except Exception as error:  # a network of any kind raises whatever its layers do
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{type(model).__name__}: no shapes of {tuple(image_shape)} go through it, so it cannot be counted: {told}"
+        ) from None
     finally:
         for handle in handles:
             handle.remove()

@@ -39,7 +39,7 @@ def prunable(model: nn.Module, layers: Layers = "conv+linear") -> dict[str, nn.P
 
     An allow-list: convolutions, transposed ones too, and, unless layers="conv", linear layers. Biases and
     normalisation never belong to it. A weight that several layers share is there once, by its first name. Raises
-    ValueError naming a layer whose weight is no plain parameter.
+    ValueError naming a layer whose weight is no plain parameter, and for a network without such layers.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [
@@ -47,6 +47,11 @@ def prunable(model: nn.Module, layers: Layers = "conv+linear") -> dict[str, nn.P
         for name, module in model.named_modules()
         if isinstance(module, _MODULES[layers])
     ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has none of the layers whose weights can be pruned: convolutions"
+            + (" and linear layers" if layers == "conv+linear" else "")
+        )
     return {names[weight]: weight for weight in found}
 
 

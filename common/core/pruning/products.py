@@ -97,8 +97,16 @@ class Products(TorchDispatchMode):
         elif any(id(value) in self._weights for value in args):
             if func.is_view:
                 self._weights[id(out)] = out
-            elif torch.Tag.pointwise not in func.tags and func._overloadpacket not in _MOVES:
+            elif torch.Tag.pointwise in func.tags:
+                if self._pairs(args, out):
+                    self._unknown[where] = f"{func._overloadpacket.__name__} of each with each"
+            elif func._overloadpacket not in _MOVES:
                 self._unknown[where] = func._overloadpacket.__name__
+
+    def _pairs(self, args: Any, out: Tensor) -> bool:
+        """Whether entries meet each entry of a weight, as in a product that is summed behind, and not one each."""
+        others = [v.numel() for v in args if isinstance(v, Tensor) and id(v) not in self._weights]
+        return bool(others) and out.numel() > max(others)
 
     def refusal(self, counts_products: bool) -> str | None:
         """What multiplies and is not counted, by kind and name; None where that is nothing."""

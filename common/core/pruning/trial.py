@@ -66,6 +66,15 @@ def _copy_with_other_values(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
+def with_negative_shifts(model: nn.Module) -> nn.Module:
+    """A copy whose biases, and what its norms add, are the opposite: zeros in place of channels are above all others then."""
+    twin = copy.deepcopy(model)
+    for name, parameter in twin.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.neg_()
+    return twin
+
+
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     layers = [m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))][:_FIRST]
     for layer in layers:
