@@ -145,7 +145,7 @@ def test_the_store_of_the_copy_holds_its_runs(project):
     assert int(found.stdout) >= len((project / "results/digits/example.jsonl").read_text().splitlines())
 
 
-def test_networks_of_headline_runs_are_in_the_store_and_what_they_take_on_the_page(project):
+def test_networks_of_headline_runs_are_in_the_store_and_what_they_take_on_the_page(project, tmp_path):
     _repro(project)
     records = [
         json.loads(line) for line in (project / "results/digits/example.jsonl").read_text().splitlines()
@@ -158,7 +158,7 @@ def test_networks_of_headline_runs_are_in_the_store_and_what_they_take_on_the_pa
     takes, found = environment["measured"], {}
     for name in kept:
         (artifact,) = client.list_artifacts(runs[name].info.run_id, "network")
-        file = Path(client.download_artifacts(runs[name].info.run_id, artifact.path))
+        file = Path(client.download_artifacts(runs[name].info.run_id, artifact.path, str(tmp_path)))
         found[name], about = networks.unpacked(file.read_bytes())
         assert file.suffix == ".safetensors" and about["settings_hash"] == name
         # those of the first seed are measured, beside and not in the records
@@ -174,7 +174,7 @@ def test_networks_of_headline_runs_are_in_the_store_and_what_they_take_on_the_pa
         assert weights == record["cost"]["nonzero_parameters"]
     page = (project / "reports/digits/index.html").read_text()
     first = next(takes[record["settings_hash"]] for record in records if record["variant"] == "pruned")
-    assert f"{first['milliseconds']:.3g} ms, " in page and f"{first['bytes']:,}" in page
+    assert f"{first['milliseconds']:.3g} ms, " in page and f"{first['bytes']:,.0f}" in page
 
 
 def test_wrong_settings_stop_the_pipeline_with_one_clear_line(project):

@@ -39,7 +39,7 @@ def prunable(model: nn.Module, layers: Layers = "conv+linear") -> dict[str, nn.P
 
     An allow-list: convolutions, transposed ones too, and, unless layers="conv", linear layers. Biases and
     normalisation never belong to it. A weight that several layers share is there once, by its first name. Raises
-    ValueError naming a layer whose weight is no plain parameter, and for a network without such layers.
+    ValueError naming a layer whose weight is no plain parameter.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [
@@ -47,11 +47,6 @@ def prunable(model: nn.Module, layers: Layers = "conv+linear") -> dict[str, nn.P
         for name, module in model.named_modules()
         if isinstance(module, _MODULES[layers])
     ]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has none of the layers whose weights can be pruned: convolutions"
-            + (" and linear layers" if layers == "conv+linear" else "")
-        )
     return {names[weight]: weight for weight in found}
 
 
@@ -241,10 +236,13 @@ class Masks:
 
     @classmethod
     def dense(cls, model: nn.Module, layers: Layers = "conv+linear") -> Masks:
-        """Masks over all prunable weights that prune nothing."""
-        return cls(
-            {name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(model, layers).items()}
-        )
+        """Masks over all prunable weights that prune nothing. Raises ValueError where there are none, and as `prunable`."""
+        weights = prunable(model, layers)
+        if not weights:
+            raise ValueError(
+                f"{type(model).__name__} has none of the layers whose weights can be pruned ({layers})"
+            )
+        return cls({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
 
     def update(self, kept: Mapping[str, Tensor]) -> None:
         """Replace the masks."""
