@@ -85,8 +85,10 @@ def test_no_claim_of_the_embedded_profile_lacks_runs(paper, stand_ins):
 def test_each_deviation_is_measured_in_the_profile_of_deviations(paper, stand_ins):
     file = claims.read(ROOT / "replications" / paper / claims.CLAIMS_FILE)
     named = {one.id for one in file.claims if one.deviation}
+    if not named:
+        pytest.skip("has no switch for a deviation")
     found = {one.claim: one for one in foreseen_in(paper, "digits-deviations")}
-    assert named and named <= set(found)
+    assert named <= set(found)
     assert not [found[name] for name in named if found[name].problems]
 
 
