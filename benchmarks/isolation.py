@@ -70,7 +70,7 @@ def _inherited(threads: int, tuned: bool) -> Iterator[None]:
 def _begin(function: Callable[..., Any], arguments: tuple, threads: int, tuned: bool) -> Any:
     if tuned:
         settings = importlib.import_module("common.settings").ExecutionSettings
-        prepare = importlib.import_module("common.stage.scheduler").prepare_process
+        prepare = importlib.import_module("common.stage.worker").prepare_process
         prepare(settings(threads=threads, deterministic=False))
     return function(*arguments)
 

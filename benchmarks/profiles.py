@@ -23,7 +23,7 @@ from common.core.recipe import Recipe
 from common.core.run import Cell
 from common.settings import Profile, SettingsError
 from common.stage import papers
-from common.stage.scheduler import prepare_process
+from common.stage.worker import prepare_process
 
 ROUNDS = 30
 

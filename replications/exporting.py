@@ -19,8 +19,9 @@ from common.settings import SettingsError
 from common.stage import pipeline
 from common.stage.files import write_atomically
 from common.stage.papers import load
-from common.stage.scheduler import Networks, execute, in_order
+from common.stage.scheduler import execute, in_order
 from common.stage.store import SCRATCH, StageError, Store
+from common.stage.worker import Networks
 
 ENDINGS = (".safetensors", ".pt2", ".onnx")
 _FOR_ONNX = ("onnx", "onnxscript")

@@ -13,8 +13,9 @@ from common.settings import ROOT, DatasetSettings, ExecutionSettings, Profile, S
 from common.stage import papers
 from common.stage import prepare as preparing
 from common.stage.papers import profile_datasets
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 
 pytestmark = pytest.mark.slow
 

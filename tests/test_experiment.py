@@ -26,8 +26,9 @@ from common.settings import (
     Strict,
     validated,
 )
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 
 DATA = DatasetSettings(train=90, validation=50, test=60)
 CELL = Cell(architecture="mlp", options={"hidden": [8]}, data=DATA)

@@ -19,8 +19,9 @@ from common.core.run import Cell, Context
 from common.core.trainer import Trainer
 from common.core.tuning import Tuned
 from common.settings import AugmentationSettings, DatasetSettings, ExecutionSettings, Profile, SettingsError
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 from replications.equal_footing.protocol import Contend
 from replications.feature_relevance import baselines, method, protocol
 from replications.feature_relevance.contender import contend

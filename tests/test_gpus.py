@@ -12,8 +12,9 @@ from common.core.compute import TURNS, Turns
 from common.core.recipe import Recipe
 from common.core.run import Cell, Job
 from common.settings import ExecutionSettings
-from common.stage import scheduler
-from common.stage.gpus import Died, GPUWorkers
+from common.stage import local
+from common.stage.engines import Died
+from common.stage.gpus import GPUWorkers
 from common.stage.scheduler import execute
 from common.stage.store import Store
 
@@ -175,7 +176,7 @@ class Trains(Job):
 
 def _stage(tmp_path, monkeypatch, lanes, kills=(), log=""):
     """How five runs end, and the curves of all that succeed."""
-    monkeypatch.setattr(scheduler, "training_slots", lambda execution, most: (len(lanes) or 1, lanes))
+    monkeypatch.setattr(local, "training_slots", lambda execution, most: (len(lanes) or 1, lanes))
     cell = Cell(architecture="vgg_t8", data=DATA)
     runs = [
         Trains(variant="dense", cell=cell, seed=seed, kills=seed in kills, log=str(log)).run

@@ -15,8 +15,9 @@ from common.core.run import Context, Needed
 from common.core.trainer import Trainer
 from common.records import Record
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 from replications.halo import measures, method, protocol
 
 DATA = DatasetSettings(train=90, validation=50, test=60)

@@ -21,8 +21,9 @@ from common.settings import (
     validated,
 )
 from common.stage import papers
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 from common.statistics.claims import read
 from replications.imp_slr import baselines, measures, method, protocol
 

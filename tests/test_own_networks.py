@@ -14,8 +14,8 @@ from common.core.pruning.masks import KeepMasked, Masks
 from common.core.recipe import Recipe
 from common.core.run import Cell, Context, Job, Outcome
 from common.settings import DatasetSettings, ExecutionSettings, SettingsError
-from common.stage.scheduler import Networks, perform
 from common.stage.store import Store, code_files
+from common.stage.worker import Networks, perform
 
 SEPARABLE, DESCRIBED = "tutorials/networks.py:separable", "tutorials/networks.py:described"
 DIGITS = (1, 8, 8)

@@ -24,7 +24,7 @@ from common.stage.floors import Peaks
 from common.stage.papers import load, papers
 from common.stage.plan import Expected, Stage
 from common.stage.rehearsal import Cost, kinds
-from common.stage.scheduler import perform
+from common.stage.worker import perform
 
 pytestmark = pytest.mark.slow
 

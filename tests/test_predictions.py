@@ -14,7 +14,7 @@ from common.core.identity import stream
 from common.core.run import Context, Outcome
 from common.predictions import SUFFIX, Predictions, check, packed, predictions_file, unpacked
 from common.settings import ROOT, DatasetSettings, ExecutionSettings, SettingsError
-from common.stage import scheduler
+from common.stage import worker
 from common.stage.papers import load, papers
 from common.stage.pipeline import listed
 from common.stage.records import predictions_of, results_files
@@ -158,8 +158,8 @@ def test_a_run_that_takes_over_the_results_of_another_has_its_predictions(tmp_pa
     execution = ExecutionSettings(device="cpu", precision="float32")
     store = Store(tmp_path, execution)
     first, second = made_up("first", data=DATA), made_up("second", seed=1, data=DATA)
-    entries = [scheduler.perform(run, store, execution, False) for run in (first, second)]
-    chosen = scheduler.perform(made_up("chosen", needs=(first, second), data=DATA), store, execution, False)
+    entries = [worker.perform(run, store, execution, False) for run in (first, second)]
+    chosen = worker.perform(made_up("chosen", needs=(first, second), data=DATA), store, execution, False)
     assert chosen.record.predictions == entries[1].record.predictions != None  # noqa: E711
     assert chosen.predictions == entries[1].predictions
     check([chosen.record], unpacked(packed([Predictions.from_text(chosen.predictions)]), FILE), FILE)
@@ -187,7 +187,7 @@ def test_in_a_stage_each_run_has_those_of_the_accuracy_that_it_reports(paper, tm
     profile = load(paper, ROOT / "params.yaml", "digits")
     store = Store(tmp_path, profile.execution)
     runs = _few(paper, profile)
-    entries = [scheduler.perform(run, store, profile.execution, True) for run in runs]
+    entries = [worker.perform(run, store, profile.execution, True) for run in runs]
     content = results_files("digits", paper, entries, {"machine": entries[0].machine})
     found = unpacked(content[Path("digits", f"{paper}{SUFFIX}")], FILE)
     assert set(found) == {entry.record.predictions for entry in entries}

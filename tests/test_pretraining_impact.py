@@ -23,8 +23,9 @@ from common.core.pruning.masks import Masks, prunable
 from common.core.trainer import Trainer
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, read_yaml, validated
 from common.stage import papers
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 from replications.pretraining_impact import (
     filters,
     glyphs,

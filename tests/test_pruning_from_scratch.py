@@ -20,8 +20,9 @@ from common.core.run import Cell, Context
 from common.core.trainer import Trainer
 from common.core.tuning import Tuned
 from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 from replications.equal_footing.protocol import Contend
 from replications.pruning_from_scratch import bpcp, method, protocol
 from replications.pruning_from_scratch.contender import contend

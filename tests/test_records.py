@@ -19,8 +19,8 @@ from common.core.run import Outcome
 from common.records import Cause, Curves, Failure, Record
 from common.report.evidence import finite
 from common.settings import ExecutionSettings, SettingsError
-from common.stage.scheduler import perform
 from common.stage.store import Store
+from common.stage.worker import perform
 from common.statistics.records import Lost, Quantity, Records
 
 IDENTITY = {"paper": "example", "variant": "v", "dataset": "d", "architecture": "a", "target": 0.5, "seed": 3}

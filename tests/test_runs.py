@@ -303,7 +303,7 @@ def _example_runs(count):
 
 
 def test_a_worker_that_cannot_be_prepared_stops_the_stage_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.stage.scheduler.training_slots", lambda execution, most: (2, []))
+    monkeypatch.setattr("common.stage.local.training_slots", lambda execution, most: (2, []))
     broken = ExecutionSettings(device="cpu").model_copy(update={"threads": -1})
     with pytest.raises(StageError, match="a worker process cannot be prepared: "):
         execute(_example_runs(2), Store(tmp_path), broken, "test")

@@ -8,8 +8,9 @@ from common.core.failures import Diverged, OutOfMemory, Unreachable
 from common.core.run import Cell, Job, Outcome
 from common.core.tuning import Tuned, TuningSettings, tuned
 from common.settings import DatasetSettings, ExecutionSettings
-from common.stage.scheduler import in_order, perform
+from common.stage.scheduler import in_order
 from common.stage.store import Store
+from common.stage.worker import perform
 
 CELL = Cell(architecture="mlp", data=DatasetSettings(train=90, validation=50, test=60))
 FAILURES = {"diverges": Diverged, "unreachable": Unreachable, "memory": OutOfMemory}

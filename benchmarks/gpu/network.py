@@ -36,8 +36,9 @@ from common.core.tuning import Tuned
 from common.settings import ExecutionSettings
 from common.stage import processes
 from common.stage.floors import Peaks, training_seconds
-from common.stage.scheduler import execute, prepare_process
+from common.stage.scheduler import execute
 from common.stage.store import OutOfTime, RunCheckpoints, Store, TimeBudget
+from common.stage.worker import prepare_process
 from replications.imp_slr.during import DPF
 from replications.imp_slr.protocol import PruneDuring
 

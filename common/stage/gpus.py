@@ -23,10 +23,7 @@ import torch
 
 from common import commandline
 from common.core.compute import TURNS, usable
-
-
-class Died(Exception):
-    """The process in which something was executed has died."""
+from common.stage.engines import Died
 
 
 class GPUWorkers(ThreadPoolExecutor):

@@ -9,7 +9,8 @@ from common.records import Identity
 from common.settings import Profile, SettingsError
 from common.stage import looks
 from common.stage.descriptions import reads
-from common.stage.scheduler import Networks, in_order
+from common.stage.scheduler import in_order
+from common.stage.worker import Networks
 
 
 def networks(paper: str, profile: Profile, runs: Sequence[Run]) -> Networks:

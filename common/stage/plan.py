@@ -14,12 +14,12 @@ from common.reading import words
 from common.settings import DataError, Profile, SettingsError, hint
 from common.stage import floors, looks, pipeline, rehearsal
 from common.stage.inspection import is_told, remarks
+from common.stage.local import training_slots
 from common.stage.needs import Need, needs, together
 from common.stage.papers import load, papers, profile_datasets
 from common.stage.recorded import Recorded, recorded
 from common.stage.records import machine
 from common.stage.rehearsal import Cost, Kind
-from common.stage.scheduler import training_slots
 from common.stage.store import SCRATCH, Store, code_digest
 
 CONTINUES = "a machine that executes runs as these were goes on from them, another one trains all"

@@ -16,7 +16,7 @@ from multiprocessing.context import BaseContext
 from common import commandline
 
 # what every run needs; a package that is not installed is passed over
-_SHARED = ["common.stage.scheduler", "torch._dynamo", "sklearn.datasets"]
+_SHARED = ["common.stage.local", "torch._dynamo", "sklearn.datasets"]
 _LONGEST_FOLDER = 60
 """Bytes; the name of a socket has some hundred, of which Python's own takes up to forty."""
 

@@ -19,8 +19,9 @@ from common.core.pruning.masks import KeepMasked, Masks
 from common.core.run import Cell
 from common.core.trainer import Hooks, Trainer
 from common.settings import AugmentationSettings, DatasetSettings, ExecutionSettings
-from common.stage.scheduler import execute, prepare_process
+from common.stage.scheduler import execute
 from common.stage.store import Store
+from common.stage.worker import prepare_process
 from replications.feature_relevance.method import (
     Goal,
     GradualPruning,
