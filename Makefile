@@ -3,6 +3,7 @@
 # make doctor   repair what a kill has left that stops DVC or MLflow; repro, decide and report do it first
 # make test     set up, then run the tests
 # make test-long  set up, then run the few tests that it leaves out: kills and stops between looks, again and again
+# make cluster  set up, with Ray (285 MB more), for `execution.engine: ray` and its tests
 # make check    set up, then lint, types and the fast tests: what to run before a commit
 # make report   draw figures and page again from the records, without training
 # make mlflow   browse every run in the MLflow UI
@@ -19,6 +20,7 @@ GPU_PACK := $(CURDIR)/gpu-pack
 GPU_PYTHON ?= 3.12
 BIN := .venv/bin
 READY := .venv/.ready
+CLUSTER := .venv/.cluster
 
 # the pipeline's commands say `python`
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -28,7 +30,7 @@ export DO_NOT_TRACK = true
 # one process per core is faster than threads for small networks, and threads must not spin while others work
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro decide doctor test test-long check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
+.PHONY: cluster repro decide doctor test test-long check lint types report mlflow benchmark gpu gpu-pack setup clean checkout
 
 repro: doctor
 	$(BIN)/dvc repro --keep-going
@@ -40,7 +42,7 @@ decide: doctor
 	$(BIN)/python -m replications decide --profile $(PROFILE) $(if $(TIME),--time-budget $(TIME))
 	@echo "report: reports/$(PROFILE)/index.html"
 
-test: setup
+test: cluster
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long" tests
 
 test-long: setup
@@ -89,6 +91,13 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --no-build-isolation --use-pep517 --editable .
+	@touch $@
+
+# Ray, which only a cluster and its tests need
+cluster: $(CLUSTER)
+
+$(CLUSTER): $(READY) requirements-cluster.lock
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-cluster.lock
 	@touch $@
 
 checkout:

@@ -259,8 +259,11 @@ class DatasetSettings(Strict):
 Processes = Annotated[int, Field(ge=1, le=1024)]
 
 
+_OF_RAY = ("address", "cpus_per_run", "gpus_per_run")
+
+
 class ExecutionSettings(Strict):
-    """How runs are executed. All but `workers` can change the last digits of a result."""
+    """How runs are executed. All but where and how many at once can change the last digits of a result."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -273,7 +276,31 @@ class ExecutionSettings(Strict):
     threads: Processes = 1
     """Threads of each process that trains on a CPU; one each is fastest for small networks."""
     workers: Literal["auto"] | Processes = "auto"
-    """Runs that train at once; `auto` is one per `threads` CPU cores, or 8 on each GPU."""
+    """Runs that train at once; `auto` is one per `threads` CPU cores, or 8 on each GPU; with Ray, as many as its nodes take."""
+    engine: Literal["local", "ray"] = "local"
+    """What executes runs: this machine, or a cluster of Ray (docs/cluster.md)."""
+    address: Annotated[str, Field(max_length=255, pattern=r"^(auto|[A-Za-z0-9._-]+:\d{1,5})$")] = "auto"
+    """Of Ray's head node, HOST:PORT; `auto` is what RAY_ADDRESS names, or the cluster that was started on this machine."""
+    cpus_per_run: Literal["auto"] | Processes = "auto"
+    """CPUs of a Ray node that a run takes; `auto` is `threads`."""
+    gpus_per_run: Literal["auto"] | Annotated[float, Field(ge=0.01, le=1)] = "auto"
+    """Share of a GPU of a Ray node that a run takes, each in a process of its own; `auto` is an eighth, or nothing on a CPU."""
+
+    @model_validator(mode="after")
+    def _ray_has_its_own(self) -> Self:
+        if self.engine == "ray" and ":" in self.device:
+            raise ValueError("Ray chooses the GPU of a run: device must be auto, cuda or cpu")
+        given = [name for name in _OF_RAY if getattr(self, name) != "auto"]
+        if given and self.engine == "local":
+            raise ValueError(f"engine is local: {', '.join(given)} must be absent or auto")
+        if self.device == "cpu" and self.gpus_per_run != "auto":
+            raise ValueError("device is cpu: gpus_per_run must be absent")
+        return self
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What of it can change a number, as it is written."""
+        return self.model_dump(mode="json", exclude={"workers", "engine", *_OF_RAY})
 
 
 class PaperSettings(Strict):

@@ -53,13 +53,16 @@ class Local(Engine):
         self._slots, self._devices = training_slots(execution, most)
         self._pool: Executor | None = None
         self._alone = False
-        self.causes = "a fault of CUDA, killed" if self._devices else "killed"
+        if self._devices:
+            self.causes = "a fault of CUDA, killed"
         if not self._devices:
             processes.await_workers()
 
     @property
-    def slots(self) -> int:
-        return self._slots
+    def room(self) -> int:
+        # one run waits, so that a worker that is free goes on while what the other did is recorded; a single worker has
+        # none beside the one that may kill it
+        return self._slots + 1 if self._slots > 1 else 1
 
     def submit(self, task: Task, alone: bool) -> Future[Entry | None]:
         if self._pool is None or alone or self._alone:

@@ -110,6 +110,7 @@ def rehearse(
     SCRATCH.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     with tempfile.TemporaryDirectory(prefix="plan-", dir=SCRATCH) as folder:
+        execution = execution.model_copy(update={"engine": "local"})  # it is this machine that is measured
         store = _Rehearsal(Path(folder), execution, begun + MEASURING * seconds, card)
         try:
             execute(turns, store, execution, "rehearsal", note, TimeBudget(begun + seconds))

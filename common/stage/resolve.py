@@ -56,7 +56,7 @@ def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, A
         stages[paper] = {
             "profile": name,
             "dataset": complete.dataset.model_dump(mode="json"),
-            "execution": complete.execution.model_dump(mode="json", exclude={"workers"}),
+            "execution": complete.execution.numbers,
             # as it is written: the paper's own defaults are code, on which its stage depends
             paper: written(block, paper) or None,
             "defaults": defaults,

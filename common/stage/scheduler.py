@@ -7,6 +7,7 @@ itself a run, which the others list in `needs`.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import traceback
 from collections import Counter
@@ -21,8 +22,7 @@ from common.core.identity import canonical
 from common.core.run import Run
 from common.records import Entry
 from common.settings import ExecutionSettings
-from common.stage.engines import Died, Engine
-from common.stage.local import Local
+from common.stage.engines import Died, Engine, Lost, engine_of
 from common.stage.records import Failed, entry_of, record_of
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 from common.stage.worker import NO_NETWORKS, Networks, Task
@@ -68,8 +68,8 @@ def execute(
 
     finished: called with each entry as soon as it is there, also with those of an earlier attempt. budget: when to stop;
     none by default. wanted: networks; a run whose network is to be kept, and is not, is done again. A run that fails leaves a `failed` record and the others go on. Raises StageError for what
-    concerns the stage: a full disk, a folder that cannot be written, a defect in the code; OutOfTime; and
-    `commandline.Stopped` when a signal has stopped a command.
+    concerns the stage: a full disk, a folder that cannot be written, a defect in the code; SettingsError for an
+    engine that cannot be had; OutOfTime; and `commandline.Stopped` when a signal has stopped a command.
     """
     ordered = in_order(runs)
     needed = {need.settings_hash for run in ordered for need in run.needs}
@@ -85,6 +85,7 @@ def execute(
             finished(entry)
     todo = [run for run in ordered if run.settings_hash not in entries]
     if todo:
+        engine = engine_of(execution, store, todo)
         done = len(ordered) - len(todo)
         quiet = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=len(ordered), initial=done, desc=title, unit="run", mininterval=quiet) as bar:
@@ -94,7 +95,6 @@ def execute(
                 bar.update()
                 finished(entry)
 
-            engine = Local(execution, len(todo))
             scheduler = _Scheduler(
                 engine, store, execution, needed, entries, done_with, budget or TimeBudget(), wanted
             )
@@ -121,11 +121,13 @@ class _Scheduler:
         self.running: dict[Future[Entry | None], Run] = {}
         self.again: list[Run] = []
         """Runs that found no memory beside others, or whose worker has died with those of others."""
-        self.room = engine.slots + 1
-        """Runs that are given to workers at once, at most; fewer when memory has been short."""
+        self.most = math.inf
+        """Runs that are given to the engine at once, at most; fewer when memory has been short."""
+        self.crowded = set[str]()
+        """Of `again`, those that are to be alone where the others go on meanwhile, by settings hash."""
         self.defects: list[str] = []
         self.deaths = Counter[str]()
-        """How often a worker has died with a run that was alone with it, by settings hash."""
+        """How often a worker has died of nothing but a run, by settings hash."""
 
     def execute(self, todo: list[Run]) -> None:
         waiting, suspects = list(todo), list[Run]()
@@ -137,7 +139,7 @@ class _Scheduler:
                     if suspects:
                         self._drain([suspects.pop(0)], alone=True)
                     else:
-                        self._drain(waiting, alone=self.engine.slots == 1)
+                        self._drain(waiting, alone=not self.engine.apart and self.engine.room == 1)
                     suspects += self.again
                     self.again = []
             except BaseException as error:
@@ -152,18 +154,16 @@ class _Scheduler:
             raise OutOfTime(f"the time budget is spent; {self._kept()}")
 
     def _drain(self, waiting: list[Run], alone: bool) -> None:
-        # one run waits in the engine, so that a worker that is free goes on while this process records what it did; a
-        # single worker has none beside the one that may kill it
-        most = 1 if alone else min(self.engine.slots + 1, self.room)
         while waiting or self.running:
             if self.budget.spent:
                 waiting.clear()
+            most = 1 if alone else int(min(self.engine.room, self.most))
             ready = (run for run in waiting if all(need.settings_hash in self.entries for need in run.needs))
             for run in list(itertools.islice(ready, max(0, most - len(self.running)))):
                 waiting.remove(run)
                 keep = run.settings_hash in self.needed
-                task = Task(run, self.store, self.execution, keep, self.budget, self.wanted)
-                self.running[self.engine.submit(task, alone)] = run
+                task = Task(run, self.store, self.execution, keep, self.budget, self.wanted.of(run))
+                self.running[self.engine.submit(task, alone or run.settings_hash in self.crowded)] = run
             if not self.running:
                 if not self.again:  # else what is left may need one of them
                     waiting.clear()  # what is left needs a run that a defect stopped
@@ -173,6 +173,9 @@ class _Scheduler:
                 raise commandline.Stopped(number, self._kept())
             for future in ended:
                 self._collect(future, alone)
+            if self.engine.apart:
+                waiting[:0] = self.again
+                self.again = []
 
     def _collect(self, future: Future[Entry | None], alone: bool) -> None:
         run = self.running.pop(future)
@@ -180,23 +183,29 @@ class _Scheduler:
             entry = future.result()
         except (OSError, StageError):
             raise
+        except Lost:
+            self.again += self._lost(run, guilty=False)
         except Died:
-            self.again += self._lost(run, alone)
+            self.crowded.add(run.settings_hash)
+            self.again += self._lost(run, guilty=alone or self.engine.apart)
         except Exception as error:
             self.defects.append(f"{run}: {type(error).__name__}: {error}")
             traceback.print_exception(error)
         else:
+            alone |= run.settings_hash in self.crowded
             if entry and entry.record.failure == "resources" and not alone:
                 self.store.forget(run)
                 self.again.append(run)
-                self.room = max(1, min(self.room, self.engine.slots) - 1)
+                self.crowded.add(run.settings_hash)
+                if not self.engine.apart:
+                    self.most = max(1, min(self.most, self.engine.room - 1) - 1)
             elif entry:
                 self.finish(entry)
 
-    def _lost(self, run: Run, alone: bool) -> list[Run]:
-        """A run whose worker has died, to be tried again unless it is finished. One that was alone with it, the second time,
-        is recorded as failed; the next command tries it again."""
-        self.deaths[run.settings_hash] += alone
+    def _lost(self, run: Run, guilty: bool) -> list[Run]:
+        """A run whose worker has died, to be tried again unless it is finished. One that nothing else can have killed, the
+        second time, is recorded as failed; the next command tries it again."""
+        self.deaths[run.settings_hash] += guilty
         entry = self.store.finished(run, needed=False)
         if entry is None and self.deaths[run.settings_hash] == DEATHS:
             died = Failed("died", f"its process died ({self.engine.causes}, or the machine is out of memory)")

@@ -84,8 +84,8 @@ def _unpack(content: bytes | None) -> dict[str, Any] | None:
 class ScratchCheckpoints:
     """Checkpoints of the fits of one trainer, written at most once a minute; a fit that is shorter is simply redone."""
 
-    def __init__(self, folder: Path, budget: TimeBudget):
-        self._folder, self._budget = folder, budget
+    def __init__(self, folder: Path, budget: TimeBudget, save: Callable[[Path, bytes], None]):
+        self._folder, self._budget, self._save = folder, budget, save
         self._last = time.monotonic()
 
     def load(self, fit: int) -> dict[str, Any] | None:
@@ -100,22 +100,30 @@ class ScratchCheckpoints:
         path = self._folder / f"fit-{fit}.pt"
         old = time.monotonic() - self._last > CHECKPOINT_SECONDS
         if old or self._budget.spent or (finished and path.exists()):
-            save_checked(path, _pack(state()))
+            self._save(path, _pack(state()))
             self._last = time.monotonic()
         if self._budget.spent:
             raise OutOfTime
 
 
 class RunCheckpoints:
-    """The checkpoints of one run; its trainers are numbered in the order in which it makes them."""
+    """The checkpoints of one run; its trainers are numbered in the order in which it makes them.
 
-    def __init__(self, folder: Path, budget: TimeBudget | None = None):
-        self._folder, self._budget = folder, budget or TimeBudget()
+    save: writes the file of a state, in the format of `save_checked`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        budget: TimeBudget | None = None,
+        save: Callable[[Path, bytes], None] = save_checked,
+    ):
+        self._folder, self._budget, self._save = folder, budget or TimeBudget(), save
         self._trainers = itertools.count()
 
     def of_next_trainer(self) -> ScratchCheckpoints:
         """Where the next trainer of the run keeps its state."""
-        return ScratchCheckpoints(self._folder / f"trainer-{next(self._trainers)}", self._budget)
+        return ScratchCheckpoints(self._folder / f"trainer-{next(self._trainers)}", self._budget, self._save)
 
     def clear(self) -> None:
         """Remove all states; called when the run has its record."""
@@ -151,7 +159,7 @@ class Store:
         self.folder, self.root = folder, root
         execution = execution or ExecutionSettings()
         self.numerics = list(numerics) or _numerics(execution)
-        self.execution = execution.model_dump(mode="json", exclude={"workers"})
+        self.execution = execution.numbers
         """The settings that can change a number, as they are written; what they come to depends on the machine."""
 
     def key(self, run: Run) -> str:
@@ -276,10 +284,11 @@ def code_prints(files: Iterable[Path], root: Path | None = None) -> dict[str, st
 
 def code_digest(runs: Iterable[Run], root: Path | None = None) -> str:
     """Digest of the files that determine these runs."""
-    return _code_digest(frozenset((run.paper, run.code) for run in runs), root or ROOT)
+    return digest_of_kinds(frozenset((run.paper, run.code) for run in runs), root or ROOT)
 
 
 @functools.cache
-def _code_digest(kinds: frozenset[tuple[str, tuple[str, ...]]], root: Path) -> str:
+def digest_of_kinds(kinds: frozenset[tuple[str, tuple[str, ...]]], root: Path = ROOT) -> str:
+    """The same of all runs of these papers, each with the code that it executes beside (as of a Run)."""
     files = {file for paper, code in kinds for file in code_files(paper, code, root)}
     return digest(code_prints(files, root))

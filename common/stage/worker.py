@@ -29,6 +29,11 @@ class Networks:
     kept: frozenset[str] = frozenset()
     measured: frozenset[str] = frozenset()
 
+    def of(self, run: Run) -> Networks:
+        """What of it concerns one run."""
+        own = {run.settings_hash}
+        return Networks(self.kept & own, self.measured & own)
+
 
 NO_NETWORKS = Networks()
 
