@@ -172,7 +172,7 @@ def _executed(nodes, runs, name, **more):
 
 def _left(entry):
     """What must be the same wherever a run is executed."""
-    return canonical(entry.model_dump(exclude={"seconds", "machine"}))
+    return canonical(entry.model_dump(include={"record", "curves", "predictions", "has_state"}))
 
 
 def _here(runs, name):

@@ -7,6 +7,7 @@ to decide.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -20,7 +21,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import commandline
 from common.core.compute import Compute
@@ -49,6 +50,15 @@ _QUIET = {
 """What Ray reads when it is loaded: no statistics for its makers, and what it says goes to its own files."""
 
 
+class _Node(NamedTuple):
+    """A node that can take runs, so many at once."""
+
+    number: str
+    name: str
+    slots: int
+    cpus: float
+
+
 class Cluster(Engine):
     """Runs on the nodes of a cluster.
 
@@ -66,7 +76,7 @@ class Cluster(Engine):
         share = 1 / RUNS_PER_GPU if execution.gpus_per_run == "auto" else execution.gpus_per_run
         self._gpus = share if on_gpu else 0.0
         self._home = self._described(runs)
-        self._nodes: list[tuple[str, str, int, float, float]] = []
+        self._nodes: list[_Node] = []
         self._looked = -1.0
         self._given: dict[Any, tuple[Task, Future[Entry | None]]] = {}
         self._changed = threading.Condition()
@@ -75,17 +85,17 @@ class Cluster(Engine):
         try:
             self._prepare(runs)
         except BaseException:
-            self._ray.shutdown()
+            self._end()
             raise
         self._collector = threading.Thread(target=self._collect, daemon=True)
         self._collector.start()
 
     @property
     def room(self) -> int:
-        at_once = sum(slots for *_, slots in ((each[0], each[2]) for each in self._able()))
-        if self._execution.workers != "auto":
-            at_once = min(at_once, self._execution.workers)
-        return at_once + at_once // 4 + 1  # some wait, so that no node does
+        slots, most = sum(each.slots for each in self._able()), self._execution.workers
+        if most != "auto" and most <= slots:
+            return most
+        return slots + slots // 4 + 1  # some wait, so that no node does
 
     def submit(self, task: Task, alone: bool) -> Future[Entry | None]:
         needs = {need.settings_hash: entry for need in task.run.needs if (entry := self._store.load(need))}
@@ -100,6 +110,9 @@ class Cluster(Engine):
             self._closed = True
             self._changed.notify()
         self._collector.join()
+        self._end()
+
+    def _end(self) -> None:
         (self._store.folder / node.PROBE).unlink(missing_ok=True)
         with _own_signals():
             self._ray.shutdown()  # with this process, whatever its tasks are doing ends
@@ -130,7 +143,7 @@ class Cluster(Engine):
         blind = self._blind()
         if blind:
             data, depot = self._travelling(runs, blind[0]), self._depot()
-            self._home = node.Home(**{**vars(self._home), "data": data, "depot": depot})
+            self._home = dataclasses.replace(self._home, data=data, depot=depot)
         self._shared = self._ray.put(self._home)
 
     def _blind(self) -> list[str]:
@@ -143,9 +156,9 @@ class Cluster(Engine):
                 num_cpus=self._cpus,
                 num_gpus=self._gpus,
                 max_retries=0,
-                scheduling_strategy=On(number, soft=False),
-            ).remote(self._home): name
-            for number, name, *_ in self._able()
+                scheduling_strategy=On(each.number, soft=False),
+            ).remote(self._home): each.name
+            for each in self._able()
         }
         blind = []
         for reference, name in asked.items():
@@ -188,8 +201,8 @@ class Cluster(Engine):
 
     # ------------------------------------------------------------------------------------------ nodes
 
-    def _able(self) -> list[tuple[str, str, int, float, float]]:
-        """The nodes that can take runs: number, name, how many at once, CPUs, GPUs."""
+    def _able(self) -> list[_Node]:
+        """The nodes that can take runs, as of some seconds ago at most."""
         if time.monotonic() - self._looked > 2.0 or not self._nodes:
             found = []
             for each in self._ray.nodes():
@@ -200,7 +213,7 @@ class Cluster(Engine):
                     slots = min(slots, int(gpus / self._gpus + 1e-6))
                 if each["Alive"] and slots:
                     name = f"{each['NodeManagerHostname']} ({each['NodeManagerAddress']})"
-                    found.append((each["NodeID"], name, slots, cpus, gpus))
+                    found.append(_Node(each["NodeID"], name, slots, cpus))
             self._nodes, self._looked = found, time.monotonic()
         return self._nodes
 
@@ -213,7 +226,7 @@ class Cluster(Engine):
         if alone and gpus:
             gpus = 1.0
         elif alone:
-            cpus = min((has for *_, has, _ in self._able()), default=cpus)
+            cpus = min((each.cpus for each in self._able()), default=cpus)
         # Ray does nothing again by itself: what a death means is for the scheduler to say
         return self._function.options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
 
@@ -311,9 +324,14 @@ def _connected(address: str, places: Collection[str]) -> Any:
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
             )
+        ray._private.worker.print_to_stdstream = _unsaid
     except Exception as error:
         raise SettingsError(f"execution.address = {address!r}: {_told(error)}") from None
     return ray
+
+
+def _unsaid(*_: Any, **__: Any) -> None:
+    """In place of what prints on the terminal that a worker has died, which Ray has no setting for."""
 
 
 def _found(address: str) -> str:

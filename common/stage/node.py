@@ -7,6 +7,7 @@ as they are written, and what it leaves is returned.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -129,13 +130,17 @@ def execute(home: Home, task: Task, needs: Mapping[str, Entry]) -> Returned:
     """Execute a task on this node. needs: the entries of the runs that it starts from, by settings hash."""
     if _ready(home):
         return Returned(work(task))
+    if home.depot is None:
+        raise StageError(
+            f"node {platform.node()} has joined and does not see {home.root}; give the command again"
+        )
     reached = Reached(home.depot)
     for data in data_settings(task.run):
         if name := array_file(data):
             reached.fetch(name, home.data[name])
     store = _Elsewhere(task.store, home, needs, reached)
     store.restore(task.run)
-    entry = work(Task(task.run, store, task.execution, task.keep_state, task.budget, task.wanted))
+    entry = work(dataclasses.replace(task, store=store))
     return Returned(entry, store.taken(task.run) if entry else ())
 
 
