@@ -74,6 +74,7 @@ class Reached:
             content, sent = found
             _check(name, content, digest or sent)
             write_atomically(file, content)
+            _arrived.add((name, digest))
             return True
 
     def restore(self, folder: str) -> None:
