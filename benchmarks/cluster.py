@@ -37,10 +37,12 @@ def _runs(count: int) -> list[Run]:
     return [Nothing(variant="nothing", cell=cell, seed=seed).run for seed in range(count)]
 
 
-def _seconds(runs: Sequence[Run], settings: ExecutionSettings, folder: Path) -> float:
-    begun = time.perf_counter()
-    execute(runs, Store(folder, settings), settings, settings.engine)
-    return time.perf_counter() - begun
+def _seconds(runs: Sequence[Run], settings: ExecutionSettings, folder: Path) -> tuple[float, float]:
+    """Until the first run is finished, and from then until all are."""
+    ends = [time.perf_counter()]
+    store = Store(folder, settings)
+    execute(runs, store, settings, settings.engine, lambda entry: ends.append(time.perf_counter()))
+    return ends[1] - ends[0], ends[-1] - ends[1]
 
 
 def _memory() -> float:
@@ -63,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for pair in range(options.pairs):
                 for settings in (local, ray):
                     place = Path(folder, f"{settings.engine}-{pair}")
-                    few = _seconds(_runs(8), settings, place)  # workers are started
                     before = _memory()
-                    seconds = _seconds(_runs(options.runs), settings, place)
+                    start, rest = _seconds(_runs(options.runs), settings, place)
                     print(
-                        f"{settings.engine}: {options.runs} runs in {seconds:.1f} s, {1000 * (seconds - few) / options.runs:.1f} ms "
-                        f"each beside the start ({few:.1f} s); {_memory() - before:.0f} MB more than before"
+                        f"{settings.engine}: the first of {options.runs} runs after {start:.1f} s, the others in {rest:.1f} s, "
+                        f"{1000 * rest / (options.runs - 1):.1f} ms each; {_memory() - before:.0f} MB more than before",
+                        flush=True,
                     )
             store = Store(Path(folder, "finished"), local)
             runs = _runs(options.finished)
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     update={"settings_hash": run.settings_hash, "seed": run.seed}
                 )
                 store.save(run, source.model_copy(update={"record": record}), None)
-            seconds = _seconds(_runs(options.finished), local, store.folder)
+            seconds = sum(_seconds(_runs(options.finished), local, store.folder))
             print(f"{options.finished} finished runs are looked up in {seconds:.1f} s")
     except (SettingsError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
