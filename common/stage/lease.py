@@ -6,6 +6,9 @@ owner is asked for by its process, so what it leaves is free at once; elsewhere 
 still for as long as `STILL` by the watch of whoever waits, so clocks need not agree. Who takes a lease that is over makes
 the file with the next number, which only one can, and an owner that was merely slow finds that its own is no longer the highest.
 
+A lease may be held `under` another one of the same owner: it has no heartbeat then and is over with that one, so who holds many
+writes once. Its number counts those who have held it since one of them gave it back.
+
 This is what files on any file system can do: make one if there is none, read, write, and list.
 """
 
@@ -20,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,12 +37,19 @@ STILL = 30.0
 _LOOK = 0.25
 
 
-class Lease:
-    """The right to do what the file or folder `path` stands for; it need not be there."""
+_FILE = re.compile(r"(.+)\.lease-(\d+)")
 
-    def __init__(self, path: Path):
-        self.path = path
+
+class Lease:
+    """The right to do what the file or folder `path` stands for; it need not be there.
+
+    under: one that this process holds as long as it holds this.
+    """
+
+    def __init__(self, path: Path, under: Lease | None = None):
+        self.path, self._under = path, under
         self._number: int | None = None
+        self._since = 0.0
         self._ended = threading.Event()
         self._watched: tuple[str, float] | None = None
         """What another's lease last said, and since when it has said so."""
@@ -47,6 +58,11 @@ class Lease:
     def held(self) -> bool:
         """Whether this is still the owner: one that could not write for long may have been followed by another."""
         return self._number is not None and self._highest() == self._number
+
+    @property
+    def number(self) -> int:
+        """That of the lease while it is held: 1, and one more for each owner that has ended without giving it back."""
+        return self._number or 0
 
     def owner(self) -> str | None:
         """Who holds the lease, in words; None if nobody does. Raises OSError."""
@@ -57,11 +73,11 @@ class Lease:
         last, other = self._judged()
         if other is not None:
             return False
-        number = last + 1
+        number, self._since = last + 1, time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._file(number).open("x", encoding="utf-8") as file:
-                file.write(json.dumps(_here() | {"beat": 0}))
+                file.write(json.dumps(self._own() | {"beat": 0}))
         except (FileExistsError, FileNotFoundError):  # taken, or the folder removed, by another
             return False
         if self._highest() != number:  # others have gone on from a number that was over
@@ -72,7 +88,8 @@ class Lease:
             if old < number:
                 self._file(old).unlink(missing_ok=True)
         self._ended.clear()
-        threading.Thread(target=self._beat, args=(number,), daemon=True).start()
+        if self._under is None:
+            threading.Thread(target=self._beat, args=(number,), daemon=True).start()
         return True
 
     def release(self) -> None:
@@ -107,14 +124,15 @@ class Lease:
         number = self._highest()
         if not number:
             return 0, None
-        text = self._said(number)
+        text = _said(self._file(number))
+        about = _parsed(text)
+        if "under" in about:
+            text = _said(self.path.parent / str(about["under"]))
         if self._watched is None or self._watched[0] != text:
             self._watched = text, time.monotonic()
-        about = _parsed(text)
         still = time.monotonic() - self._watched[1] > STILL
         over = not _lives(about) if about.get("place") == _place() else still
-        name = f"process {about.get('process', '?')} on {about.get('host', 'another machine')}"
-        return number, None if over else name
+        return number, None if over or _is_left(about, text) else _name(about)
 
     def _beat(self, number: int) -> None:
         beats = 0
@@ -124,27 +142,84 @@ class Lease:
                 if self._highest() != number:
                     return
                 with self._file(number).open("r+", encoding="utf-8") as file:
-                    file.write(json.dumps(_here() | {"beat": beats}))
+                    file.write(json.dumps(self._own() | {"beat": beats}))
+
+    def _own(self) -> dict[str, Any]:
+        own = _here() | {"since": self._since}
+        if self._under is None:
+            return own
+        return own | {"under": os.path.relpath(self._under._file(self._under.number), self.path.parent)}
 
     def _file(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.lease-{number}")
 
     def _numbers(self) -> list[int]:
-        pattern = re.compile(re.escape(self.path.name) + r"\.lease-(\d+)")
-        try:
-            names = os.listdir(self.path.parent)
-        except FileNotFoundError:
-            return []
-        return [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
+        return _leases(self.path.parent).get(self.path.name, [])
 
     def _highest(self) -> int:
         return max(self._numbers(), default=0)
 
-    def _said(self, number: int) -> str:
+
+@dataclass(frozen=True)
+class Held:
+    """What a lease says to who only looks. since: of the file's clock, as of `time.time()`. over: whether its owner is gone,
+    or, on another machine, has not been heard of for twice as long as `STILL`, if the clocks agree."""
+
+    process: int
+    host: str
+    since: float
+    over: bool
+
+
+def leases(folder: Path) -> dict[str, Held]:
+    """The leases in a folder, by the names of what they are for."""
+    found = {}
+    for name, numbers in _leases(folder).items():
+        file = folder / f"{name}.lease-{max(numbers)}"
+        about = _parsed(_said(file))
+        beats = file.parent / str(about["under"]) if "under" in about else file
         try:
-            return self._file(number).read_text("utf-8", errors="replace")
+            quiet = time.time() - beats.stat().st_mtime > 2 * STILL
         except FileNotFoundError:
-            return ""
+            quiet = True
+        gone = not _lives(about) if about.get("place") == _place() else quiet
+        if not isinstance(process := about.get("process"), int):
+            continue  # it is being written, or removed
+        over = gone or "under" in about and _is_left(about, _said(beats))
+        found[name] = Held(process, str(about.get("host")), float(about.get("since", 0)), over)
+    return found
+
+
+def _leases(folder: Path) -> dict[str, list[int]]:
+    """The numbers of the leases in a folder, by the names of what they are for."""
+    found: dict[str, list[int]] = {}
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return {}
+    for name in names:
+        if parts := _FILE.fullmatch(name):
+            found.setdefault(parts[1], []).append(int(parts[2]))
+    return found
+
+
+def _said(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _is_left(about: Mapping[str, Any], text: str) -> bool:
+    """Whether a lease is under one, with this text, that its owner no longer holds."""
+    owner = _parsed(text)
+    if "under" not in about or text and not owner:  # that one is being written
+        return False
+    return any(about.get(name) != owner.get(name) for name in ("place", "process", "started"))
+
+
+def _name(about: Mapping[str, Any]) -> str:
+    return f"process {about.get('process', '?')} on {about.get('host', 'another machine')}"
 
 
 def _parsed(text: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from common.core.compute import Compute
 from common.core.run import Run
 from common.reading import words
 from common.settings import DataError, Profile, SettingsError, hint
-from common.stage import floors, looks, pipeline, rehearsal
+from common.stage import floors, looks, pipeline, rehearsal, tables
 from common.stage.inspection import is_told, remarks
 from common.stage.local import training_slots
 from common.stage.needs import Need, needs, together
@@ -180,14 +180,14 @@ def _claims(found: Sequence[Need], workers: float) -> list[str]:
         return []
     rows = [("open claim", "role", "seeds", "needs", "device time")]
     for need in found:
-        seeds = "none" if need.structural else _count(need.seeds)
-        time = _time(need.seconds / workers) if need.seeds else ""
+        seeds = "none" if need.structural else tables.count(need.seeds)
+        time = tables.time(need.seconds / workers) if need.seeds else ""
         rows.append((f"{need.paper} {need.claim}", need.role, str(need.have), seeds, time))
     finite = [need for need in found if need.seeds]
-    total = f"{_time(together(finite) / workers)} for the {len(finite)} of {len(found)} that seeds can decide"
+    total = f"{tables.time(together(finite) / workers)} for the {len(finite)} of {len(found)} that seeds can decide"
     why = [f"{need.paper} {need.claim}: {need.why}" for need in found if not need.seeds]
     text = "seeds that would decide them with power 0.8, at the level that each faces, if the rest are like these:"
-    return ["", text, *_aligned(rows), "", f"all together: {total}", *why]
+    return ["", text, *tables.aligned(rows), "", f"all together: {total}", *why]
 
 
 def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], workers: float) -> list[str]:
@@ -204,34 +204,11 @@ def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], worker
     more = ["more than " * (None in column) for column in zip(*rows)]
     shown = [[show(value) for show, value in zip(_SHOWN, row)] for row in rows]
     shown.append([sign + show(value) for sign, show, value in zip(more, _SHOWN, totals)])
-    return _aligned([_COLUMNS, *((name, *row) for name, row in zip(names, shown))])
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return [
-        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))])
-        for first, *rest in lines
-    ]
-
-
-def _count(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.0f}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= s or u == "s")
-    return f"{seconds / size:.{0 if unit == 's' else 1}f} {unit}"
-
-
-def _size(count: float | None) -> str:
-    return "?" if count is None else f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+    return tables.aligned([_COLUMNS, *((name, *row) for name, row in zip(names, shown))])
 
 
 _COLUMNS = ("stage", "runs", "done", "epochs", "device time", "to go", "disk")
-_SHOWN = (_count, _count, _count, _time, _time, _size)
+_SHOWN = (tables.count, tables.count, tables.count, tables.time, tables.time, tables.size)
 
 
 def _remarks(stages: Sequence[Stage], costs: Mapping[str, Cost]) -> list[str]:

@@ -166,14 +166,20 @@ class Store:
         """Name under which a run is kept: digest of settings, code, data, number format and torch version."""
         return self._key(run, self.numerics)
 
-    def _key(self, run: Run, executed: Any) -> str:
-        needs = [self._key(need, executed) for need in run.needs]
-        code = code_digest([run], self.root)
-        return digest([run.settings_hash, [code, executed], data_prints(run), needs])[:32]
+    def key_elsewhere(self, run: Run) -> str:
+        """Name under which a run is kept that another machine has executed, and whose record counts here."""
+        return self._key(run, ["elsewhere", self.execution])
+
+    def _key(self, run: Run, executed: Sequence[Any]) -> str:
+        known, how = _keys.setdefault(run, {}), (str(executed), self.root)
+        if how not in known:
+            needs = [self._key(need, executed) for need in run.needs]
+            code = code_digest([run], self.root)
+            known[how] = digest([run.settings_hash, [code, executed], data_prints(run), needs])[:32]
+        return known[how]
 
     def _elsewhere(self, run: Run) -> Path:
-        """Where a run is that another machine has executed, whose record counts here."""
-        return self.folder / f"{self._key(run, ['elsewhere', self.execution])}.json"
+        return self.folder / f"{self.key_elsewhere(run)}.json"
 
     def load(self, run: Run) -> Entry | None:
         """What a finished run has left, here or in records that were taken over; or None."""
@@ -237,6 +243,9 @@ class Store:
     def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
         """Where the run keeps its state while it trains, and when it stops doing so (default: at its end)."""
         return RunCheckpoints(self.folder / f"{self.key(run)}.part", budget)
+
+
+_keys: WeakKeyDictionary[Run, dict[tuple[str, Path | None], str]] = WeakKeyDictionary()
 
 
 def data_settings(run: Run) -> list[DatasetSettings]:
