@@ -67,6 +67,8 @@ def _has_own_keys(annotation: Any) -> bool:
 
 
 Part = TypeVar("Part")
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+"""Types of values that hold no other."""
 
 
 def parts(value: Any, kind: type[Part], closed: type | tuple[()] = ()) -> Iterator[Part]:
@@ -88,7 +90,8 @@ def parts(value: Any, kind: type[Part], closed: type | tuple[()] = ()) -> Iterat
     elif isinstance(value, (tuple, list)):
         inner = value
     for item in inner:
-        yield from parts(item, kind, closed)
+        if type(item) not in _PLAIN or isinstance(item, kind):
+            yield from parts(item, kind, closed)
 
 
 def _distinct(values: tuple) -> tuple:

@@ -1,6 +1,7 @@
 """`python -m replications run PAPER`: the stage of a paper, from settings to records; what `dvc repro` calls.
 
-Beside it, `decide` does all of a profile, `open` lists what open claims wait for, `plan` says what a profile will cost on
+Several processes that share a folder do a stage with `--shard`, `collect` writes what they have left, and `status` says how far
+all are. Beside these, `decide` does all of a profile, `open` lists what open claims wait for, `plan` says what a profile will cost on
 this machine, `claims` what each claim will compare there, `new-profile` makes one for data of your own, `import` takes in the
 results of another machine, `export` writes a trained network for other tools, and `doctor` repairs what a kill has left.
 """
@@ -15,12 +16,13 @@ if __name__ == "__main__":
 import argparse
 import math
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from common.settings import PARAMS_FILE
-from common.stage import doctor, processes
+from common.settings import PARAMS_FILE, SettingsError
+from common.stage import doctor, processes, status
 
 DECIDED = "digits-decided"
 """The profile of the reference results."""
@@ -34,6 +36,14 @@ def _time_budget(text: str) -> float:
     return time.time() + float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """The 3 and 8 of `3/8`."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard such as 3/8, from 1/8 to 8/8")
+    return int(found[1]), int(found[2])
+
+
 def _begun(paper: str, profile: str | None) -> bool:
     """Whether runs of the paper are kept here, in any profile if None: there may be nothing left to train then, and if
     there is, workers are there some seconds later."""
@@ -44,6 +54,16 @@ def _of_run(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a run that were given."""
     fields = ("variant", "dataset", "architecture", "target", "seed")
     return {name: value for name in fields if (value := getattr(options, name)) is not None}
+
+
+def _print_status(options: argparse.Namespace) -> int:
+    """Print how far a profile is; returns the exit status."""
+    try:
+        print(status.table(options.params, options.profile, Path(".runs"), Path("results")))
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,6 +88,24 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="execute the runs that `open` has listed, and no look of one's own",
     )
+    run.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="be the Ith of N processes that share this folder, as tasks of an array of jobs do: all execute the runs of one look "
+        "and write no results, which `collect` does then",
+    )
+    gather = known.add_parser(
+        "collect", help="write the results of runs that shards have finished, and log them"
+    )
+    gather.add_argument("paper", nargs="*", help="default: all of which runs are kept here")
+    gather.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    gather.add_argument("--profile", help="profile to use in place of the one that the file selects")
+    state = known.add_parser(
+        "status", help="what is done, who is at work on what, what has failed and why, and how long it takes"
+    )
+    state.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
+    state.add_argument("--profile", help="profile to show in place of the one that the file selects")
     wait = known.add_parser("open", help="list the runs that a paper's open claims wait for")
     wait.add_argument("paper")
     wait.add_argument("--params", default=PARAMS_FILE, help="settings file (default: %(default)s)")
@@ -143,15 +181,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         return doctor.main()
+    if options.command == "status":  # which loads no torch, and prints what the file says wrong as others do
+        return _print_status(options)
     processes.set_environment()
     if options.command == "decide" or options.command == "run" and not _begun(options.paper, options.profile):
         processes.prepare()
     # this loads torch, as the process that was just started does beside it
-    from replications import commands, exporting
+    from common.stage.shards import Shard
+    from replications import commands, exporting, sharing
 
     o = options
     command = {
-        "run": lambda: commands.run_paper(o.paper, o.params, o.profile, o.time_budget, o.only),
+        "run": lambda: (
+            commands.run_paper(o.paper, o.params, o.profile, o.time_budget, o.only)
+            if o.shard is None
+            else sharing.run_shard(o.paper, o.params, o.profile, o.time_budget, o.only, Shard(*o.shard))
+        ),
+        "collect": lambda: sharing.collect(o.paper, o.params, o.profile),
         "open": lambda: commands.print_open(o.paper, o.params, o.profile),
         "claims": lambda: commands.print_claims(o.params, o.profile),
         "decide": lambda: commands.decide(o.profile, o.time_budget),

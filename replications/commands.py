@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from common import commandline
 from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Run
-from common.records import Entry
+from common.records import Entry, Record
 from common.settings import PARAMS_FILE, DatasetSettings, Profile, SettingsError, parts, selected_profile
 from common.stage import headlines, importing, inspection, looks, own_profile, pipeline, plan
 from common.stage.files import write_atomically
@@ -24,6 +23,7 @@ from common.stage.partial import PartialResults, partial_file
 from common.stage.recorded import recorded, take_over
 from common.stage.records import environment, results_files
 from common.stage.scheduler import execute
+from common.stage.shards import Claims, agreed, alone
 from common.stage.store import (
     SCRATCH,
     OutOfTime,
@@ -94,34 +94,22 @@ def run_paper(
         if data.source == "npz" and inspection.is_told(data):
             for remark in inspection.remarks(data):
                 print(f"note: {remark}", file=sys.stderr)
-    with _owned(paper, profile.name, ends) as lease:
-        _execute_looks(paper, profile, listed, ends, only, lease)
+    with alone(paper, profile.name, ends) as lease:
+        execute_looks(paper, profile, listed, ends, only, lease)
 
 
-@contextmanager
-def _owned(paper: str, profile: str, ends: float = math.inf) -> Iterator[Lease]:
-    """Be the only command that trains or imports a paper of a profile here. Raises OutOfTime."""
-    lease = Lease(SCRATCH / profile / paper)
-
-    def waiting(owner: str) -> None:
-        print(f"{paper}: waiting for {owner}, which does the same here", file=sys.stderr)
-
-    try:
-        with lease.waited_for(waiting, ends) as mine:
-            if not mine:
-                raise OutOfTime(f"the time budget is spent; {paper} is done by {lease.owner()}")
-            yield lease
-    finally:
-        for folder in (lease.path.parent, SCRATCH):
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
-
-
-def _execute_looks(
-    paper: str, profile: Profile, listed: Sequence[Run], ends: float, only: Path | None, lease: Lease
+def execute_looks(
+    paper: str,
+    profile: Profile,
+    listed: Sequence[Run],
+    ends: float,
+    only: Path | None,
+    lease: Lease,
+    execute: Callable[..., list[Entry]] = execute,
 ) -> None:
+    """What `run_paper` does once it is the only one to do so; lease: by which it is. execute: as of the scheduler."""
     begun = time.perf_counter()
-    claims = looks.claims_of(paper, profile)
+    claimed = looks.claims_of(paper, profile)
     first = looks.first_look(listed, profile)
     networks = headlines.networks(paper, profile, listed)
     chosen = looks.with_needs(looks.read_list(only, listed), listed) if only else first
@@ -153,8 +141,10 @@ def _execute_looks(
             # what is recorded stays, also if the claims have come to need less
             known |= {run.settings_hash for run in chosen}
             runs = [run for run in listed if run.settings_hash in known]
+            agreed(paper, store, lease, about, runs)
+            budget, claims = TimeBudget(ends), Claims(store, lease)
             try:
-                found = execute(runs, store, profile.execution, paper, finished, TimeBudget(ends), networks)
+                found = execute(runs, store, profile.execution, paper, finished, budget, networks, claims)
             except StageError as stop:
                 taken = f"`python -m replications import --partial` takes them from {so_far.file}"
                 raise type(stop)(f"{stop}; {taken}") from None
@@ -163,10 +153,14 @@ def _execute_looks(
             now |= {"wall_seconds": round(time.perf_counter() - begun, 1)}
             for path, content in results_files(profile.name, paper, found, now).items():
                 write_atomically(RESULTS / path, content)
-            wanted = [] if only else _next_look(paper, claims, listed, profile, found)
+            wanted = [] if only else _next_look(paper, claimed, listed, profile, found)
             chosen = [run for run in looks.with_needs(wanted, listed) if run.settings_hash not in known]
     _report(log, f"`python -m replications run {paper}` logs what is missing without training again")
-    records = [entry.record for entry in found]
+    tell_failures(paper, [entry.record for entry in found])
+
+
+def tell_failures(paper: str, records: Sequence[Record]) -> None:
+    """Say which runs of a paper have failed. Raises StageError, or TryAgain, where the same command tries some again."""
     for record in records:
         if record.status == "failed" and not record.is_lost_trial:
             print(f"failed: {paper}/{record.variant} seed {record.seed}: {record.reason}", file=sys.stderr)
@@ -234,6 +228,14 @@ def print_open(paper: str, params: str, profile_name: str | None) -> None:
     """
     profile = load(paper, params, profile_name)
     listed = pipeline.listed(paper, profile)
+    _, lacking = present_look(paper, profile, listed)
+    for run in lacking:
+        print(canonical(run.identity))
+
+
+def present_look(paper: str, profile: Profile, listed: Sequence[Run]) -> tuple[set[str], list[Run]]:
+    """The settings hashes of the runs that the results hold, and the runs that are to be done next: those that the first look
+    lacks, or else those that open claims wait for. Raises SettingsError, StageError."""
     here = recorded(RESULTS, profile.name, paper, code_digest(listed))
     records = here.records if here else {}
     lacking = [run for run in looks.first_look(listed, profile) if run.settings_hash not in records]
@@ -246,8 +248,7 @@ def print_open(paper: str, params: str, profile_name: str | None) -> None:
                 f"{missing.name} is not installed here, and claims are not judged without"
             ) from None
         lacking = [run for run in found if run.settings_hash not in records]
-    for run in lacking:
-        print(canonical(run.identity))
+    return set(records), lacking
 
 
 def import_results(folder: Path, only: Sequence[str], params: str, unfinished: bool) -> None:
@@ -262,7 +263,7 @@ def import_results(folder: Path, only: Sequence[str], params: str, unfinished: b
             if (not only or paper in only) and any(
                 [*folder.glob(f"*/{paper}.*"), *folder.glob(f"*/*/{paper}.*")]
             ):
-                owned.enter_context(_owned(paper, profile))
+                owned.enter_context(alone(paper, profile))
         stages = importing.take_in(folder, RESULTS, only, params, unfinished)
     for stage in stages:
         with _tracking(stage.paper, stage.profile, stage.environment) as log:

@@ -190,6 +190,11 @@ def leases(folder: Path) -> dict[str, Held]:
     return found
 
 
+def names(folder: Path) -> set[str]:
+    """What there are leases for in a folder, whether they are over or not."""
+    return set(_leases(folder))
+
+
 def _leases(folder: Path) -> dict[str, list[int]]:
     """The numbers of the leases in a folder, by the names of what they are for."""
     found: dict[str, list[int]] = {}

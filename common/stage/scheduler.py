@@ -6,9 +6,9 @@ itself a run, which the others list in `needs`.
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +24,7 @@ from common.records import Entry
 from common.settings import ExecutionSettings
 from common.stage.engines import Died, Engine, Lost, engine_of
 from common.stage.records import Failed, entry_of, record_of
+from common.stage.shards import OWNERS, Claims
 from common.stage.store import OutOfTime, StageError, Store, TimeBudget
 from common.stage.worker import NO_NETWORKS, Networks, Task
 
@@ -63,13 +64,15 @@ def execute(
     finished: Callable[[Entry], object] = lambda entry: None,
     budget: TimeBudget | None = None,
     wanted: Networks = NO_NETWORKS,
+    claims: Claims | None = None,
 ) -> list[Entry]:
     """Execute all runs that are not finished yet, several at once, and return the entries of all, in order.
 
     finished: called with each entry as soon as it is there, also with those of an earlier attempt. budget: when to stop;
-    none by default. wanted: networks; a run whose network is to be kept, and is not, is done again. A run that fails leaves a `failed` record and the others go on. Raises StageError for what
-    concerns the stage: a full disk, a folder that cannot be written, a defect in the code; SettingsError for an
-    engine that cannot be had; OutOfTime; and `commandline.Stopped` when a signal has stopped a command.
+    none by default. wanted: networks; a run whose network is to be kept, and is not, is done again. claims: who else may
+    execute the runs; nobody by default. A run that fails leaves a `failed` record and the others go on. Raises StageError for
+    what concerns the stage: a full disk, a folder that cannot be written, a defect in the code; SettingsError for an engine
+    that cannot be had; OutOfTime; and `commandline.Stopped` when a signal has stopped a command.
     """
     ordered = in_order(runs)
     needed = {need.settings_hash for run in ordered for need in run.needs}
@@ -83,7 +86,9 @@ def execute(
     for run in ordered:
         if entry := entries.get(run.settings_hash):
             finished(entry)
-    todo = [run for run in ordered if run.settings_hash not in entries]
+    claims = claims or Claims(store)
+    every = claims.shard.order(ordered) if claims.shard else ordered
+    todo = [run for run in every if run.settings_hash not in entries]
     if todo:
         engine = engine_of(execution, store, todo)
         done = len(ordered) - len(todo)
@@ -96,7 +101,7 @@ def execute(
                 finished(entry)
 
             scheduler = _Scheduler(
-                engine, store, execution, needed, entries, done_with, budget or TimeBudget(), wanted
+                engine, store, execution, needed, entries, done_with, budget or TimeBudget(), wanted, claims
             )
             scheduler.execute(todo)
     return [entries[run.settings_hash] for run in ordered]
@@ -115,9 +120,11 @@ class _Scheduler:
         finish: Callable[[Entry], object],
         budget: TimeBudget,
         wanted: Networks,
+        claims: Claims,
     ):
         self.engine, self.store, self.execution, self.wanted = engine, store, execution, wanted
-        self.needed, self.entries, self.finish, self.budget = needed, entries, finish, budget
+        self.needed, self.entries, self.finished, self.budget = needed, entries, finish, budget
+        self.claims, self.shared = claims, claims.shard is not None
         self.running: dict[Future[Entry | None], Run] = {}
         self.again: list[Run] = []
         """Runs that found no memory beside others, or whose worker has died with those of others."""
@@ -144,10 +151,12 @@ class _Scheduler:
                     self.again = []
             except BaseException as error:
                 self.engine.close(at_once=True)
+                self.claims.close()
                 if isinstance(error, (OSError, EOFError)):
                     raise StageError(f"{self._told(error)}; {self._kept()}") from None
                 raise
             self.engine.close()
+            self.claims.close()
         if self.defects:
             raise StageError(f"{len(self.defects)} runs stopped on an error: {'; '.join(self.defects[:3])}")
         if any(run.settings_hash not in self.entries for run in todo):
@@ -158,16 +167,18 @@ class _Scheduler:
             if self.budget.spent:
                 waiting.clear()
             most = 1 if alone else int(min(self.engine.room, self.most))
-            ready = (run for run in waiting if all(need.settings_hash in self.entries for need in run.needs))
-            for run in list(itertools.islice(ready, max(0, most - len(self.running)))):
-                waiting.remove(run)
+            if self.shared and not alone:  # none waits in the engine that another process could begin
+                most = max(1, min(most, self.engine.room - 1))
+            for run in self._taken(waiting, most - len(self.running)):
                 keep = run.settings_hash in self.needed
                 task = Task(run, self.store, self.execution, keep, self.budget, self.wanted.of(run))
                 self.running[self.engine.submit(task, alone or run.settings_hash in self.crowded)] = run
-            if not self.running:
+            if not self.running and not (self.shared and waiting and not self.again and not self.defects):
                 if not self.again:  # else what is left may need one of them
                     waiting.clear()  # what is left needs a run that a defect stopped
                 return
+            if not self.running:  # others have what is left, or what it needs
+                time.sleep(commandline.LOOKS_EVERY)
             ended = wait(self.running, timeout=commandline.LOOKS_EVERY, return_when=FIRST_COMPLETED).done
             if number := self.asked():
                 raise commandline.Stopped(number, self._kept())
@@ -176,6 +187,29 @@ class _Scheduler:
             if self.engine.apart:
                 waiting[:0] = self.again
                 self.again = []
+
+    def _taken(self, waiting: list[Run], most: int) -> list[Run]:
+        """Take out so many runs at most that can be executed now, and those that others turn out to have finished."""
+        found: list[Run] = []
+        for run in list(waiting) if most > 0 else ():
+            if len(found) == most:
+                break
+            ready = all(need.settings_hash in self.entries for need in run.needs)
+            if not (ready and self.claims.take(run)):
+                continue
+            waiting.remove(run)
+            if entry := self.claims.left(run):
+                self.finish(run, entry)
+            elif self.claims.is_deadly(run):
+                self.finish(run, self._died(run, f"{OWNERS} processes in succession have ended while they trained it"))
+            else:
+                found.append(run)
+        return found
+
+    def finish(self, run: Run, entry: Entry) -> None:
+        """Record what a run has come to."""
+        self.finished(entry)
+        self.claims.release(run)
 
     def _collect(self, future: Future[Entry | None], alone: bool) -> None:
         run = self.running.pop(future)
@@ -200,7 +234,7 @@ class _Scheduler:
                 if not self.engine.apart:
                     self.most = max(1, min(self.most, self.engine.room - 1) - 1)
             elif entry:
-                self.finish(entry)
+                self.finish(run, entry)
 
     def _lost(self, run: Run, guilty: bool) -> list[Run]:
         """A run whose worker has died, to be tried again unless it is finished. One that nothing else can have killed, the
@@ -208,13 +242,17 @@ class _Scheduler:
         self.deaths[run.settings_hash] += guilty
         entry = self.store.finished(run, needed=False)
         if entry is None and self.deaths[run.settings_hash] == DEATHS:
-            died = Failed("died", f"its process died ({self.engine.causes}, or the machine is out of memory)")
-            compute = Compute.choose(self.execution.device, self.execution.precision)
-            entry = self.store.save(run, entry_of(record_of(run, compute, died), compute, 0.0), None)
+            entry = self._died(run, f"its process died ({self.engine.causes}, or the machine is out of memory)")
         if entry is None:
             return [run]
-        self.finish(entry)
+        self.finish(run, entry)
         return []
+
+    def _died(self, run: Run, reason: str) -> Entry:
+        """Keep a run as failed because processes have died with it."""
+        compute = Compute.choose(self.execution.device, self.execution.precision)
+        record = record_of(run, compute, Failed("died", reason))
+        return self.store.save(run, entry_of(record, compute, 0.0), None)
 
     def _kept(self) -> str:
         return f"{len(self.entries)} finished runs are kept in {self.store.folder}; the same command goes on from there"

@@ -89,7 +89,10 @@ def progress(profile: str, scratch: Path, results: Path) -> list[Progress]:
     """How far each paper of the profile is, by the folders of finished runs and of results."""
     names = sorted(file.parent.name for file in (ROOT / "replications").glob("*/protocol.py"))
     held = {name: lease for name, lease in leases(scratch / profile).items() if not lease.over}
-    return [_progress(paper, scratch / profile / paper, _recorded(results, profile, paper), held) for paper in names]
+    return [
+        _progress(paper, scratch / profile / paper, _recorded(results, profile, paper), held)
+        for paper in names
+    ]
 
 
 def _progress(paper: str, folder: Path, recorded: int, held: Mapping[str, Held]) -> Progress:
@@ -143,14 +146,21 @@ def _recorded(results: Path, profile: str, paper: str) -> int:
 # ------------------------------------------------------------------------------------------ what is printed
 
 
+_COLUMNS = ("paper", "runs", "done", "running", "failed", "waiting", "recorded", "to go")
+
+
 def table(params: str, profile_name: str | None, scratch: Path, results: Path) -> str:
     """What to print of a profile, by default the one that the file selects. Raises SettingsError."""
     profile = profile_name or selected_profile(params)
     found, now = progress(profile, scratch, results), time.time()
-    rows = [("paper", "runs", "done", "running", "failed", "waiting", "recorded", "to go")]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     rows += [_row(each, now) for each in found]
     at_work = sum(len(each.processes) for each in found)
-    lines = [f"profile {profile}: {at_work or 'no'} process{'es' * (at_work != 1)} at work", "", *tables.aligned(rows)]
+    lines = [
+        f"profile {profile}: {at_work or 'no'} process{'es' * (at_work != 1)} at work",
+        "",
+        *tables.aligned(rows),
+    ]
     for each in found:
         lines += _processes(each, now) + _failures(each)
     return "\n".join(lines)
@@ -160,7 +170,13 @@ def _row(each: Progress, now: float) -> tuple[str, ...]:
     if each.planned is None:
         return (each.paper, "?", "?", "0", "?", "?", tables.count(each.recorded), "?")
     failed = len(each.failed)
-    counts = (len(each.planned.runs), len(each.finished) - failed, len(each.running), failed, len(each.waiting))
+    counts = (
+        len(each.planned.runs),
+        len(each.finished) - failed,
+        len(each.running),
+        failed,
+        len(each.waiting),
+    )
     left = each.left(now)
     if left is not None and each.running:
         to_go = tables.time(left / len(each.running))
