@@ -96,9 +96,12 @@ def unheard() -> Iterator[None]:
     """Processes that are started within hear none of `SIGNALS`, which are their parent's to answer."""
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # it would be started within otherwise, and let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        # Python's own would be started within otherwise, which lets some signals through again; SIGUSR1, which SLURM sends to
+        # every process of a task, would end it
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

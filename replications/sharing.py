@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from common import commandline
@@ -76,7 +77,8 @@ def collect(only: Sequence[str], params: str, profile_name: str | None) -> None:
         try:
             listed = pipeline.listed(paper, profile)
             with alone(paper, profile.name, time.time() + STILL + BEAT) as lease:
-                execute_looks(paper, profile, listed, math.inf, None, lease, _gathered)
+                gathered = partial(_gathered, set(profile.paper.seeds[profile.looks[0] :]))
+                execute_looks(paper, profile, listed, math.inf, None, lease, gathered)
             print(f"{paper}: all runs that its claims need are in {RESULTS}")
         except StageError as stop:
             print(f"{paper}: {stop.word}: {stop}", file=sys.stderr)
@@ -89,6 +91,7 @@ def collect(only: Sequence[str], params: str, profile_name: str | None) -> None:
 
 
 def _gathered(
+    later: set[int],
     runs: Sequence[Run],
     store: Store,
     execution: ExecutionSettings,
@@ -98,17 +101,19 @@ def _gathered(
     wanted: Networks,
     claims: Claims,
 ) -> list[Entry]:
-    """As `common.stage.scheduler.execute`, of runs that have been executed. Raises NotComplete."""
+    """As `common.stage.scheduler.execute`, of runs that have been executed. later: seeds of further looks. Raises NotComplete."""
     entries = {run.settings_hash: entry for run in runs if (entry := store.load(run))}
     for entry in entries.values():
         finished(entry)
     if missing := [run for run in runs if run.settings_hash not in entries]:
         kinds = Counter(run.variant for run in missing)
         seeds = sorted({run.seed for run in missing})
+        many = f"{len(missing)} of {len(runs)} runs are missing"
+        if later.issuperset(seeds):
+            many = f"its claims are open and wait for {len(missing)} further runs"
         failed = sum(entry.record.status == "failed" for entry in entries.values())
         raise NotComplete(
-            f"{len(missing)} of {len(runs)} runs are missing ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}; "
-            f"seeds {seeds[0]} to {seeds[-1]}), {failed} have failed; `python -m replications run {title} --shard I/N` trains "
-            "what is missing, as the next array"
+            f"{many} ({', '.join(f'{count} {kind}' for kind, count in kinds.items())}; seeds {seeds[0]} to {seeds[-1]}), "
+            f"and {failed} have failed; `python -m replications run {title} --shard I/N` trains them, as the next array"
         )
     return [entries[run.settings_hash] for run in runs]

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 from made_up_jobs import made_up
-from project import ROOT, only_example, params, replications, start
+from project import only_example, params, replications, start
 
 from common.core.compute import Compute
 from common.stage import lease, shards
@@ -19,6 +19,7 @@ from common.stage.records import Failed, entry_of, record_of
 from common.stage.scheduler import in_order
 from common.stage.shards import OWNERS, Claims, Shard
 from common.stage.store import Store
+from replications.__main__ import main
 
 RESULTS = tuple(f"results/digits/example.{name}" for name in ("jsonl", "curves.jsonl", "predictions.npz"))
 
@@ -114,15 +115,16 @@ def test_what_failed_before_the_array_began_is_tried_again_and_what_failed_since
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The example paper, whose runs take a moment and note that they have begun."""
+    """The example paper, whose runs note that they have begun, and go on when there is a file `go`."""
     project = only_example(tmp_path_factory.mktemp("shards"))
     protocol = project / "replications/example/protocol.py"
-    noted = 'Path("begun").open("a").write(f"{self.variant} {self.seed}\\n")'
-    protocol.write_text(
-        protocol.read_text().replace("time.sleep(self.seconds)", f"{noted}\n        time.sleep(self.seconds)")
+    gate = (
+        'Path("begun").open("a").write(f"{self.variant} {self.seed}\\n")\n'
+        '        while not Path("go").exists():\n            time.sleep(0.05)'
     )
+    protocol.write_text(protocol.read_text().replace("time.sleep(self.seconds)", gate))
     execution = {"device": "cpu", "precision": "float32", "workers": 1}
-    params(project, execution=execution, example={"seeds": {"first": 0, "count": 5}, "seconds": 0.3})
+    params(project, execution=execution, example={"seeds": {"first": 0, "count": 4}})
     return project
 
 
@@ -131,68 +133,79 @@ def _begun(project):
     return Counter(file.read_text().splitlines()) if file.exists() else Counter()
 
 
-def _wait(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.05)
+def _held(project):
+    """The processes that hold a run."""
+    files = list((project / ".runs/digits/example/running").glob("*"))
+    return {json.loads(text)["process"] for file in files if (text := file.read_text())}
 
 
-def _shard(project, text):
-    return start(
-        project, "python", "-m", "replications", "run", "example", "--shard", text, PYTHONPATH=str(project)
-    )
+def _shards(project, *names):
+    """Shards that have a run in hand each, and their processes' numbers."""
+    started, numbers = [], []
+    for name in names:
+        command = ("python", "-m", "replications", "run", "example", "--shard", name)
+        started.append(start(project, *command, PYTHONPATH=str(project)))
+        deadline = time.monotonic() + 120
+        while not (new := _held(project) - set(numbers)):
+            assert time.monotonic() < deadline and started[-1].poll() is None, started[-1].communicate()
+            time.sleep(0.05)
+        numbers += new
+    return started, numbers
 
 
 @pytest.mark.slow
 def test_three_shards_of_which_one_is_killed_do_each_run_once_and_leave_what_one_process_does(base, tmp_path):
     project = shutil.copytree(base, tmp_path / "project")
-    processes = [_shard(project, f"{index}/3") for index in (1, 2, 3)]
-    _wait(lambda: len(list((project / ".runs/digits/example/running").glob("*"))) == 3, processes[0])
-    waits = replications(project, "run", "example", "--time-budget", "1s")
+    started, numbers = _shards(project, "1/3", "2/3", "3/3")
+    waits = replications(project, "run", "example", "--time-budget", "0.5s")
     assert waits.returncode == 3 and "waiting for process " in waits.stderr
     seen = replications(project, "status").stdout
     assert "3 processes at work" in seen and "shard 2 of 3, since " in seen and "example/dense mlp" in seen
-    os.killpg(processes[1].pid, signal.SIGKILL)
-    processes[2].send_signal(signal.SIGUSR1)
-    texts = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, -signal.SIGKILL, 3], texts
+    os.kill(numbers[1], signal.SIGKILL)
+    os.kill(numbers[2], signal.SIGUSR1)
+    (project / "go").touch()
+    texts = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, -signal.SIGKILL, 3], texts
     assert "stopped: by SIGUSR1" in texts[2][1]
     begun = _begun(project)
-    assert len(begun) == 10 and sum(begun.values()) <= 12, begun  # twice only what the two had in hand
+    assert len(begun) == 8 and sum(begun.values()) == 10, begun  # twice only what the two had in hand
     assert not (project / "results").exists() and not list(
         (project / ".runs/digits/example").glob("running/*")
     )
-    assert "10" in replications(project, "status").stdout
 
     collected = replications(project, "collect")
     assert collected.returncode == 0, collected.stderr
     alone = shutil.copytree(base, tmp_path / "alone")
+    (alone / "go").touch()
     assert replications(alone, "run", "example").returncode == 0
     assert [(project / name).read_bytes() for name in RESULTS] == [
         (alone / name).read_bytes() for name in RESULTS
     ]
     assert _begun(project) == begun and not list((project / ".runs/digits").glob("*.lease-*"))
-    assert _shard(project, "1/1").wait() == 0 and _begun(project) == begun
 
 
 @pytest.mark.slow
 def test_collect_says_what_is_missing_and_shards_with_other_versions_are_refused(base, tmp_path):
     project = shutil.copytree(base, tmp_path / "project")
-    process = _shard(project, "1/2")
-    _wait(lambda: len(list((project / ".runs/digits/example").glob("*.json"))) > 1, process)
+    (started,), (number,) = _shards(project, "1/2")
     code = project / "replications/example/protocol.py"
     before = code.read_text()
     code.write_text(before + "\n# another revision\n")
-    refused = _shard(project, "2/2")
-    said = refused.communicate()[1]
-    assert refused.returncode == 2 and "not with the same: code " in said, said
+    refused = replications(project, "run", "example", "--shard", "2/2")
+    assert refused.returncode == 2 and "not with the same: code " in refused.stderr, refused.stderr
     code.write_text(before)
-    process.terminate()
-    assert process.communicate() and process.returncode == 3
+    os.kill(number, signal.SIGTERM)
+    assert started.communicate() and started.returncode == 3
     collected = replications(project, "collect", "example")
-    assert collected.returncode == 3 and "of 10 runs are missing (" in collected.stderr
+    assert (
+        collected.returncode == 3
+        and "8 of 8 runs are missing (4 dense, 4 pruned; seeds 0 to 3)" in collected.stderr
+    )
     assert "`python -m replications run example --shard I/N`" in collected.stderr
     assert not (project / RESULTS[0]).exists()
-    wrong = replications(ROOT, "run", "example", "--shard", "3/2")
-    assert wrong.returncode == 2 and "'3/2' is not a shard such as 3/8, from 1/8 to 8/8" in wrong.stderr
+
+
+def test_a_wrong_shard_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "example", "--shard", "3/2"])
+    assert "'3/2' is not a shard such as 3/8, from 1/8 to 8/8" in capsys.readouterr().err
