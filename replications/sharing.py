@@ -14,7 +14,7 @@ from common import commandline
 from common.core.compute import Compute
 from common.core.run import Run
 from common.records import Entry
-from common.settings import ExecutionSettings
+from common.settings import ExecutionSettings, SettingsError
 from common.stage import headlines, looks, pipeline
 from common.stage.lease import BEAT, STILL
 from common.stage.papers import load, papers
@@ -42,6 +42,10 @@ def run_shard(
     by these. ends, only: as of `commands.run_paper`. Raises SettingsError, StageError, OutOfTime.
     """
     profile = load(paper, params, profile_name)
+    if profile.execution.engine != "local":
+        raise SettingsError(
+            f"{params}: profiles.{profile.name}.execution.engine = {profile.execution.engine}: must be local for --shard"
+        )
     listed = pipeline.listed(paper, profile)
     with taking_part(paper, profile.name, shard, ends) as lease:
         store = Store(SCRATCH / profile.name / paper, profile.execution)

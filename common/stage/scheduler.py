@@ -201,7 +201,9 @@ class _Scheduler:
             if entry := self.claims.left(run):
                 self.finish(run, entry)
             elif self.claims.is_deadly(run):
-                self.finish(run, self._died(run, f"{OWNERS} processes in succession have ended while they trained it"))
+                self.finish(
+                    run, self._died(run, f"{OWNERS} processes in succession have ended while they trained it")
+                )
             else:
                 found.append(run)
         return found
@@ -242,7 +244,9 @@ class _Scheduler:
         self.deaths[run.settings_hash] += guilty
         entry = self.store.finished(run, needed=False)
         if entry is None and self.deaths[run.settings_hash] == DEATHS:
-            entry = self._died(run, f"its process died ({self.engine.causes}, or the machine is out of memory)")
+            entry = self._died(
+                run, f"its process died ({self.engine.causes}, or the machine is out of memory)"
+            )
         if entry is None:
             return [run]
         self.finish(run, entry)
