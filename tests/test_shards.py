@@ -145,7 +145,7 @@ def _shards(project, *names):
     for name in names:
         command = ("python", "-m", "replications", "run", "example", "--shard", name)
         started.append(start(project, *command, PYTHONPATH=str(project)))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (new := _held(project) - set(numbers)):
             assert time.monotonic() < deadline and started[-1].poll() is None, started[-1].communicate()
             time.sleep(0.05)
