@@ -133,30 +133,43 @@ def _begun(project):
     return Counter(file.read_text().splitlines()) if file.exists() else Counter()
 
 
-def _held(project):
-    """The processes that hold a run."""
-    files = list((project / ".runs/digits/example/running").glob("*"))
-    return {json.loads(text)["process"] for file in files if (text := file.read_text())}
+def _process(file):
+    """The process that a lease names; None while it is being written."""
+    text = file.read_text() if file.exists() else ""
+    return json.loads(text)["process"] if text else None
 
 
-def _shards(project, *names):
+def _shards(project, count, of):
     """Shards that have a run in hand each, and their processes' numbers."""
-    started, numbers = [], []
-    for name in names:
-        command = ("python", "-m", "replications", "run", "example", "--shard", name)
-        started.append(start(project, *command, PYTHONPATH=str(project)))
-        deadline = time.monotonic() + 300
-        while not (new := _held(project) - set(numbers)):
-            assert time.monotonic() < deadline and started[-1].poll() is None, started[-1].communicate()
-            time.sleep(0.05)
-        numbers += new
-    return started, numbers
+    started = [
+        start(
+            project,
+            "python",
+            "-m",
+            "replications",
+            "run",
+            "example",
+            "--shard",
+            f"{i}/{of}",
+            PYTHONPATH=str(project),
+        )
+        for i in range(1, count + 1)
+    ]
+    folder = project / ".runs/digits"
+    deadline = time.monotonic() + 300
+    while len(list((folder / "example/running").glob("*"))) < count:
+        if time.monotonic() > deadline or any(process.poll() is not None for process in started):
+            for process in started:
+                process.kill()
+            pytest.fail(str([process.communicate() for process in started]))
+        time.sleep(0.05)
+    return started, [_process(folder / f"example.shard-{i}-of-{of}.lease-1") for i in range(1, count + 1)]
 
 
 @pytest.mark.slow
 def test_three_shards_of_which_one_is_killed_do_each_run_once_and_leave_what_one_process_does(base, tmp_path):
     project = shutil.copytree(base, tmp_path / "project")
-    started, numbers = _shards(project, "1/3", "2/3", "3/3")
+    started, numbers = _shards(project, 3, of=3)
     waits = replications(project, "run", "example", "--time-budget", "0.5s")
     assert waits.returncode == 3 and "waiting for process " in waits.stderr
     seen = replications(project, "status").stdout
@@ -187,7 +200,7 @@ def test_three_shards_of_which_one_is_killed_do_each_run_once_and_leave_what_one
 @pytest.mark.slow
 def test_collect_says_what_is_missing_and_shards_with_other_versions_are_refused(base, tmp_path):
     project = shutil.copytree(base, tmp_path / "project")
-    (started,), (number,) = _shards(project, "1/2")
+    (started,), (number,) = _shards(project, 1, of=2)
     code = project / "replications/example/protocol.py"
     before = code.read_text()
     code.write_text(before + "\n# another revision\n")

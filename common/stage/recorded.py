@@ -49,8 +49,17 @@ class Recorded:
 
 def recorded(results: Path, profile: str, paper: str, code: str) -> Recorded | None:
     """What a stage has left in the results, None where there is nothing that this code has left. Raises SettingsError."""
-    file, about = results / profile / f"{paper}.jsonl", results / environment_file(profile, paper)
-    if not file.exists() or not about.exists():
+    environment = _environment(results, profile, paper, code)
+    if environment is None:
+        return None
+    file = results / profile / f"{paper}.jsonl"
+    return Recorded(file, {record.settings_hash: record for _, record in read(file, Record)}, environment)
+
+
+def _environment(results: Path, profile: str, paper: str, code: str) -> dict[str, Any] | None:
+    """What stands beside the records that this code has left; None where there are none. Raises SettingsError."""
+    about = results / environment_file(profile, paper)
+    if not (results / profile / f"{paper}.jsonl").exists() or not about.exists():
         return None
     try:
         environment = json_value(read_text(about))
@@ -58,9 +67,7 @@ def recorded(results: Path, profile: str, paper: str, code: str) -> Recorded | N
         raise SettingsError(f"{about}: not valid JSON: {error}") from None
     if not isinstance(environment, Mapping) or environment.get("code") != code:
         return None
-    environment = validated(Beside, environment, str(about)).model_dump()
-    records = {record.settings_hash: record for _, record in read(file, Record)}
-    return Recorded(file, records, environment)
+    return validated(Beside, environment, str(about)).model_dump()
 
 
 def take_over(
@@ -74,8 +81,14 @@ def take_over(
     count for nothing, and are named on stderr.
     """
     try:
+        environment = _environment(results, profile, paper, about["code"])
+        if environment is None or environment.get("execution") != about["execution"]:
+            return set()
+        ours = [run for run in runs if run.settings_hash in environment["seconds"]]
+        if all(store.holds(run) for run in ours):  # nothing is to be taken, so not all of it is read
+            return {run.settings_hash for run in ours}
         found = recorded(results, profile, paper, about["code"])
-        if found is None or found.environment.get("execution") != about["execution"] or not _whole(found):
+        if found is None or not _whole(found):
             return set()
         curves = {line.settings_hash: line.curves for _, line in read(curves_file(found.file), Curves)}
         predictions = beside(found.file, found.records.values())

@@ -186,6 +186,11 @@ class Store:
         own = self._load(self.folder / f"{self.key(run)}.json")
         return own or self._load(self._elsewhere(run))
 
+    def holds(self, run: Run) -> bool:
+        """Whether there is what `load` returns, as far as can be told without reading what it says."""
+        files = (self.folder / f"{self.key(run)}.json", self._elsewhere(run))
+        return any(load_checked(file) is not None for file in files)
+
     def take_over(self, run: Run, entry: Entry, elsewhere: bool) -> None:
         """Count a run as finished whose record is in the results. elsewhere: another machine has executed it."""
         if elsewhere:
