@@ -114,6 +114,21 @@ def _verdicts(project, records="results/digits"):
     return (project / "v.json").read_bytes()
 
 
+@pytest.mark.long
+def test_shards_look_by_look_leave_what_one_command_does(project, whole):
+    said = []
+    while not said or said[-1].returncode == 3:
+        _done(project, "--shard", "1/1")
+        said.append(replications(project, "collect", "example"))
+        assert len(said) <= 3, said
+    assert [each.returncode for each in said] == [3, 3, 0]
+    assert (
+        "its claims are open and wait for 4 further runs (2 dense, 2 pruned; seeds 105 to 106)"
+        in said[0].stderr
+    )
+    assert _bytes(project) == _bytes(whole)
+
+
 # ------------------------------------------------------------------------------------------ what is bought
 
 

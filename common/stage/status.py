@@ -55,12 +55,8 @@ class Progress:
 
     @property
     def failed(self) -> list[Record]:
-        """The records of runs that have failed and are not tried again now; a setting that was no good in a trial has not."""
-        return [
-            end.failed
-            for key, end in self.finished.items()
-            if end.failed and not end.failed.is_lost_trial and key not in self.running
-        ]
+        """The records of runs that have failed; a setting that was no good in a trial has not."""
+        return [end.failed for end in self.finished.values() if end.failed and not end.failed.is_lost_trial]
 
     @property
     def waiting(self) -> list[PlannedRun]:
