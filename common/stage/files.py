@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import sys
 from pathlib import Path
 
 from common import commandline
 
+_MACHINE = secrets.token_hex(4)
+"""Tells processes of machines that share a folder apart, whose numbers may be the same."""
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also when the process is killed. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{_MACHINE}-{os.getpid()}.tmp")
     try:
         with commandline.naming(path), temporary.open("wb") as file:
             file.write(content)
