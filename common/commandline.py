@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 AGAIN = 4
@@ -29,6 +29,9 @@ LOOKS_EVERY = 0.2
 
 _SAME = 1.0
 """Seconds within which a second signal is the same once more: many send theirs to a process and to its group."""
+
+_ROOM = 2**28
+"""Bytes of memory that a command must be able to address, so that it can load what it needs or say that it cannot."""
 
 SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 """What stops a command: Ctrl-C, a request to end, and the warning before a cluster takes the machine back."""
@@ -52,9 +55,36 @@ class _Stop:
 
 
 def listen() -> None:
-    """From now on one of `SIGNALS` ends the process at once with one line, or, within `patience`, is noted."""
+    """From now on one of `SIGNALS` ends the process at once with one line, or, within `patience`, is noted; and so do
+    packages that cannot be loaded, and limits of the system that nothing else has an answer to."""
     for number in SIGNALS:
         signal.signal(number, _on_signal)
+    sys.excepthook = _on_error
+    if sys.platform == "linux":
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if 0 <= most < _ROOM:  # OpenBLAS would ask for it without an end
+            raise MemoryError(
+                f"{most >> 20} MiB of memory may be addressed (ulimit -v), {_ROOM >> 20} are needed at least"
+            )
+
+
+def _on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    first = error
+    while first.__cause__:
+        first = first.__cause__
+    if isinstance(first, OSError):
+        text = told(first)
+    elif isinstance(first, (ImportError, MemoryError)) or str(first) == "can't start new thread":
+        text = " ".join(str(first).split()) or "out of memory"
+    else:
+        sys.__excepthook__(kind, error, trace)
+        return
+    try:
+        os.write(2, f"error: {text}\n".encode(errors="backslashreplace"))
+    finally:
+        os._exit(2)
 
 
 def _on_signal(number: int, _: FrameType | None) -> None:

@@ -5,8 +5,13 @@ So no text of a settings file stands in a command that a shell reads.
 
 from __future__ import annotations
 
+from common import commandline
+
+if __name__ == "__main__":
+    commandline.listen()  # before what takes long to load
+
 import argparse
-import os
+import runpy
 import sys
 
 from common.settings import SettingsError, selected_profile
@@ -38,7 +43,7 @@ def stages(profile: str) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, if the stage does not take the place of this process."""
+    """The command line; returns the exit status, if the stage does not end the process itself."""
     parser = argparse.ArgumentParser(prog="python -m replications.selected", description=__doc__)
     parser.add_argument("stage", choices=list(stages("")))
     options = parser.parse_args(arguments)
@@ -47,9 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", *command])
+    module, *sys.argv[1:] = command
+    # in this process, which listens to signals already
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.run(main)

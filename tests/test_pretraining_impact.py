@@ -28,7 +28,6 @@ from common.stage.store import Store
 from common.stage.worker import perform
 from replications.pretraining_impact import (
     filters,
-    glyphs,
     gradual,
     labels,
     measures,
@@ -38,6 +37,7 @@ from replications.pretraining_impact import (
     transfer,
     weights,
 )
+from replications.pretraining_impact.glyphs import drawing as glyphs
 
 DATA = DatasetSettings(train=120, validation=60, test=200)
 CPU = ExecutionSettings(device="cpu", precision="float32", workers=1)
@@ -132,7 +132,7 @@ def test_samples_do_not_depend_on_the_processor():
         "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-FMA,-FMA4",
     }
     code = (
-        "from replications.pretraining_impact import glyphs\n"
+        "from replications.pretraining_impact.glyphs import drawing as glyphs\n"
         "fonts = glyphs.font_files(['DejaVuSans', 'cmr10'])\n"
         "print(glyphs.digest_of(*glyphs.render(300, 'agW%', 7, fonts)))"
     )

@@ -6,6 +6,7 @@ Nothing here loads torch, so that a command can set this up before it does.
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import sys
@@ -27,8 +28,12 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "10000",
     # large blocks of memory come in huge pages, where the system offers them
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # joblib, which scikit-learn loads, warns in several lines where it cannot have processes of its own; nothing here asks for any
+    "JOBLIB_MULTIPROCESSING": "0",
 }
-"""What OpenMP and the C library read once, when a process starts."""
+"""What OpenMP, the C library and joblib read once, when a process starts."""
+_FILES = 24
+"""So many files are open in a process that starts workers, at least."""
 
 
 def set_environment() -> None:
@@ -59,11 +64,25 @@ def context() -> BaseContext:
     return found
 
 
+def _open_files() -> int:
+    """How many files a process may have open at once."""
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
+
+
 def prepare() -> None:
-    """Let the process from which workers are forked load what they share while this one goes on."""
-    if context().get_start_method() == "forkserver":
-        with commandline.unheard():
-            forkserver.ensure_running()
+    """Let the process from which workers are forked load what they share while this one goes on.
+
+    Raises OSError where the system allows too few files or processes.
+    """
+    with commandline.naming("worker processes"):
+        if sys.platform == "linux" and (most := _open_files()) < _FILES:
+            raise OSError(errno.EMFILE, f"{most} files may be open at once (ulimit -n), {_FILES} are needed")
+        if context().get_start_method() == "forkserver":
+            with commandline.unheard():
+                forkserver.ensure_running()
 
 
 def await_workers() -> None:

@@ -74,10 +74,11 @@ def resolved(file: str = PARAMS_FILE, profile: str | None = None) -> dict[str, A
 
 
 def write(file: str = PARAMS_FILE, profile: str | None = None, folder: Path = FOLDER) -> None:
-    """Write the files of a profile, and remove those of papers that are gone. Raises SettingsError."""
+    """Write the files of a profile, and remove those of papers that are gone. Raises SettingsError, OSError."""
     stages = resolved(file, profile)
     target = folder / profile_chain(file, profile)[-1][0]
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        shutil.rmtree(target)
     target.mkdir(parents=True)
     for stage, settings in stages.items():
         (target / f"{stage}.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
