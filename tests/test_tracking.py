@@ -5,9 +5,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 import mlflow
 import pytest
@@ -313,6 +314,48 @@ def test_a_store_that_a_kill_has_left_is_set_aside(store, monkeypatch, capsys, l
     assert _log(_entry(0)) == 1
     assert f"mlflow.db was {left}" in capsys.readouterr().err
     assert (store / "mlflow.db.damaged-1").read_bytes() == before and len(_runs()[1]) == 1
+
+
+@pytest.mark.parametrize("kind", ["text", "database"])
+def test_a_file_of_something_else_is_left_where_it_is(store, monkeypatch, kind):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=3")
+    if kind == "database":
+        with closing(sqlite3.connect("other.db")) as made:
+            made.execute("CREATE TABLE addresses (name TEXT)")
+    else:
+        (store / "other.db").write_text("a letter\n" * 1000)
+    before = (store / "other.db").read_bytes()
+    with pytest.raises(
+        mlflow_store.StoreError, match="other.db: (an SQLite file, but not|file is not a database)"
+    ):
+        _log(_entry(0))
+    assert [file.name for file in store.iterdir()] == ["other.db"]
+    assert (store / "other.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_server_that_says_nothing_holds_nobody_up(store, monkeypatch, capsys, answers):
+    """It takes what it is told and never answers, or answers without an end."""
+    monkeypatch.setattr(tracking, "PATIENCE", 0.3)
+    monkeypatch.setattr(publish, "PATIENCE", 0.3)
+    (store / "page").touch()
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+
+        def accept():
+            with suppress(OSError):
+                while True:
+                    client = stack.enter_context(server.accept()[0])
+                    if answers:
+                        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")
+
+        threading.Thread(target=accept, daemon=True).start()
+        with tracking.StageLog("example", "digits", ENVIRONMENT) as log:
+            log.add(_entry(0))
+        assert str(log.error).endswith("does not answer")
+        assert publish.main(["--profile", "digits", "page"]) == 0
+        assert "does not answer" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ from a number to its runs and back

@@ -6,10 +6,13 @@ process at a time, and what is found half made or damaged is set aside.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sqlite3
+import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -20,6 +23,8 @@ NAME = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 PATIENCE = 5.0
 """Seconds after which a store that does not answer is left alone."""
+_AT_WORK = 0.02
+"""Seconds of a core by which one sees that logging goes on."""
 _YOUNG = 10.0
 """Seconds for which a half-made file may be one that another program is making."""
 _TABLES = {"alembic_version", "experiments", "runs"}
@@ -51,7 +56,8 @@ def _uri(file: Path) -> str:
 
 def own_file(uri: str) -> Path | None:
     """The SQLite file of a store, None if it is another kind of store."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    name = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(name).absolute() if uri.startswith("sqlite:///") else None
 
 
 def await_answer(uri: str) -> None:
@@ -67,6 +73,37 @@ def await_answer(uri: str) -> None:
             socket.create_connection((server.hostname, port), PATIENCE).close()
     except (sqlite3.Error, OSError, ValueError) as error:
         raise StoreError(f"{file or uri}: {error}") from None
+
+
+def await_logging(
+    thread: threading.Thread,
+    moved: Callable[[], float],
+    patience: Callable[[], float],
+    ends: float = math.inf,
+) -> bool:
+    """Wait for a thread that logs while it is seen to go on; returns whether it has ended.
+
+    moved: when it last had an answer of the store (`time.monotonic()`); it goes on, too, while it computes. patience: for how
+    many seconds neither may be so. ends: when the waiting is over in any case.
+    """
+    last, worked = time.monotonic(), 0.0
+    while thread.is_alive() and time.monotonic() < ends:
+        thread.join(0.05)
+        if (now := _computed(thread)) > worked + _AT_WORK:  # slow, but not waiting
+            last, worked = time.monotonic(), now
+        if time.monotonic() - max(last, moved()) > patience():
+            break
+    return not thread.is_alive()
+
+
+def _computed(thread: threading.Thread) -> float:
+    """Seconds of a core that a thread has used; 0 where the system does not tell, or it has ended."""
+    if not hasattr(time, "pthread_getcpuclockid") or thread.ident is None:
+        return 0.0
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    except OSError:
+        return 0.0
 
 
 def _connection(file: Path, timeout: float) -> sqlite3.Connection:
@@ -91,7 +128,7 @@ def ready(uri: str) -> str | None:
 def damage(file: Path) -> str | None:
     """What is wrong with an SQLite file that MLflow cannot go on from, in words; None if nothing is, or there is no file.
 
-    Raises StoreError if it cannot be read now.
+    Raises StoreError if it cannot be read now, or is something else's.
     """
     try:
         if not file.exists():
@@ -102,6 +139,8 @@ def damage(file: Path) -> str | None:
             names = {
                 name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             }
+            if names and not names & _TABLES:
+                raise StoreError(f"{file}: an SQLite file, but not one of MLflow")
             if not names >= _TABLES or any(name.startswith("_alembic_tmp_") for name in names):
                 return "half made"
             version = connection.execute("SELECT count(*) FROM alembic_version").fetchone()[0]
@@ -109,13 +148,15 @@ def damage(file: Path) -> str | None:
     except (sqlite3.OperationalError, OSError) as error:  # locked, or not to be read by this user
         raise StoreError(f"{file}: {error}") from None
     except sqlite3.DatabaseError as error:
+        if file.name != NAME:  # it may never have been meant for one
+            raise StoreError(f"{file}: {error}") from None
         return f"damaged: {error}"
 
 
 def mend(file: Path) -> str | None:
     """Set a file aside that MLflow cannot go on from; returns what was wrong and where it is now, None if all is well.
 
-    Raises StoreError if it cannot be read now, OSError.
+    Raises StoreError as `damage` does, OSError.
     """
     while (found := damage(file)) and time.time() - file.stat().st_mtime < _YOUNG:
         time.sleep(0.5)

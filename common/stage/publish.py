@@ -13,25 +13,48 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.naming import EXPERIMENT
 from common.reading import name_option
+from common.stage.mlflow_store import PATIENCE, StoreError, await_answer, await_logging, store_uri
 from common.stage.papers import papers
 
 
 def publish(profile: str, files: Sequence[Path]) -> list[str]:
-    """Log the files as artifacts of the last run of each paper's stage; returns the papers. Raises MlflowException, StoreError."""
+    """Log the files as artifacts of the last run of each paper's stage; returns the papers.
+
+    Raises MlflowException, and StoreError where the store does not answer for `PATIENCE`.
+    """
+    done, failed = list[str](), list[Exception]()
+    moved = [time.monotonic()]
+
+    def work() -> None:
+        try:
+            _publish(profile, files, done, moved)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    if not await_logging(thread, lambda: moved[-1], lambda: PATIENCE):
+        raise StoreError(f"{store_uri()} does not answer")
+    for error in failed:
+        raise error
+    return done
+
+
+def _publish(profile: str, files: Sequence[Path], done: list[str], moved: list[float]) -> None:
+    """As `publish`, with the papers and the moments of the store's answers in the lists."""
     import mlflow
     from mlflow import MlflowClient
-
-    from common.stage.mlflow_store import await_answer, store_uri
 
     await_answer(store_uri())
     mlflow.set_tracking_uri(store_uri())
     client = MlflowClient()
-    done = []
     for paper in papers():
         experiment = client.get_experiment_by_name(EXPERIMENT.format(paper=paper))
         if experiment is None:
@@ -45,8 +68,8 @@ def publish(profile: str, files: Sequence[Path]) -> list[str]:
         for run in found:
             for file in files:
                 client.log_artifact(run.info.run_id, str(file))
+                moved.append(time.monotonic())
             done.append(paper)
-    return done
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,6 +42,7 @@ from common.stage.mlflow_store import (
     PATIENCE,
     StoreError,
     await_answer,
+    await_logging,
     checkout,
     ready,
     store_uri,
@@ -52,8 +53,6 @@ _DESCRIPTION = "mlflow.note.content"
 _MAKING = 60.0
 """Seconds that the end of a stage waits for a new store to be made."""
 _PATIENCE_WHEN_STOPPED = 0.5
-_AT_WORK = 0.02
-"""Seconds of a core by which one sees that logging goes on."""
 _NUMBERS = itertools.count()
 _logging = set[str]()
 """Signatures of what logs in this process."""
@@ -106,14 +105,10 @@ class StageLog:
         self._entries.put(None)
         ends = time.monotonic() + (math.inf if self._complete else _PATIENCE_WHEN_STOPPED)
         patience = _PATIENCE_WHEN_STOPPED if self._uri in _silent else PATIENCE
-        self._moved, worked = time.monotonic(), 0.0
-        while self._thread.is_alive() and time.monotonic() < ends:
-            self._thread.join(0.05)
-            if (now := _computed(self._thread)) > worked + _AT_WORK:  # slow, but not waiting
-                self._moved, worked = time.monotonic(), now
-            if time.monotonic() - self._moved > (_MAKING if self._making else patience):
-                break
-        if self._thread.is_alive() and self._complete:
+        ended = await_logging(
+            self._thread, lambda: self._moved, lambda: _MAKING if self._making else patience, ends
+        )
+        if not ended and self._complete:
             _silent.add(self._uri)
             self.error = self.error or StoreError(f"{self._uri} does not answer")
 
@@ -237,16 +232,6 @@ class StageLog:
             (name, sum(values) / len(values), step)
             for (name, step), values in sorted(self._accuracies.items())
         ]
-
-
-def _computed(thread: threading.Thread) -> float:
-    """Seconds of a core that a thread has used; 0 where the system does not tell, or it has ended."""
-    if not hasattr(time, "pthread_getcpuclockid") or thread.ident is None:
-        return 0.0
-    try:
-        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-    except OSError:
-        return 0.0
 
 
 def page_of(profile: str) -> Path:
