@@ -234,6 +234,23 @@ def test_filters_name_both_sides_and_the_seeds_that_were_used():
     ]
 
 
+def test_arms_that_were_not_trained_alike_are_named(tmp_path):
+    project = small_project(tmp_path)
+    file = project / "results" / "digits" / "gates.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        short = row["variant"] == "gated"
+        row["settings"] |= {
+            "training": {"epochs": 3 if short else 30, "stages": [{"epochs": 1}]},
+            "data": {"train": 600},
+        }
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge(project)
+    assert command.main(arguments(project)) == 0
+    said = re.findall("not trained alike: ([^<]*)<", (project / "report" / "index.html").read_text())
+    assert said and set(said) == {"training.epochs 3 and 30"}
+
+
 def test_an_interval_that_is_infinite_both_ways_says_so():
     points = Claim(**claim("C", "new", "old"))
     assert decided_interval(points, {"low": None, "high": None, "level": 0.005}) == "no bound (99 %)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.naming import anchor
+from common.records import Record
 from common.report import places, runs
 from common.report.evidence import Paper
 from common.report.numbers import (
@@ -95,14 +96,20 @@ def views(paper: Paper, profile: str) -> list[ClaimView]:
     Deviations that were not run are left out by the verdicts, and so here.
     """
     return [
-        view(claim, paper.judged.get(claim.id), paper.name, profile)
+        view(claim, paper.judged.get(claim.id), paper.name, profile, paper.records)
         for claim in paper.claims
         if claim.deviation is None or claim.id in paper.judged
     ]
 
 
-def view(claim: Claim, judged: Mapping[str, Any] | None, paper: str, profile: str) -> ClaimView:
-    """One claim. judged: its entry in the verdicts, None where they do not hold it."""
+def view(
+    claim: Claim,
+    judged: Mapping[str, Any] | None,
+    paper: str,
+    profile: str,
+    records: Sequence[Record] = (),
+) -> ClaimView:
+    """One claim. judged: its entry in the verdicts, None where they do not hold it. records: of the paper, as far as known."""
     if judged is None:
         judged = {
             "verdict": NOT_TESTED,
@@ -110,7 +117,7 @@ def view(claim: Claim, judged: Mapping[str, Any] | None, paper: str, profile: st
             "comparisons": [],
         }
     found = judged["comparisons"]
-    rows = [_row(claim, one, label, paper, profile) for one, label in labelled(found)]
+    rows = [_row(claim, one, label, profile, records) for one, label in labelled(found)]
     number = judged.get("deciding", 0)
     shown = rows[number] if rows else dict.fromkeys(("estimate", "interval", "n", "label"), "")
     names = "; ".join(sorted({one["test_name"] for one in found if one["test_name"]}))
@@ -206,7 +213,9 @@ def shared_place(comparisons: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(name for name in places.pop() if name) if len(places) == 1 else ""
 
 
-def _row(claim: Claim, comparison: Mapping[str, Any], label: str, paper: str, profile: str) -> dict[str, Any]:
+def _row(
+    claim: Claim, comparison: Mapping[str, Any], label: str, profile: str, records: Sequence[Record]
+) -> dict[str, Any]:
     lost = [sentence(f"seed {entry['seed']} lost: {entry['reason']}") for entry in comparison["lost"]]
     checks = (("flips", "p_permutation"), ("Wilcoxon", "p_wilcoxon"), ("Page", "p_page"))
     over_images = comparison.get("over_images")  # verdicts of an earlier revision have none
@@ -231,6 +240,7 @@ def _row(claim: Claim, comparison: Mapping[str, Any], label: str, paper: str, pr
         "effect": "" if comparison["effect_size"] is None else f"{comparison['effect_size']:+.2f}",
         "detectable": amount(claim, comparison["detectable"], signed=False),
         "reason": sentence(comparison["reason"]),
+        "unequal": runs.unequal(comparison, records),
         "filters": runs.filters(comparison, profile),
     }
 

@@ -1,12 +1,17 @@
-"""From a number to the runs behind it: filters as MLflow's search takes them.
+"""From a number to the runs behind it: filters as MLflow's search takes them, and how far its two sides were trained alike.
 
-`common.stage.tracking` writes the params, metrics and tags that they name.
+`common.stage.tracking` writes the params, metrics and tags that the filters name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from common.records import Record
+
+_COST = ("epochs", "batch_size", "train")
+"""Settings that say how long and on how many images a network trained, wherever they stand."""
 
 
 def filters(comparison: Mapping[str, Any], profile: str) -> list[str]:
@@ -17,6 +22,43 @@ def filters(comparison: Mapping[str, Any], profile: str) -> list[str]:
         terms += [f"tags.profile = '{profile}'", *_seeds(comparison)]
         found[" and ".join(terms)] = None
     return list(found)
+
+
+def unequal(comparison: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """Which of the settings of this kind that both sides have differ, with their values; empty where none does.
+
+    Arms are made to differ, so this is no error; but a reader of the numbers should know.
+    """
+    sides = [comparison["treatment"], comparison["control"]]
+    if None in sides:
+        return ""
+    first, second = (_costs("", next(_of(side, records), {})) for side in sides)
+    both = (name for name in first if name in second and first[name] != second[name])
+    return ", ".join(f"{name} {first[name]} and {second[name]}" for name in both)
+
+
+def _of(side: Mapping[str, Any], records: Sequence[Record]) -> Iterator[Mapping[str, Any]]:
+    """The settings of the runs of one side of a comparison."""
+    wanted = {
+        name: side[name]
+        for name in ("variant", "dataset", "architecture", "target")
+        if side[name] is not None
+    }
+    return (
+        record.settings
+        for record in records
+        if all(getattr(record, name) == value for name, value in wanted.items())
+    )
+
+
+def _costs(prefix: str, settings: Mapping[str, Any]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _costs(f"{prefix}{key}.", value)
+        elif key in _COST and isinstance(value, int):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _parts(comparison: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
