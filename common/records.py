@@ -65,6 +65,17 @@ def _metrics(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _few(found: dict[str, Any]) -> dict[str, Any]:
+    count, level = 0, [found]
+    while level and count <= MOST_SETTINGS:
+        inner = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]
+        count += len(inner)
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    if count > MOST_SETTINGS:
+        raise ValueError(f"more than {MOST_SETTINGS:,} keys and values")
+    return found
+
+
 def _cost(found: dict[str, Any]) -> dict[str, Any]:
     for name in _COSTS:
         value = found.get(name)
@@ -75,6 +86,8 @@ def _cost(found: dict[str, Any]) -> dict[str, Any]:
 
 MOST_REASON = 10_000
 """Characters of a reason."""
+MOST_SETTINGS = 10_000
+"""Keys and values of a run's settings."""
 PaperName = Annotated[str, AfterValidator(_name)]
 Words = Annotated[str, Field(max_length=255), AfterValidator(_words)]
 """What a figure, a page and a filter show as it is."""
@@ -148,7 +161,7 @@ class Record(Identity):
     reason: Annotated[str, Field(max_length=MOST_REASON)] | None = None
     failure: Failure | None = None
     cause: Cause | None = None
-    settings: dict[str, Any] = {}
+    settings: Annotated[dict[str, Any], AfterValidator(_few)] = {}
     settings_hash: str = ""
     data: list[str] = []
     metrics: Annotated[dict[str, Any], AfterValidator(_metrics)] = {}

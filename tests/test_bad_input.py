@@ -224,6 +224,10 @@ def judged(tmp_path, capsys):
         ({"reason": {"a": 1}}, "line 1.reason"),
         ({"status": "failed", "reason": "x" * 10**6}, "line 1.reason = 'xxx"),
         ({"details": {"a": eval("[" * 60 + "]" * 60)}}, "nested more than 50 deep"),
+        (
+            {"settings": {"layers": [{"epochs": 1}] * 6000}},
+            "line 1.settings: more than 10,000 keys and values",
+        ),
         ('{"seed": 0, "seed": 1}', "line 1: not valid JSON (half written?): key 'seed' is given twice"),
         ("[]", "line 1 = []: must be a table"),
     ],
@@ -240,6 +244,8 @@ def test_what_is_no_measurement_is_lost_by_name_and_changes_no_other_number(judg
     other = judged({"data": ["z"]})["comparisons"][0]
     assert other["n"] == 7 and "tested on other data" in other["lost"][0]["reason"]
     assert "not of one arm" in judged({"settings": {"epochs": 30}})["reason"]
+    many = judged({"settings": {f"k{i}": i for i in range(9_000)}})["reason"]
+    assert "settings epochs, k0, k1, k10, k100 and 8996 more" in many
 
 
 def test_more_seeds_than_can_be_judged_are_refused(judged):
@@ -276,6 +282,17 @@ def test_more_seeds_than_can_be_judged_are_refused(judged):
 )
 def test_a_wrong_claim_is_refused(judged, claim, part):
     assert part in judged(claims=claim)
+
+
+def test_more_claims_than_can_be_judged_are_refused(tmp_path, capsys):
+    file = tmp_path / "claims.yaml"
+    file.write_text(
+        yaml.safe_dump({"paper": "demo", "claims": [CLAIM | {"id": f"H{i}"} for i in range(201)]})
+    )
+    status = statistics.main(
+        ["--records", str(tmp_path), "--claims", str(file), "--out", str(tmp_path / "v")]
+    )
+    assert status == 2 and "claims: 201 are given; must be at most 200" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ the report

@@ -180,6 +180,12 @@ def test_stability_tells_reversed_from_lost_from_what_so_few_seeds_cannot_tell()
     ]
 
 
+@pytest.mark.parametrize(("seeds", "left_out"), [(100, 100), (101, 51), (200, 50)])
+def test_of_many_seeds_only_some_are_left_out(seeds, left_out):
+    tried = judge(claim(), pair(0.02, n=seeds), checks=True)["stability"]["tried"]
+    assert tried - judge(claim(), pair(0.02, n=5), checks=True)["stability"]["tried"] == left_out - 5
+
+
 def test_what_matters_is_halved_and_doubled():
     found = judge(claim("noninferiority", matters=0.01), pair(-0.004), checks=True)
     assert found["verdict"] == "replicated" and found["stability"]["lost"] == ["what matters halved"]

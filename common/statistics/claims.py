@@ -67,6 +67,8 @@ _EVERY_TEST = {
 }
 _NEEDS_MATTERS = ("noninferiority", "equivalence")
 
+MOST_CLAIMS = 200
+"""Of a paper. All of them are judged again on each of some twenty other terms."""
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Target = Annotated[float, Field(ge=0, le=1e9)]
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
@@ -298,6 +300,8 @@ def read(path: Path) -> ClaimsFile:
         raise SettingsError(f"{path}: paper = {shown(paper)}: must be the paper's name; {NAME_RULE}")
     if not isinstance(entries, list) or not entries:
         raise SettingsError(f"{path}: claims = {shown(entries)}: must be a list of claims")
+    if len(entries) > MOST_CLAIMS:
+        raise SettingsError(f"{path}: claims: {len(entries)} are given; must be at most {MOST_CLAIMS}")
     seen = content.get("seen", -1)
     if not isinstance(seen, int) or isinstance(seen, bool) or seen < -1:
         raise SettingsError(f"{path}: seen = {shown(seen)}: must be the highest seed that has been seen")

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from common.reading import words
 from common.records import Record
 from common.statistics.claims import Precondition
 from common.statistics.comparisons import Comparison
@@ -24,6 +25,8 @@ from common.statistics.records import (
 )
 
 BEFORE_MASK = "accuracy_before_mask"
+_NAMED = 5
+"""Settings that a reason names."""
 
 
 def problem(comparison: Comparison, records: Records, seeds: Collection[int]) -> str | None:
@@ -69,9 +72,10 @@ def _settings(comparison: Comparison, records: Records, seeds: Collection[int]) 
                 and stripped(runs[first].settings.get(key), PER_SEED)
                 != stripped(runs[other].settings.get(key), PER_SEED)
             )
+            more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
             return (
                 f"the runs of {place(quantity)} are not of one arm: seeds {first} and {other} differ in "
-                f"settings {', '.join(keys)}"
+                f"settings {', '.join(map(words, keys[:_NAMED]))}{more}"
             )
     return None
 

@@ -1,6 +1,6 @@
 """Whether a verdict hangs on a choice: the same records judged again on other terms.
 
-Each seed is left out (of many, up to MOST_LEFT_OUT evenly among them), sign flips and signed ranks stand for the t-test, what matters is halved and doubled, the error is
+Each seed is left out (of more than 100 only some, evenly among them), sign flips and signed ranks stand for the t-test, what matters is halved and doubled, the error is
 .01 and .10, and validation accuracy stands for test accuracy.
 """
 
@@ -17,7 +17,8 @@ from common.statistics.records import Records
 from common.statistics.testing import FEWEST_PAIRS, FLIPS, RANKS
 
 ACCURACY, VALIDATION = "test_accuracy", "validation_accuracy"
-MOST_LEFT_OUT = 100
+_LEFT_OUT = 10_000
+"""Seeds left out, one after another, times all seeds, at most: each time all the others are judged anew."""
 _OPPOSITE = {REPLICATED: CONTRADICTED, CONTRADICTED: REPLICATED}
 
 
@@ -57,7 +58,7 @@ def _variations(
     claims: Sequence[Claim], judged: Sequence[Judged], terms: Terms
 ) -> Iterator[tuple[str, Sequence[Claim], Terms]]:
     seeds = sorted({s for one in judged for c in one.comparisons if c.shown for s in c.shown.seeds})
-    for seed in seeds[:: -(-len(seeds) // MOST_LEFT_OUT) or 1]:
+    for seed in seeds[:: -(-(len(seeds) ** 2) // _LEFT_OUT) or 1]:
         yield f"without seed {seed}", claims, replace(terms, without=seed)
     yield "by sign flips", claims, replace(terms, decides=FLIPS)
     yield "by signed ranks", claims, replace(terms, decides=RANKS)
