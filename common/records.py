@@ -66,7 +66,8 @@ def _metrics(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _few(found: dict[str, Any]) -> dict[str, Any]:
-    count, level = 0, [found]
+    count = 0
+    level: list[Any] = [found]
     while level and count <= MOST_SETTINGS:
         inner = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]
         count += len(inner)
@@ -79,8 +80,10 @@ def _few(found: dict[str, Any]) -> dict[str, Any]:
 def _cost(found: dict[str, Any]) -> dict[str, Any]:
     for name in _COSTS:
         value = found.get(name)
-        if value is not None and not (is_number(value) and 0 <= value <= _MOST):
-            raise ValueError(f"{name} = {shown(value)}: must be a number from 0 to {_MOST:g}")
+        if value is not None and not (is_number(value) and (value == 0 or 1 / _MOST <= value <= _MOST)):
+            raise ValueError(
+                f"{name} = {shown(value)}: must be 0 or a number from {1 / _MOST:g} to {_MOST:g}"
+            )
     return found
 
 

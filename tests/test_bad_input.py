@@ -209,6 +209,7 @@ def judged(tmp_path, capsys):
         ({"test_accuracy": 10**400}, "test_accuracy = 1000"),
         ({"test_loss": 1e200}, "test_loss = 1e+200"),
         ({"cost": {"macs": -5}}, "line 1.cost: macs = -5"),
+        ({"cost": {"theoretical_speedup": 1e-300}}, "must be 0 or a number from 1e-24 to 1e+24"),
         ({"cost": {"theoretical_speedup": "2"}}, "theoretical_speedup = '2'"),
         ({"seed": "0"}, "line 1.seed = '0'"),
         ({"seed": True}, "line 1.seed = True"),
@@ -269,6 +270,7 @@ def test_more_seeds_than_can_be_judged_are_refused(judged):
         ({"test": "count", "control": None, "value": -1}, "claim H1.value = -1"),
         ({"test": "count", "control": None, "value": -1, "metric": "cost.macs"}, "at least 0"),
         ({"targets": [0.9, 0.9]}, "must not repeat a value"),
+        ({"targets": [n / 100 for n in range(51)]}, "at most 50"),
         ({"targets": [0.9, 0.9 + 1e-11]}, "must not repeat a value"),
         ({"treatment": [{"variant": "new"}] * 2}, "claim H1.treatment: the same comparison twice"),
         ({"treatment": {"variant": "x" * 3000}}, "treatment.variant = 'xxx"),
@@ -352,6 +354,7 @@ def _claimed(**fields):
         ("curves", '{"settings_hash": "a", "curves": [1, "x"]}', "line 1.curves[0] = 1"),
         ("curves", '{"settings_hash": "a", "curves": [{"lr": {}}]}', "line 1.curves[0].lr"),
         ("readme", b"# \xe9\n", "README.md: not UTF-8 text"),
+        ("readme", b"[" * 2**17 + b"\n", "README.md: cannot be read: larger than 0.125 MiB"),
     ],
 )
 def test_a_report_is_drawn_from_nothing_damaged(project, capsys, file, damage, part):

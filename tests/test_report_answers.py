@@ -221,6 +221,9 @@ def test_filters_name_both_sides_and_the_seeds_that_were_used():
         "and tags.profile = 'digits' and metrics.seed >= 2 and metrics.seed <= 5 and params.seed != '4'"
     )
     assert "params.target = '0'" in second
+    far = runs.filters({**found, "seeds": [2, 3, 5, 2**62]}, "digits")
+    assert far[0] == first and far[1].endswith(f"metrics.seed >= {2**62} and metrics.seed <= {2**62}")
+    assert len(far) == 4
     varying = {**found["treatment"], "target": None}
     trend = {
         **found,

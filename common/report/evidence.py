@@ -26,6 +26,10 @@ class ReportError(Exception):
     """Input from which no report can be drawn; the message is one clear line."""
 
 
+_MOST_README = 2**17
+"""Bytes of a paper's README."""
+
+
 @dataclass(frozen=True)
 class Paper:
     """One paper's evidence; every part may be missing except the name."""
@@ -137,7 +141,7 @@ def _paper(
     if file is None:
         return paper
     readme = file.path.parent / "README.md"
-    text = read_text(readme) if readme.exists() else ""
+    text = read_text(readme, _MOST_README) if readme.exists() else ""
     title = re.search(r"^# +(.+?) *$", text, flags=re.MULTILINE)
     deviations = re.search(
         r"^## +Deviations\b[^\n]*\n(.*?)(?=^#{1,2} |\Z)", text, flags=re.MULTILINE | re.DOTALL

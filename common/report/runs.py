@@ -10,17 +10,19 @@ from typing import Any
 
 from common.records import Record
 
+_GAP = 10
+"""Seeds that lie farther apart are looked for by filters of their own."""
 _COST = ("epochs", "batch_size", "train")
 """Settings that say how long and on how many images a network trained, wherever they stand."""
 
 
 def filters(comparison: Mapping[str, Any], profile: str) -> list[str]:
-    """What finds exactly the runs of a comparison of the verdicts: one filter a side and point."""
+    """What finds exactly the runs of a comparison of the verdicts: one filter a side and point, more where seeds lie far apart."""
     found: dict[str, None] = {}
     for part in _parts(comparison):
         terms = [f"params.{name} {_is(_text(value))}" for name, value in part.items() if value is not None]
-        terms += [f"tags.profile = '{profile}'", *_seeds(comparison)]
-        found[" and ".join(terms)] = None
+        for seeds in _seeds(comparison):
+            found[" and ".join([*terms, f"tags.profile = '{profile}'", *seeds])] = None
     return list(found)
 
 
@@ -78,17 +80,22 @@ def _parts(comparison: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _seeds(comparison: Mapping[str, Any]) -> list[str]:
-    """Bounds of the seeds that were used, and those between that were not."""
-    seeds: Sequence[int] = sorted(comparison["seeds"])
-    if not seeds:
-        return []
-    between = [seed for seed in range(seeds[0], seeds[-1]) if seed not in seeds]
-    return [
-        f"metrics.seed >= {seeds[0]}",
-        f"metrics.seed <= {seeds[-1]}",
-        *(f"params.seed != '{seed}'" for seed in between),
-    ]
+def _seeds(comparison: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Bounds of the seeds that were used, and those between that were not; of each group of seeds that lie near one another."""
+    groups: list[list[int]] = []
+    for seed in sorted(comparison["seeds"]):
+        if not groups or seed - groups[-1][-1] > _GAP:
+            groups.append([])
+        groups[-1].append(seed)
+    for group in groups:
+        between = [seed for seed in range(group[0], group[-1]) if seed not in group]
+        yield [
+            f"metrics.seed >= {group[0]}",
+            f"metrics.seed <= {group[-1]}",
+            *(f"params.seed != '{seed}'" for seed in between),
+        ]
+    if not groups:
+        yield []
 
 
 def _is(text: str) -> str:

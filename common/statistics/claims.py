@@ -90,7 +90,7 @@ Effects = Annotated[
     dict[str, Annotated[float, Field(ge=0, le=LARGEST)]], BeforeValidator(_by_dataset), Field(min_length=1)
 ]
 TargetLists = Annotated[
-    dict[str, Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(apart)]],
+    dict[str, Annotated[tuple[Target, ...], Field(min_length=1, max_length=50), AfterValidator(apart)]],
     BeforeValidator(_by_dataset),
     Field(min_length=1),
 ]
