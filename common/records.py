@@ -33,7 +33,7 @@ TRIAL = "tuning-"
 
 LARGEST = 1e100
 """No measurement is beyond it, and sums, squares and ratios of what is below are numbers. JSON has larger ones."""
-_MOST = 1e24
+_LEAST, _MOST = 1e-24, 1e24
 _COSTS = (
     *("parameters", "nonzero_parameters", "dense_parameters", "macs", "sparse_macs", "dense_macs"),
     *("compression", "theoretical_speedup"),
@@ -80,10 +80,8 @@ def _few(found: dict[str, Any]) -> dict[str, Any]:
 def _cost(found: dict[str, Any]) -> dict[str, Any]:
     for name in _COSTS:
         value = found.get(name)
-        if value is not None and not (is_number(value) and (value == 0 or 1 / _MOST <= value <= _MOST)):
-            raise ValueError(
-                f"{name} = {shown(value)}: must be 0 or a number from {1 / _MOST:g} to {_MOST:g}"
-            )
+        if value is not None and not (is_number(value) and (value == 0 or _LEAST <= value <= _MOST)):
+            raise ValueError(f"{name} = {shown(value)}: must be 0 or a number from {_LEAST:g} to {_MOST:g}")
     return found
 
 
