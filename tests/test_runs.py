@@ -260,7 +260,7 @@ def test_of_two_commands_one_waits_and_nothing_is_trained_twice(project):
         subprocess.Popen(command, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=200)[1] for process in both]
+    said = [process.communicate(timeout=900)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     waited = [text for text in said if "example: waiting for process " in text]
     assert len(waited) == 1 and sum("run/s" in text for text in said) == 1
