@@ -17,7 +17,6 @@ from common.core.pruning import channels
 from common.statistics import inference
 from replications.pretraining_impact import (
     filters,
-    glyphs,
     gradual,
     labels,
     measures,
@@ -25,6 +24,7 @@ from replications.pretraining_impact import (
     training,
     transfer,
 )
+from replications.pretraining_impact.glyphs import drawing
 
 ARCHITECTURES = {
     "vgg16_bn_32px_gap": ("vgg16", (3, 32, 32)),
@@ -207,8 +207,8 @@ def glyph_to_8x8(case, document):
     gain = Fraction(str(case["inputs"]["gain"]))
     full = math.lcm(*(value.denominator for row in image for value in row))
     ink = np.array([[int(value * full) for value in row] for row in image], dtype=object)
-    found = glyphs.reduce(ink, full, gain.numerator, gain.denominator)
-    return {"image8": (found / glyphs.LEVELS).tolist()}
+    found = drawing.reduce(ink, full, gain.numerator, gain.denominator)
+    return {"image8": (found / drawing.LEVELS).tolist()}
 
 
 def transfer_keys(case, document):
