@@ -317,7 +317,7 @@ def _connected(address: str, places: Collection[str]) -> Any:
         "env_vars": {**processes.ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"},
     }
     try:
-        with _own_signals():
+        with _own_signals(), _silence():
             ray.init(
                 where,
                 runtime_env=environment,
@@ -328,6 +328,78 @@ def _connected(address: str, places: Collection[str]) -> Any:
     except Exception as error:
         raise SettingsError(f"execution.address = {address!r}: {_told(error)}") from None
     return ray
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What the parts of Ray in C++ write to standard error while it connects is lost: errors of theirs are raised, too."""
+    sys.stderr.flush()
+    own, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(nothing)
+
+
+def _unsaid(*_: Any, **__: Any) -> None:
+    """In place of what prints on the terminal that a worker has died, which Ray has no setting for."""
+
+
+def _found(address: str) -> str:
+    """The head node, which answers. Raises SettingsError."""
+    if address == "auto":
+        from ray._private.services import canonicalize_bootstrap_address_or_die
+
+        try:
+            found = canonicalize_bootstrap_address_or_die("auto")
+        except (ConnectionError, ValueError):
+            raise SettingsError(
+                "execution.address = 'auto': RAY_ADDRESS names no cluster of Ray, and none was started on this machine; "
+                "`ray start --head` starts one"
+            ) from None
+    else:
+        found = address
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), REACHED).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SettingsError(
+            f"execution.address = {address!r}: no cluster of Ray answers at {found} ({reason})"
+        ) from None
+    return found
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray sets handlers of its own when it is connected; ours stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in commandline.SIGNALS}
+    with commandline.unheard():
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What the parts of Ray in C++ write to standard error while it connects is lost: errors of theirs are raised, too."""
+    sys.stderr.flush()
+    own, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(nothing)
 
 
 def _unsaid(*_: Any, **__: Any) -> None:
