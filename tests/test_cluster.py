@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +135,21 @@ class Nodes:
                 found.append(process)
         return found
 
+    def lose(self):
+        """The second node, with all that it has started."""
+        self._kill([self.second])
+
     def _end(self):
-        for process in self._processes():
-            if process.pid != os.getpid():
-                process.kill()
+        self._kill(process for process in self._processes() if process.pid != os.getpid())
+
+    @staticmethod
+    def _kill(processes):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                started = process.children(recursive=True)
+                for each in (process, *started):
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
 
     def close(self):
         self._end()
@@ -241,7 +252,7 @@ def test_runs_of_a_node_that_is_lost_go_on_elsewhere_from_their_last_state(nodes
         while time.monotonic() < deadline and not lost:
             lines = _noted(project) if Path(f"{project}.log").exists() else []
             for name in {name for name, what, seen, _ in lines if (what, seen) == ("epoch-1", "blind")}:
-                os.kill(nodes.second.pid, signal.SIGKILL)
+                nodes.lose()
                 lost.append(name)
             time.sleep(0.02)
 
