@@ -27,6 +27,7 @@ from common.core.models import build
 from common.records import Entry, Record
 from common.settings import DatasetSettings
 from common.stage import papers, processes
+from common.stage.floors import CARDS, training_seconds
 
 pytestmark = pytest.mark.slow
 
@@ -209,7 +210,7 @@ def test_seeds_are_stages_of_equal_runs_executed_in_two_ways(tiny, monkeypatch):
 )
 def test_the_floor_of_an_epoch_on_an_h200(architecture, milliseconds):
     model = build(architecture, classes=10, image_shape=(3, 32, 32), device="meta")
-    floor = comparisons.floor_seconds(model, random_images(BATCH)) * 50_000
+    floor = training_seconds(model, random_images(BATCH).image_shape, CARDS["h200"]) * 50_000
     assert 1000 * floor == pytest.approx(milliseconds, rel=0.02)
 
 

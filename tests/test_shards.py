@@ -164,7 +164,7 @@ def _shards(project, count, of):
     ]
     folder = project / ".runs/digits"
     deadline = time.monotonic() + 300
-    while len(list((folder / "example/running").glob("*"))) < count:
+    while sum(_begun(project).values()) < count:
         if time.monotonic() > deadline or any(process.poll() is not None for process in started):
             for process in started:
                 process.kill()
