@@ -18,6 +18,7 @@ import io
 import logging
 import string
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,9 +276,7 @@ def digest_of(images: np.ndarray, labels: np.ndarray) -> str:
 def write(out: Path, images: np.ndarray, labels: np.ndarray, characters: str, test: int) -> None:
     """Write the corpus, its last `test` samples as the test part. Raises OSError."""
     cut, labels = len(labels) - test, labels.astype("<i8")
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
+    content = packed(
         x_train=images[:cut],
         y_train=labels[:cut],
         x_test=images[cut:],
@@ -286,7 +285,19 @@ def write(out: Path, images: np.ndarray, labels: np.ndarray, characters: str, te
         scale=np.array(LEVELS),
         digest=np.array(digest_of(images, labels)),
     )
-    write_atomically(out, buffer.getvalue())
+    write_atomically(out, content)
+
+
+def packed(**arrays: np.ndarray) -> bytes:
+    """The content of an `.npz` file, the same from every version of Python, as that of `np.savez` is not: runs on the corpus are
+    known by it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, array, allow_pickle=False)
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())
+    return buffer.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
