@@ -66,6 +66,15 @@ def test_a_run_is_one_process_s_until_it_gives_it_back(two):
     assert not (first.store.folder / RUNNING).exists()
 
 
+def test_who_has_a_paper_alone_removes_what_a_kill_has_left_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left = tmp_path / ".runs/digits/example" / RUNNING / "ab12.lease-1"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    with shards.alone("example", "digits"):
+        assert not left.parent.exists()
+
+
 def test_what_a_process_had_that_is_gone_is_free(two):
     (first, second), run = two, _family(1)[0]
     assert first.take(run)

@@ -8,6 +8,7 @@ that wants the paper for itself holds the lease `<paper>` and waits for the shar
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,6 +142,8 @@ def alone(paper: str, profile: str, ends: float = math.inf) -> Iterator[Lease]:
                 with Lease(lease.path.with_name(name)).waited_for(_waiting(paper), ends) as ended:
                     if not ended:
                         raise OutOfTime(f"the time budget is spent; {name.replace('.', ': ', 1)} is at work")
+        # nobody has a run any more: what is still there was left by a kill
+        shutil.rmtree(lease.path / RUNNING, ignore_errors=True)
         yield lease
 
 
