@@ -217,7 +217,9 @@ def test_a_copy_that_the_profile_does_not_read_is_refused(copied, monkeypatch, c
     monkeypatch.setattr(preparing, "profile_datasets", lambda *arguments: [elsewhere])
     assert main(["--from", "mine.npz"]) == 2
     error = capsys.readouterr().err.splitlines()[0]
-    assert error == "error: mine.npz: this is cifar10, which the profile does not read"
+    assert (
+        error == "error: mine.npz: this is cifar10, which the profile does not read; --profile names another"
+    )
 
 
 def test_half_an_extraction_of_caltech_is_noticed():

@@ -172,12 +172,12 @@ class _Elsewhere(Store):
         return file
 
     def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
-        return RunCheckpoints(self._part(run), budget, self._keep)
+        return RunCheckpoints(self.part(run), budget, self._keep)
 
     def restore(self, run: Run) -> None:
         """Have the checkpoints that the run has left, wherever it was, and none of another attempt here."""
-        shutil.rmtree(self._part(run), ignore_errors=True)
-        self._reached.restore(str(self._part(run)))
+        shutil.rmtree(self.part(run), ignore_errors=True)
+        self._reached.restore(str(self.part(run)))
 
     def taken(self, run: Run) -> tuple[tuple[str, bytes, str], ...]:
         """What a run has left, which needs to be here no longer but for a state that others start from."""
@@ -190,9 +190,6 @@ class _Elsewhere(Store):
                 if ending != ".pt":
                     file.unlink()
         return tuple(found)
-
-    def _part(self, run: Run) -> Path:
-        return self.folder / f"{self.key(run)}.part"
 
     def _keep(self, path: Path, content: bytes) -> None:
         save_checked(path, content)

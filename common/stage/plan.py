@@ -153,19 +153,19 @@ def plan(
         peaks = floors.CARDS[card] if card else None
         costs = rehearsal.rehearse(ready, profile.execution, seconds, peaks)
     took = f"rehearsed in {time.perf_counter() - begun:.0f} s" if costs else "not rehearsed"
-    workers: float
+    speed: float  # seconds of runs that pass in one
     if card:
-        # whatever runs at once shares the card
-        workers = floors.GOAL
+        speed = floors.GOAL  # whatever runs at once shares the card
         where = f"one {card.upper()} at {floors.GOAL:.0%} of its floor"
     else:
         workers, _ = training_slots(profile.execution, max(stage.runs for stage in stages) or 1)
+        speed = workers
         here = machine(Compute.choose(profile.execution.device))
         where = f"{here['device']}, {here['cores']} cores, {workers} runs at once"
     title = f"profile {profile.name} on {where}; {took}"
-    table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, workers)
+    table = _table(stages, {stage.paper: Expected.of(stage, costs) for stage in stages}, speed)
     # what seeds have cost so far says nothing of a card
-    claims = [] if card else _claims([need for stage in stages for need in stage.open], workers)
+    claims = [] if card else _claims([need for stage in stages for need in stage.open], speed)
     told = (data for data in profile_datasets(params, profile_name) if is_told(data))
     notes = [f"note: {remark}" for data in told for remark in remarks(data)]
     return "\n".join([title, "", *table, "", *_remarks(stages, costs), *notes, *claims]).rstrip()
@@ -174,29 +174,31 @@ def plan(
 # ------------------------------------------------------------------------------------------ what is printed
 
 
-def _claims(found: Sequence[Need], workers: float) -> list[str]:
+def _claims(found: Sequence[Need], speed: float) -> list[str]:
     """What it takes to decide open claims, by paper, and the sum."""
     if not found:
         return []
     rows = [("open claim", "role", "seeds", "needs", "device time")]
     for need in found:
         seeds = "none" if need.structural else tables.count(need.seeds)
-        time = tables.time(need.seconds / workers) if need.seeds else ""
+        time = tables.time(need.seconds / speed) if need.seeds else ""
         rows.append((f"{need.paper} {need.claim}", need.role, str(need.have), seeds, time))
     finite = [need for need in found if need.seeds]
-    total = f"{tables.time(together(finite) / workers)} for the {len(finite)} of {len(found)} that seeds can decide"
+    total = (
+        f"{tables.time(together(finite) / speed)} for the {len(finite)} of {len(found)} that seeds can decide"
+    )
     why = [f"{need.paper} {need.claim}: {need.why}" for need in found if not need.seeds]
     text = "seeds that would decide them with power 0.8, at the level that each faces, if the rest are like these:"
     return ["", text, *tables.aligned(rows), "", f"all together: {total}", *why]
 
 
-def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], workers: float) -> list[str]:
+def _table(stages: Sequence[Stage], found: Mapping[str, Expected | None], speed: float) -> list[str]:
     rows = []
     for stage in stages:
         own = found[stage.paper]
         runs = stage.runs or None
         done = None if stage.done is None else len(stage.done)
-        costs = (own.epochs, own.seconds / workers, own.left / workers, own.disk) if own else (None,) * 4
+        costs = (own.epochs, own.seconds / speed, own.left / speed, own.disk) if own else (None,) * 4
         rows.append((runs, done, *costs))
     names = [*(stage.paper for stage in stages), "total"]
     # what is unknown is missing from the total

@@ -163,7 +163,7 @@ def _put_copy(file: Path, sources: Collection[str]) -> None:
     """Put a copy of CIFAR in place of its download. sources: what the profile reads. Raises DataError."""
     source, arrays = cifar_copy(file)
     if source not in sources:
-        raise DataError(f"{file}: this is {source}, which the profile does not read")
+        raise DataError(f"{file}: this is {source}, which the profile does not read; --profile names another")
     write(_copy_of(source), arrays)
 
 

@@ -247,7 +247,11 @@ class Store:
 
     def checkpoints(self, run: Run, budget: TimeBudget | None = None) -> RunCheckpoints:
         """Where the run keeps its state while it trains, and when it stops doing so (default: at its end)."""
-        return RunCheckpoints(self.folder / f"{self.key(run)}.part", budget)
+        return RunCheckpoints(self.part(run), budget)
+
+    def part(self, run: Run) -> Path:
+        """The folder of what the run keeps while it trains."""
+        return self.folder / f"{self.key(run)}.part"
 
 
 _keys: WeakKeyDictionary[Run, dict[tuple[str, Path | None], str]] = WeakKeyDictionary()
