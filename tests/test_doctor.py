@@ -81,6 +81,12 @@ def test_nothing_is_touched_while_dvc_is_at_work(project, capsys):
     assert "held by a DVC command" in capsys.readouterr().err and (project / "dvc.lock").read_text() == ""
 
 
+def test_a_folder_in_which_dvc_cannot_work_is_named(project, capsys, monkeypatch):
+    (project / "{a}").mkdir()
+    monkeypatch.chdir(project / "{a}")
+    assert main() == 2 and "{a}: DVC cannot work" in capsys.readouterr().err
+
+
 def test_a_store_of_mlflow_that_is_half_made_is_set_aside(project, capsys):
     (project / "mlflow.db").write_bytes(b"")
     assert main() == 0 and "mlflow.db was empty: it is now mlflow.db.damaged-1" in capsys.readouterr().out

@@ -34,6 +34,10 @@ class AtWork(Exception):
 
 def main() -> int:
     """Repair, and say what was done; returns the exit status."""
+    place = str(Path.cwd())
+    if {"{", "}"} & set(place):  # it formats names of files
+        print(f"error: {place}: DVC cannot work below a folder with braces in its name", file=sys.stderr)
+        return 2
     try:
         done = repaired()
     except (AtWork, StoreError) as error:
