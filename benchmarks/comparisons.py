@@ -24,7 +24,7 @@ from benchmarks.measuring import Finding, Growth
 from common.core.data import Dataset
 from common.core.models import Network
 from common.core.pruning import channels
-from common.core.pruning.counting import cost
+from common.core.pruning.counting import cost, layer_costs
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.run import Cell, Run
 from common.core.trainer import Trainer
@@ -92,7 +92,8 @@ def loops(
     if bench.on_gpu:
         data = bench.dataset(1)
         network = bench.network(architecture, data)
-        floor = training_seconds(network, data.image_shape, CARDS["h200"]) * measured.images
+        layers = layer_costs(network, data.image_shape)
+        floor = training_seconds(layers, CARDS["h200"]) * measured.images
         findings.append(
             Finding.of(f"{architecture}: core, of an H200's floor", "share", floor / measured.wall["core"])
         )

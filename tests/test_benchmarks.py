@@ -24,6 +24,7 @@ from benchmarks.measuring import Finding, Growth, Measured, measure
 from benchmarks.pil import loader
 from common.core.loading import load
 from common.core.models import build
+from common.core.pruning.counting import layer_costs
 from common.records import Entry, Record
 from common.settings import DatasetSettings
 from common.stage import papers, processes
@@ -210,7 +211,8 @@ def test_seeds_are_stages_of_equal_runs_executed_in_two_ways(tiny, monkeypatch):
 )
 def test_the_floor_of_an_epoch_on_an_h200(architecture, milliseconds):
     model = build(architecture, classes=10, image_shape=(3, 32, 32), device="meta")
-    floor = training_seconds(model, random_images(BATCH).image_shape, CARDS["h200"]) * 50_000
+    layers = layer_costs(model, random_images(BATCH).image_shape)
+    floor = training_seconds(layers, CARDS["h200"]) * 50_000
     assert 1000 * floor == pytest.approx(milliseconds, rel=0.02)
 
 

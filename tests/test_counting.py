@@ -266,6 +266,10 @@ def test_scales_and_shifts_of_each_entry_are_no_products():
     "model, message",
     [
         (nn.Conv2d(2, 3, 1), r"Conv2d: no shapes of \(4, 5, 5\) go through it"),
+        (
+            nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(5)),
+            r"Sequential: no shapes of \(4, 5, 5\) go through it",
+        ),
         (nn.DataParallel(nn.Conv2d(4, 3, 1)), "DataParallel: no shapes of .* with nn.DataParallel"),
         (Weighted(lambda x, own: x * x.mean().item()), r"Weighted: no shapes of .* Tensor.item\(\)"),
         (prune.random_unstructured(nn.Conv2d(4, 3, 1), "weight", 0.5), "this Conv2d is no plain parameter"),

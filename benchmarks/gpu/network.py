@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench import BATCH, RATE, Bench, train
 from benchmarks.comparisons import SPARSITY, plain_runs
+from common.core.pruning.counting import layer_costs
 from common.core.recipe import Recipe
 from common.core.run import Run
 from common.core.trainer import Trainer
@@ -101,12 +102,14 @@ class Network:
         copying = self._seconds(lambda: target.copy_(source))
         multiplying = self._seconds(lambda: torch.mm(factor, factor, out=product))
         self.peaks = Peaks(flops=2 * side**3 / multiplying, bytes=2 * self.size.copied / copying)
-        data = self.bench.dataset(1)
-        floor = (
-            training_seconds(self.bench.network(self.name, data), data.image_shape, self.peaks)
-            * self.size.batch
-        )
+        floor = self._floor(self.peaks)
         return {"copy": self.peaks.bytes, "bfloat16": self.peaks.flops, "us_step": _micro(floor)}
+
+    def _floor(self, peaks: Peaks) -> float:
+        """Seconds that a step takes at least."""
+        data = self.bench.dataset(1)
+        layers = layer_costs(self.bench.network(self.name, data), data.image_shape)
+        return training_seconds(layers, peaks) * self.size.batch
 
     def _seconds(self, call: Callable[[], Any], calls: int = 20, rows: int = 3) -> float:
         """Of one call, in the best of so many rows of calls."""
@@ -132,12 +135,7 @@ class Network:
             "seconds_epoch": round(step * math.ceil(EPOCH / self.size.batch), 4),
         }
         if self.peaks:
-            data = self.bench.dataset(1)
-            floor = (
-                training_seconds(self.bench.network(self.name, data), data.image_shape, self.peaks)
-                * self.size.batch
-            )
-            found["share"] = round(floor / step, 4)
+            found["share"] = round(self._floor(self.peaks) / step, 4)
         return found
 
     def alone(self, bench: Bench) -> dict[str, Any]:

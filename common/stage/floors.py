@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from common.core.pruning.counting import layer_costs
+from common.core.pruning.counting import LayerCost
 
 # passes over a convolution's output in training, with batch norm, ReLU and addition in one kernel; bfloat16 has two bytes
 FUSED_PASSES, BYTES = 14.5, 2
@@ -30,12 +28,12 @@ CARDS = {"h200": Peaks(flops=780e12, bytes=4.3e12), "h100": Peaks(flops=780e12, 
 """As measured on one of each; the products of an H100 are taken for those of an H200, which has the same chip."""
 
 
-def training_seconds(model: nn.Module, image_shape: Sequence[int], peaks: Peaks) -> float:
-    """The least time in which a card could train on one image: the larger of arithmetic and memory traffic.
+def training_seconds(layers: Sequence[LayerCost], peaks: Peaks) -> float:
+    """The least time in which a card could train a network of these layers on one image: the larger of arithmetic and
+    memory traffic.
 
     Six FLOP for each MAC; every convolution's output is passed over `FUSED_PASSES` times.
     """
-    layers = layer_costs(model, image_shape)
     outputs = sum(layer.shape[0] * layer.positions for layer in layers if layer.kind != "linear")
     arithmetic = 6 * sum(layer.macs for layer in layers) / peaks.flops
     return max(arithmetic, outputs * FUSED_PASSES * BYTES / peaks.bytes)

@@ -6,8 +6,9 @@ the rest; epochs of a network, batch and method that have been timed before are 
 every epoch, so a network that shrinks while it trains is timed in each of its shapes. What a method does at single
 iterations (`Hooks.stepped`) happens only at those that are trained, and the time that torch.compile takes is left out.
 
-For a card that is not there (`rehearse(..., card)`), a few images go through each network here, which says what shapes it
-comes to have, and time is reckoned from the card's floor: that of training and evaluations, and of nothing else.
+For a card that is not there (`rehearse(..., card)`), each run has a hundredth of its images, a few of which go through each
+network here. That says what shapes it comes to have, and time is reckoned from the card's floor for all images: that of
+training and evaluations, and of nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from common.core.data import Dataset
+from common.core.data import SPLITS, Batches, Dataset, stratified
 from common.core.identity import digest
 from common.core.pruning import counting
 from common.core.run import Context, Run
@@ -46,6 +48,8 @@ EVALUATED_MACS = 2e9
 """On a CPU, an evaluation is timed on so many images that their MACs add up to this, one at least."""
 FEW = 8
 """Images that go through a network whose time is reckoned for a card."""
+SHARE, FEWEST = 100, 400
+"""For a card, one in so many images is there, but at least so many of a split."""
 MEASURING = 0.8
 """The share of the time after which what is still unknown is reckoned from MACs."""
 
@@ -198,7 +202,10 @@ class _Timing:
 # a worker process rehearses many runs; on a GPU, threads do
 _own = threading.local()
 _known: dict[tuple, _Timing] = {}
+_layers: dict[tuple, list[counting.LayerCost]] = {}
 _shapes: WeakKeyDictionary[BatchSource, torch.Size] = WeakKeyDictionary()
+# by the labels of a split: how many images each one stands for
+_stands_for = WeakTensorKeyDictionary()
 _EPOCH, _EVALUATE, _DATASET = Trainer._epoch, Trainer.evaluate, Context.dataset
 
 
@@ -227,7 +234,30 @@ def _put(
 def _unreckoned_dataset(context: Context, settings: Any) -> Dataset:
     # a process loads it once for all its runs
     with _own.tally.instead():
-        return _DATASET(context, settings)
+        data = _DATASET(context, settings)
+        return _Sample.of(data) if _own.tally.card else data
+
+
+class _Sample(Dataset):
+    """Some of the images of a data set."""
+
+    @classmethod
+    def of(cls, data: Dataset) -> _Sample:
+        """One in `SHARE` of each split, or `FEWEST`."""
+        images, labels = {}, {}
+        for split in SPLITS:
+            count = len(data.labels[split])
+            (kept,) = stratified(data.labels[split].numpy(), [min(count, max(FEWEST, count // SHARE))], 0)
+            images[split], labels[split] = data.images[split][kept], data.labels[split][kept]
+            _stands_for[labels[split]] = count / max(1, len(kept))
+        as_it_is = {part.name: getattr(data, part.name) for part in fields(data)}
+        return cls(**as_it_is | {"images": images, "labels": labels})
+
+    def with_train_size(self, count: int, seed: int) -> Dataset:
+        few = max(self.classes, round(count / _stands_for[self.labels["train"]]))
+        chosen = super().with_train_size(min(few, len(self.labels["train"])), seed)
+        _stands_for[chosen.labels["train"]] = count / len(chosen.labels["train"])
+        return chosen
 
 
 def _rehearsed_epoch(trainer: Trainer, learning_rates: Sequence[float]) -> dict[str, float]:
@@ -275,17 +305,19 @@ def _timing(
         hooks = tuple(type(hook) for hook in trainer.hooks)
         shapes = tuple((*p.shape, p.requires_grad) for p in trainer.model.parameters())
         batch = _batch_shape(source)
-        key = (what, shapes, hooks, type(trainer.optimizer), len(source), batch)
+        if (sizes := (shapes, batch[1:])) not in _layers:
+            _layers[sizes] = counting.layer_costs(trainer.model, batch[1:])
+        layers = _layers[sizes]
+        key = (what, shapes, hooks, type(trainer.optimizer), len(source), batch, _images(source))
         alike = [timing for other, timing in _known.items() if other[0] == what]
         if key in _known:
             found = _known[key]
         else:
-            layers = counting.layer_costs(trainer.model, batch[1:])
             macs = max(1, sum(layer.macs for layer in layers)) * batch[0] * len(source)
             if tally.card:
                 share = 1.0 if what == "train" else FORWARD
-                floor = share * training_seconds(trainer.model, batch[1:], tally.card)
-                found = _known[key] = _Timing(floor * batch[0] * len(source), macs, hooks, first())
+                floor = share * training_seconds(layers, tally.card)
+                found = _known[key] = _Timing(floor * _images(source), macs, hooks, first())
             elif alike and time.time() > tally.measure_until:
                 nearest = min(alike, key=lambda t: (t.hooks != hooks, abs(math.log(t.macs / macs))))
                 found = replace(nearest, seconds=nearest.seconds * macs / nearest.macs)
@@ -301,6 +333,13 @@ def _batch_shape(source: BatchSource) -> torch.Size:
     if source not in _shapes:
         _shapes[source] = next(iter(source.epoch(0)))[0].shape
     return _shapes[source]
+
+
+def _images(source: BatchSource) -> float:
+    """How many images an epoch of it stands for."""
+    if isinstance(source, Batches):
+        return len(source.labels) * _stands_for.get(source.labels, 1.0)
+    return _batch_shape(source)[0] * len(source)
 
 
 # ------------------------------------------------------------------------------------------ timing

@@ -37,6 +37,14 @@ _MOVES = {
 }
 
 
+def _like_input(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    """Shapes of what a batch norm returns, for which torch takes it apart; None where its arguments do not fit."""
+    x, *per_channel = args[:5]
+    if any(values is not None and values.shape != x.shape[1:2] for values in per_channel):
+        return None
+    return torch.empty_like(x), *(x.new_empty(x.shape[1]) for _ in range(2))
+
+
 class Products(TorchDispatchMode):
     """Watches a pass of tensors without values through `model`, as a context manager.
 
@@ -85,7 +93,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _like_input(args) if func is _aten.native_batch_norm.default else None
+        out = func(*args, **kwargs) if out is None else out
         if not self._silent:
             self._note(func, args, kwargs, out)
         return out
