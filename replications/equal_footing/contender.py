@@ -1,5 +1,7 @@
 """The controls: what a method has to beat. They are tuned like every contender."""
 
+from bisect import bisect_right
+
 import numpy as np
 
 from common.arena import Contender, Contest
@@ -30,15 +32,17 @@ def small_dense(contest: Contest, learning_rate: float) -> Outcome:
         return [max(1, round(scale * width)) for width in full]
 
     scales = np.linspace(0, 1, 513)[1:]
-    fitting = [scale for scale in scales if contest.size_of(widths(scale)) <= budget]
+    # wider networks have more parameters, so those that fit come first
+    fitting = bisect_right(scales, budget, key=lambda scale: contest.size_of(widths(scale)))
     if not fitting:
         least = contest.size_of(widths(0))
         raise Unreachable(
             f"no network of the architecture has {budget:.0f} parameters or fewer; the least is {least}"
         )
-    trainer = contest.trainer(contest.network(widths(max(fitting))))
+    chosen = widths(scales[fitting - 1])
+    trainer = contest.trainer(contest.network(chosen))
     trainer.fit(contest.rates(contest.arena.epochs, learning_rate), "dense")
-    return contest.outcome(trainer, widths=widths(max(fitting)))
+    return contest.outcome(trainer, widths=chosen)
 
 
 CONTENDERS = {
