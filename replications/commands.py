@@ -126,8 +126,12 @@ def execute_looks(
 
         def finished(entry: Entry) -> None:
             if not lease.held:
+                other = lease.owner()
                 raise StageError(
-                    f"this process stood still for long, and {lease.owner()} has gone on in its place"
+                    f"this process stood still for long, and {other} has gone on in its place"
+                    if other
+                    else f"{lease.path.parent} is not the folder any more in which this command began: it was removed, or "
+                    "something was mounted there; where it is back, the same command goes on from what it holds"
                 )
             before = entries.get(entry.record.settings_hash)
             if (

@@ -1,33 +1,24 @@
 """Runs on a cluster of Ray: a real one, of two nodes on this machine, of which one does not see the project's folder."""
 
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from cluster_jobs import CELL, Trains
-from project import ROOT
+from cluster_nodes import ELSEWHERE, Nodes, free_port, own_view
 
 from common.core.identity import canonical
 from common.settings import DatasetSettings, ExecutionSettings, SettingsError, validated
-from common.stage import cluster
+from common.stage import cluster, connection
 from common.stage.scheduler import execute
 from common.stage.store import Store
 from common.stage.worker import perform, prepare_process
 
 NUMBERS = {"device": "cpu", "precision": "float32"}
 DIGITS = DatasetSettings()
-STARTS = 3
-"""A busy machine may take longer than Ray waits."""
 
 
 @pytest.mark.parametrize(
@@ -62,106 +53,19 @@ def test_without_ray_one_line_names_the_extra(monkeypatch):
     with pytest.raises(
         SettingsError, match=r"Ray is not installed here; .*requirements-cluster.lock.*\.\[cluster\]"
     ):
-        cluster._connected("auto", ())
+        connection.connected("auto", ())
 
 
 # ------------------------------------------------------------------------------------------- a cluster
 
 
-def _free():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def _apart():
-    """How to start a command that has its own view of the file system; None where that is not allowed."""
-    for options in (("-m",), ("-r", "-m")):
-        command = ["unshare", *options]
-        if shutil.which("unshare") and not subprocess.run([*command, "true"], capture_output=True).returncode:
-            return command
-    return None
-
-
-class Nodes:
-    """The cluster. folder: the project's, as the test and the first node see it; the second one sees nothing there."""
-
-    def __init__(self, apart):
-        self.home = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets have short names
-        self.folder = self.home / "project"
-        self.folder.mkdir()
-        self.address = f"127.0.0.1:{_free()}"
-        head = (
-            "--head",
-            f"--port={self.address.partition(':')[2]}",
-            f"--temp-dir={self.home}/r",
-            "--no-monitor",
-        )
-        self._start((), *head, "--include-dashboard=false", "--disable-usage-stats")
-        hidden = (*apart, "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(self.folder))
-        before = self._raylets()
-        self._start(hidden, f"--address={self.address}")
-        (self.second,) = self._raylets() - before
-
-    def _start(self, before, *options):
-        variables = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "RAY_enable_worker_prestart": "0"}
-        variables["RAY_worker_niceness"] = "0"  # of 15, nothing is left on a busy machine
-        ray = (
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--num-cpus=1",
-            "--include-log-monitor=false",
-        )
-        for left in reversed(range(STARTS)):
-            command = [*before, *ray, "--object-store-memory=80000000", *options]
-            found = subprocess.run(command, env=variables, capture_output=True, text=True)
-            if not found.returncode:
-                return
-            assert left, found.stdout + found.stderr
-            if "--head" in options:
-                self._end()
-
-    def _raylets(self):
-        return {process for process in self._processes() if "raylet/raylet" in process.cmdline()[0]}
-
-    def _processes(self):
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            if any(
-                f"{self.home}/r" in part or self.address in part for part in process.info["cmdline"] or ()
-            ):
-                found.append(process)
-        return found
-
-    def lose(self):
-        """The second node, with all that it has started."""
-        self._kill([self.second])
-
-    def _end(self):
-        self._kill(process for process in self._processes() if process.pid != os.getpid())
-
-    @staticmethod
-    def _kill(processes):
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                started = process.children(recursive=True)
-                for each in (process, *started):
-                    with suppress(psutil.NoSuchProcess):
-                        each.kill()
-
-    def close(self):
-        self._end()
-        shutil.rmtree(self.home, ignore_errors=True)
-
-
 @pytest.fixture(scope="module")
 def nodes():
     pytest.importorskip("ray", reason="Ray is not installed: `make cluster` adds it")
-    if (apart := _apart()) is None:
+    if (apart := own_view()) is None:
         pytest.skip("no node can be started that does not see a folder: `unshare` is not allowed here")
-    found = Nodes(apart)
+    found = Nodes()
+    found.second = found.join(*apart, *ELSEWHERE, str(found.folder))
     data = np.random.default_rng(0)
     arrays = {f"x_{part}": data.integers(0, 256, (400, 8, 8), dtype=np.uint8) for part in ("train", "test")}
     arrays |= {f"y_{part}": np.arange(400) % 10 for part in ("train", "test")}
@@ -232,7 +136,7 @@ def test_a_node_that_differs_is_refused_by_name_before_anything_trains(nodes, pr
     ) as error:
         _executed(nodes, [run], "differs")
     assert "\n" not in str(error.value) and not Path(f"{project}.log").exists()
-    free = f"127.0.0.1:{_free()}"
+    free = f"127.0.0.1:{free_port()}"
     settings = ExecutionSettings(engine="ray", address=free, **NUMBERS)
     with pytest.raises(SettingsError, match=f"execution.address = '{free}': no cluster of Ray answers"):
         execute([run], Store(Path(".runs/none"), settings), settings, "test")
@@ -252,7 +156,7 @@ def test_runs_of_a_node_that_is_lost_go_on_elsewhere_from_their_last_state(nodes
         while time.monotonic() < deadline and not lost:
             lines = _noted(project) if Path(f"{project}.log").exists() else []
             for name in {name for name, what, seen, _ in lines if (what, seen) == ("epoch-1", "blind")}:
-                nodes.lose()
+                nodes.lose(nodes.second)
                 lost.append(name)
             time.sleep(0.02)
 

@@ -1,7 +1,10 @@
 """How far a profile is, read from what those who train have left in the folder."""
 
+import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 from made_up_jobs import made_up
@@ -11,6 +14,7 @@ from common.core.run import Outcome
 from common.records import Identity
 from common.stage import status
 from common.stage.lease import Lease
+from common.stage.places import place_file, telling
 from common.stage.planned import RUNNING, Planned, PlannedRun
 from common.stage.records import Failed, entry_of, record_of
 from common.stage.store import Store
@@ -63,6 +67,38 @@ def test_who_is_at_work_on_what_and_how_long_it_takes_all_together(folder):
     row, text = _row(path)
     assert row[:6] == ["halo", "8", "4", "0", "1", "3"] and "shard 1 of 2" not in text
     held[1].release()
+
+
+def test_which_node_of_a_cluster_has_a_run_and_when_it_was_heard_of(folder):
+    path, store, runs = folder
+    command = Lease(path / "runs/digits/halo")
+    given = [Lease(store.folder / RUNNING / store.key(run), command) for run in (runs[5], runs[6])]
+    assert command.take() and all(lease.take() for lease in given)
+    files = [place_file(store.folder / RUNNING, store.key(run)) for run in (runs[5], runs[6])]
+    for file in files:
+        file.write_bytes(b"")  # as the command leaves it for a run that it has given out
+    assert _row(path)[0][1:6] == ["8", "4", "0", "1", "3"]  # nobody executes what waits for a node
+    with telling("gpu07 (0.125 of GPU 2)", files[1].write_bytes):
+        deadline = time.monotonic() + 10
+        while not files[1].stat().st_size and time.monotonic() < deadline:
+            time.sleep(0.01)
+    said = json.loads(files[1].read_text())
+    files[1].write_text(json.dumps(said | {"since": time.time() - 70}))
+    os.utime(files[1], (time.time() - 40,) * 2)
+    row, text = _row(path)
+    assert row[1:6] == ["8", "4", "1", "1", "2"]
+    assert "seed 6 (1.2 min on gpu07 (0.125 of GPU 2), heard of 40 s ago)\n" in text
+    command.release()  # as one that was killed: what its nodes have said means nothing
+    row, text = _row(path)
+    assert row[1:6] == ["8", "4", "0", "1", "3"] and "gpu07" not in text
+
+
+def test_what_a_node_cannot_tell_is_no_fault_of_the_run():
+    def full(content):
+        raise OSError("no space")
+
+    with telling("here", full):
+        pass
 
 
 def test_a_run_of_another_machine_that_counts_is_done(folder):

@@ -7,47 +7,40 @@ to decide.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import errno
 import functools
-import logging
-import os
 import secrets
-import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import commandline
 from common.core.compute import Compute
 from common.core.run import Run
 from common.records import Entry
-from common.settings import ROOT, DataError, DatasetSettings, ExecutionSettings, SettingsError
-from common.stage import node, processes
+from common.settings import DataError, DatasetSettings, ExecutionSettings, SettingsError
+from common.stage import node
+from common.stage.connection import connected, own_signals, said, watch
 from common.stage.depot import Depot, sha256
 from common.stage.engines import Died, Engine, Lost
 from common.stage.files import write_atomically
 from common.stage.local import RUNS_PER_GPU
+from common.stage.places import place_file
+from common.stage.planned import RUNNING
 from common.stage.store import StageError, Store, code_digest, data_settings
 from common.stage.worker import Task
 
-REACHED = 5.0
-"""Seconds within which the head node must answer."""
 ANSWERED = 300.0
 """Seconds within which a node must have started a worker that says what it is."""
 _LOOK = 0.2
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "GRPC_VERBOSITY": "NONE",
-    "GLOG_minloglevel": "3",
-}
-"""What Ray reads when it is loaded: no statistics for its makers, and what it says goes to its own files."""
+_KNOWN = 2.0
+"""Seconds for which what is known of the nodes is good."""
 
 
 class _Node(NamedTuple):
@@ -81,7 +74,9 @@ class Cluster(Engine):
         self._given: dict[Any, tuple[Task, Future[Entry | None]]] = {}
         self._changed = threading.Condition()
         self._closed = False
-        self._ray = _connected(execution.address, _places(runs))
+        self._gone: OSError | None = None
+        self._ended = threading.Event()
+        self._ray = connected(execution.address, _places(runs))
         try:
             self._prepare(runs)
         except BaseException:
@@ -89,10 +84,11 @@ class Cluster(Engine):
             raise
         self._collector = threading.Thread(target=self._collect, daemon=True)
         self._collector.start()
+        watch(self._heard(), self._lose, self._ended)
 
     @property
     def room(self) -> int:
-        slots, most = sum(each.slots for each in self._able()), self._execution.workers
+        slots, most = sum(each.slots for each in self._nodes), self._execution.workers
         if most != "auto" and most <= slots:
             return most
         return slots + slots // 4 + 1  # some wait, so that no node does
@@ -100,7 +96,10 @@ class Cluster(Engine):
     def submit(self, task: Task, alone: bool) -> Future[Entry | None]:
         needs = {need.settings_hash: entry for need in task.run.needs if (entry := self._store.load(need))}
         future: Future[Entry | None] = Future()
+        write_atomically(self._place(task), b"")  # it waits for a node
         with self._changed:
+            if self._gone:
+                raise self._gone
             self._given[self._remote(alone).remote(self._shared, task, needs)] = task, future
             self._changed.notify()
         return future
@@ -109,12 +108,18 @@ class Cluster(Engine):
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._collector.join()
+        if not self._gone:
+            self._collector.join()
         self._end()
 
     def _end(self) -> None:
-        (self._store.folder / node.PROBE).unlink(missing_ok=True)
-        with _own_signals():
+        self._ended.set()
+        with suppress(OSError):  # the folder may be what cannot be written
+            (self._store.folder / node.PROBE).unlink(missing_ok=True)
+        if self._gone:  # there is nobody to take leave of, and Ray would try for long
+            atexit.unregister(self._ray.shutdown)
+            return
+        with own_signals():
             self._ray.shutdown()  # with this process, whatever its tasks are doing ends
 
     # ------------------------------------------------------------------------------------------ before anything trains
@@ -135,7 +140,8 @@ class Cluster(Engine):
 
     def _prepare(self, runs: Sequence[Run]) -> None:
         write_atomically(self._store.folder / node.PROBE, self._home.probe.encode())
-        if not self._able():
+        self._look()
+        if not self._nodes:
             share = f" and {self._gpus:g} GPU" if self._gpus else ""
             raise SettingsError(
                 f"execution.address = {self._execution.address!r}: no node of the cluster has {self._cpus} CPUs{share} for a run"
@@ -158,7 +164,7 @@ class Cluster(Engine):
                 max_retries=0,
                 scheduling_strategy=On(each.number, soft=False),
             ).remote(self._home): each.name
-            for each in self._able()
+            for each in self._nodes
         }
         blind = []
         for reference, name in asked.items():
@@ -169,7 +175,7 @@ class Cluster(Engine):
                     f"node {name} has not started a worker in {ANSWERED:.0f} seconds"
                 ) from None
             except self._ray.exceptions.RayError as error:
-                raise SettingsError(f"node {name} cannot start a worker: {_told(error)}") from None
+                raise SettingsError(f"node {name} cannot start a worker: {said(error)}") from None
             if wrong:
                 raise SettingsError(node.refusal(name, wrong))
             blind += [] if seen else [name]
@@ -201,21 +207,41 @@ class Cluster(Engine):
 
     # ------------------------------------------------------------------------------------------ nodes
 
-    def _able(self) -> list[_Node]:
-        """The nodes that can take runs, as of some seconds ago at most."""
-        if time.monotonic() - self._looked > 2.0 or not self._nodes:
-            found = []
-            for each in self._ray.nodes():
-                has = each["Resources"]
-                cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-                slots = int(cpus // self._cpus)
-                if self._gpus:
-                    slots = min(slots, int(gpus / self._gpus + 1e-6))
-                if each["Alive"] and slots:
-                    name = f"{each['NodeManagerHostname']} ({each['NodeManagerAddress']})"
-                    found.append(_Node(each["NodeID"], name, slots, cpus))
-            self._nodes, self._looked = found, time.monotonic()
-        return self._nodes
+    def _look(self) -> None:
+        """See which nodes can take runs."""
+        found = []
+        for each in self._ray.nodes():
+            has = each["Resources"]
+            cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+            slots = int(cpus // self._cpus)
+            if self._gpus:
+                slots = min(slots, int(gpus / self._gpus + 1e-6))
+            if each["Alive"] and slots:
+                name = f"{each['NodeManagerHostname']} ({each['NodeManagerAddress']})"
+                found.append(_Node(each["NodeID"], name, slots, cpus))
+        if self._nodes and not found:
+            print(
+                "no node that can take a run is left: waiting for one to join; if this command is stopped, the same goes on",
+                file=sys.stderr,
+            )
+        self._nodes, self._looked = found, time.monotonic()
+
+    def _heard(self) -> list[tuple[str, int]]:
+        """Where what this process cannot do without listens: the head node, and Ray's process on this machine."""
+        context = self._ray.get_runtime_context()
+        host, _, port = context.gcs_address.rpartition(":")
+        own = [each for each in self._ray.nodes() if each["NodeID"] == context.get_node_id()]
+        return [(host, int(port)), *((each["NodeManagerAddress"], each["NodeManagerPort"]) for each in own)]
+
+    def _lose(self, place: str) -> None:
+        """End all that is given out, because Ray is there no longer."""
+        with self._changed:
+            self._gone = OSError(
+                errno.ECONNRESET, "the cluster's head node, or Ray on this machine, is gone", place
+            )
+            given, self._given = self._given, {}
+        for _, future in given.values():
+            future.set_exception(self._gone)
 
     @functools.cached_property
     def _function(self) -> Any:
@@ -226,45 +252,77 @@ class Cluster(Engine):
         if alone and gpus:
             gpus = 1.0
         elif alone:
-            cpus = min((each.cpus for each in self._able()), default=cpus)
+            cpus = min((each.cpus for each in self._nodes), default=cpus)
         # Ray does nothing again by itself: what a death means is for the scheduler to say
         return self._function.options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
 
     # ------------------------------------------------------------------------------------------ results
 
     def _collect(self) -> None:
-        """Give the futures what has come, until this is closed."""
+        """Give the futures what has come, and see which nodes there are, until this is closed."""
         while True:
             with self._changed:
-                while not self._given and not self._closed:
-                    self._changed.wait()
+                if not self._given and not self._closed:
+                    self._changed.wait(_KNOWN)
                 if self._closed:
                     return
                 pending = list(self._given)
-            if self._ray.wait(pending, num_returns=1, timeout=_LOOK)[0]:
-                pending, _ = self._ray.wait(pending, num_returns=len(pending), timeout=0)
-            else:
-                pending = []
-            for reference in pending:
-                with self._changed:
-                    task, future = self._given.pop(reference)
-                self._give(reference, task, future)
+            try:
+                if time.monotonic() - self._looked > _KNOWN:
+                    self._look()
+                ended = self._ray.wait(pending, num_returns=1, timeout=_LOOK)[0] if pending else []
+                if ended:  # and what else
+                    ended, _ = self._ray.wait(pending, num_returns=len(pending), timeout=0)
+            except Exception as error:
+                self._lose(f"Ray: {said(error)}")
+                return
+            for reference in ended:
+                self._give(reference)
+            if not self._nodes:
+                self._let_go()
 
-    def _give(self, reference: Any, task: Task, future: Future[Entry | None]) -> None:
+    def _give(self, reference: Any) -> None:
+        """Give what waits for a task what it has come to."""
+        if taken := self._taken(reference):
+            task, future = taken
+            try:
+                future.set_result(self._kept(task, self._ray.get(reference)))
+            except Exception as error:
+                future.set_exception(self._meant(error))
+
+    def _let_go(self) -> None:
+        """While there is no node, end what waits for one and whose time is spent, which a worker would do."""
+        with self._changed:
+            spent = [reference for reference, (task, _) in self._given.items() if task.budget.spent]
+        for reference in spent:
+            if taken := self._taken(reference):
+                taken[1].set_result(None)
+
+    def _taken(self, reference: Any) -> tuple[Task, Future[Entry | None]] | None:
+        """A task that has ended, and what waits for it; None if that was told already."""
+        with self._changed:
+            found = self._given.pop(reference, None)
+        if found:
+            with suppress(OSError):  # it is only for those who look on
+                self._place(found[0]).unlink(missing_ok=True)
+        return found
+
+    def _place(self, task: Task) -> Path:
+        return place_file(self._store.folder / RUNNING, self._store.key(task.run))
+
+    def _meant(self, error: Exception) -> Exception:
+        """What an error that a task has come to is for the scheduler."""
         errors = self._ray.exceptions
-        try:
-            future.set_result(self._kept(task, self._ray.get(reference)))
-        except (errors.NodeDiedError, errors.ObjectLostError, errors.LocalRayletDiedError):
+        if isinstance(error, (errors.NodeDiedError, errors.ObjectLostError, errors.LocalRayletDiedError)):
             self._looked = -1.0
-            future.set_exception(Lost("the node has died"))
-        except (errors.WorkerCrashedError, errors.OutOfMemoryError) as error:
-            future.set_exception(Died(_told(error)))
-        except errors.RayTaskError as error:
-            future.set_exception(_cause(error))
-        except errors.RayError as error:
-            future.set_exception(StageError(f"Ray: {_told(error)}"))
-        except Exception as error:
-            future.set_exception(error)
+            return Lost("the node has died")
+        if isinstance(error, (errors.WorkerCrashedError, errors.OutOfMemoryError)):
+            return Died(said(error))
+        if isinstance(error, errors.RayTaskError):
+            return _cause(error)
+        if isinstance(error, errors.RayError):
+            return StageError(f"Ray: {said(error)}")
+        return error
 
     def _kept(self, task: Task, returned: node.Returned) -> Entry | None:
         """Keep what has come from a node that does not see the folder."""
@@ -279,13 +337,7 @@ class Cluster(Engine):
 
 def _cause(error: Any) -> Exception:
     """What a task has raised."""
-    return error.cause if isinstance(error.cause, Exception) else StageError(_told(error))
-
-
-def _told(error: Exception) -> str:
-    """What Ray says, which may be a page, in a line: of an error of a task the last, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1] if getattr(error, "cause", None) else lines[0]
+    return error.cause if isinstance(error.cause, Exception) else StageError(said(error))
 
 
 def _read(file: str, data: DatasetSettings) -> bytes:
@@ -298,91 +350,3 @@ def _read(file: str, data: DatasetSettings) -> bytes:
 def _places(runs: Sequence[Run]) -> set[str]:
     """What of the project's folder travels, by the first part of its path: the code."""
     return {"common", "replications", *(Path(place).parts[0] for run in runs for place in run.code)}
-
-
-def _connected(address: str, places: Collection[str]) -> Any:
-    """Ray, connected to the cluster at an address. Raises SettingsError."""
-    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise SettingsError(
-            "execution.engine = 'ray': Ray is not installed here; `pip install --require-hashes -r requirements-cluster.lock` "
-            "adds it (the extra `.[cluster]`)"
-        ) from None
-    where = _found(address)
-    environment = {
-        "working_dir": str(ROOT),
-        "excludes": [f"/{each.name}" for each in ROOT.iterdir() if each.name not in places] + ["__pycache__"],
-        "env_vars": {**processes.ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"},
-    }
-    try:
-        with _own_signals(), _silence():
-            ray.init(
-                where,
-                runtime_env=environment,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-            )
-        ray._private.worker.print_to_stdstream = _unsaid
-    except Exception as error:
-        raise SettingsError(f"execution.address = {address!r}: {_told(error)}") from None
-    return ray
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """What the parts of Ray in C++ write to standard error while it connects is lost: errors of theirs are raised, too."""
-    sys.stderr.flush()
-    own, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(own, 2)
-        os.close(own)
-        os.close(nothing)
-
-
-def _unsaid(*_: Any, **__: Any) -> None:
-    """In place of what prints on the terminal that a worker has died, which Ray has no setting for."""
-
-
-def _found(address: str) -> str:
-    """The head node, which answers. Raises SettingsError."""
-    if address == "auto":
-        from ray._private.services import canonicalize_bootstrap_address_or_die
-
-        try:
-            found = canonicalize_bootstrap_address_or_die("auto")
-        except (ConnectionError, ValueError):
-            raise SettingsError(
-                "execution.address = 'auto': RAY_ADDRESS names no cluster of Ray, and none was started on this machine; "
-                "`ray start --head` starts one"
-            ) from None
-    else:
-        found = address
-    host, _, port = found.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), REACHED).close()
-    except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SettingsError(
-            f"execution.address = {address!r}: no cluster of Ray answers at {found} ({reason})"
-        ) from None
-    return found
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray sets handlers of its own when it is connected; ours stay."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in commandline.SIGNALS}
-    with commandline.unheard():
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

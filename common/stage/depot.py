@@ -20,6 +20,10 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class Refused(OSError):
+    """The machine of the command could not read or write a file, or does not answer."""
+
+
 class Depot:
     """Files of the project's folder, to be made an actor there. root: the folder; names are relative to it."""
 
@@ -99,6 +103,8 @@ def _answer(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        if isinstance(cause := error.cause, OSError) and cause.errno:
+            raise Refused(cause.errno, cause.strerror, cause.filename) from None
+        raise cause from None
     except ray.exceptions.RayError:
-        raise OSError(errno.EIO, "the machine of the command does not answer", "execution.address") from None
+        raise Refused(errno.EIO, "the machine of the command does not answer", "execution.address") from None

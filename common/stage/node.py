@@ -8,6 +8,7 @@ as they are written, and what it leaves is returned.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
 import shutil
@@ -20,8 +21,10 @@ from common.core import loading
 from common.core.run import Run
 from common.records import Entry
 from common.settings import DatasetSettings, ExecutionSettings
-from common.stage.depot import Reached, sha256
-from common.stage.files import save_checked
+from common.stage.depot import Reached, Refused, sha256
+from common.stage.files import save_checked, write_atomically
+from common.stage.places import place_file, telling
+from common.stage.planned import RUNNING
 from common.stage.store import RunCheckpoints, StageError, Store, TimeBudget, data_settings, digest_of_kinds
 from common.stage.worker import Task, prepare_process, work
 
@@ -127,9 +130,24 @@ class Returned:
 
 
 def execute(home: Home, task: Task, needs: Mapping[str, Entry]) -> Returned:
-    """Execute a task on this node. needs: the entries of the runs that it starts from, by settings hash."""
+    """Execute a task on this node. needs: the entries of the runs that it starts from, by settings hash.
+
+    Raises StageError, and OSError that names this node where it is its file system that fails.
+    """
+    try:
+        return _executed(home, task, needs)
+    except Refused:
+        raise
+    except OSError as error:
+        name = f"{error.filename or 'a file'} on node {platform.node()}"
+        raise OSError(error.errno, error.strerror or str(error), name) from None
+
+
+def _executed(home: Home, task: Task, needs: Mapping[str, Entry]) -> Returned:
     if _ready(home):
-        return Returned(work(task))
+        file = place_file(task.store.folder / RUNNING, task.store.key(task.run))
+        with telling(_place(), functools.partial(write_atomically, file)):
+            return Returned(work(task))
     if home.depot is None:
         raise StageError(
             f"node {platform.node()} has joined and does not see {home.root}; give the command again"
@@ -139,9 +157,23 @@ def execute(home: Home, task: Task, needs: Mapping[str, Entry]) -> Returned:
         if name := array_file(data):
             reached.fetch(name, home.data[name])
     store = _Elsewhere(task.store, home, needs, reached)
-    store.restore(task.run)
-    entry = work(dataclasses.replace(task, store=store))
-    return Returned(entry, store.taken(task.run) if entry else ())
+    name = str(place_file(store.folder / RUNNING, store.key(task.run)))
+    with telling(_place(), functools.partial(reached.send, name)):
+        store.restore(task.run)
+        entry = work(dataclasses.replace(task, store=store))
+        return Returned(entry, store.taken(task.run) if entry else ())
+
+
+def _place() -> str:
+    """This node, and what of it the task of Ray has that is executed here, in words."""
+    import ray
+
+    context = ray.get_runtime_context()
+    has = context.get_assigned_resources()
+    if share := has.get("GPU"):
+        numbers = context.get_accelerator_ids()["GPU"]
+        return f"{platform.node()} ({share:g} of GPU {', '.join(numbers)})"
+    return f"{platform.node()} ({has.get('CPU', 0):g} CPU)"
 
 
 def array_file(data: DatasetSettings) -> str | None:

@@ -21,6 +21,7 @@ from common.settings import ROOT, SettingsError, selected_profile, validated
 from common.stage import tables
 from common.stage.files import load_checked
 from common.stage.lease import Held, leases
+from common.stage.places import Place, places
 from common.stage.planned import RUNNING, Planned, PlannedRun
 
 _END = 4096
@@ -43,7 +44,8 @@ class Progress:
     """How far a paper is.
 
     planned: what those who train have set out to do; None where nobody has. recorded: how many runs the results hold.
-    finished, running: by the keys of runs. processes: who holds the paper, by what they are (empty: all of it).
+    finished, running, places: by the keys of runs; places of those that a cluster executes. processes: who holds the paper, by
+    what they are (empty: all of it).
     """
 
     paper: str
@@ -51,6 +53,7 @@ class Progress:
     recorded: int = 0
     finished: Mapping[str, Finished] = field(default_factory=dict)
     running: Mapping[str, Held] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
     processes: Mapping[str, Held] = field(default_factory=dict)
 
     @property
@@ -64,6 +67,10 @@ class Progress:
         runs = self.planned.runs if self.planned else ()
         return [run for run in runs if run.key not in self.running and run.key not in self.finished]
 
+    def since(self, key: str) -> float:
+        """When a run that is running has begun, as of `time.time()`."""
+        return self.places[key].since if key in self.places else self.running[key].since
+
     def left(self, now: float) -> float | None:
         """Seconds of one worker that are left, by those of finished runs of the same kind; None if no run has finished."""
         runs = self.planned.runs if self.planned else ()
@@ -75,7 +82,7 @@ class Progress:
             return None if self.waiting or self.running else 0.0
         means = {kind: sum(each) / len(each) for kind, each in kinds.items()}
         mean = sum(map(sum, kinds.values())) / sum(map(len, kinds.values()))
-        spent = {run.key: now - self.running[run.key].since for run in runs if run.key in self.running}
+        spent = {run.key: now - self.since(run.key) for run in runs if run.key in self.running}
         return sum(means.get(run.kind, mean) for run in self.waiting) + sum(
             max(0.0, means.get(run.kind, mean) - spent[run.key]) for run in runs if run.key in spent
         )
@@ -99,7 +106,12 @@ def _progress(paper: str, folder: Path, recorded: int, held: Mapping[str, Held])
     planned = Planned.read(folder)
     if planned is None:
         return Progress(paper, None, recorded, processes=processes)
-    running = {key: lease for key, lease in leases(folder / RUNNING).items() if not lease.over}
+    # one that waits for a node of a cluster is held by the command that has given it out, and nobody executes it
+    told = places(folder / RUNNING)
+    queued = {key for key, place in told.items() if not place.where}
+    running = {
+        key: lease for key, lease in leases(folder / RUNNING).items() if not lease.over and key not in queued
+    }
     there = set(os.listdir(folder))
     finished = {}
     for run in planned.runs:
@@ -108,7 +120,7 @@ def _progress(paper: str, folder: Path, recorded: int, held: Mapping[str, Held])
                 finished[run.key] = end
     # of a run that is tried again, what it came to before counts for nothing
     finished = {key: end for key, end in finished.items() if key not in running}
-    return Progress(paper, planned, recorded, finished, running, processes)
+    return Progress(paper, planned, recorded, finished, running, told, processes)
 
 
 def _ended(file: Path) -> Finished | None:
@@ -187,14 +199,18 @@ def _processes(each: Progress, now: float) -> list[str]:
     lines = []
     for what, holder in sorted(each.processes.items()):
         own = [
-            f"{names.get(key, key)} ({tables.time(now - held.since)})"
-            for key, held in sorted(each.running.items(), key=lambda item: item[1].since)
-            if (held.host, held.process) == (holder.host, holder.process)
+            f"{names.get(key, key)} ({tables.time(now - each.since(key))}{_place(each.places.get(key), now)})"
+            for key in sorted(each.running, key=each.since)
+            if (each.running[key].host, each.running[key].process) == (holder.host, holder.process)
         ]
         since = time.strftime("%F %T", time.localtime(holder.since))
         who = f"process {holder.process} on {holder.host}{', ' * bool(what)}{what}, since {since}"
         lines.append(f"{each.paper}: {who}: {_some(own, '; ') or 'no run at this moment'}")
     return lines
+
+
+def _place(place: Place | None, now: float) -> str:
+    return f" on {place.where}, heard of {tables.time(now - place.heard)} ago" if place else ""
 
 
 def _failures(each: Progress) -> list[str]:
