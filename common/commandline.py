@@ -54,6 +54,17 @@ class _Stop:
     since = 0.0
 
 
+class _Leave:
+    """at_once: whether `run` leaves out what packages do at the end of a process."""
+
+    at_once = False
+
+
+def leave_at_once() -> None:
+    """Let `run` end the process without what packages have set out to do at its end, because that would break or not end."""
+    _Leave.at_once = True
+
+
 def listen() -> None:
     """From now on one of `SIGNALS` ends the process at once with one line, or, within `patience`, is noted; and so do
     packages that cannot be loaded, and limits of the system that nothing else has an answer to."""
@@ -196,6 +207,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         print(f"error: {told(error)}", file=sys.stderr)
         found = 2
         _leave_output()
+    if _Leave.at_once:
+        sys.stderr.flush()
+        os._exit(found)
     sys.exit(found)
 
 

@@ -7,7 +7,6 @@ to decide.
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import errno
 import functools
@@ -21,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import commandline
 from common.core.compute import Compute
 from common.core.run import Run
 from common.records import Entry
@@ -116,8 +116,8 @@ class Cluster(Engine):
         self._ended.set()
         with suppress(OSError):  # the folder may be what cannot be written
             (self._store.folder / node.PROBE).unlink(missing_ok=True)
-        if self._gone:  # there is nobody to take leave of, and Ray would try for long
-            atexit.unregister(self._ray.shutdown)
+        if self._gone:  # there is nobody to take leave of: Ray would try for long, and break in the end
+            commandline.leave_at_once()
             return
         with own_signals():
             self._ray.shutdown()  # with this process, whatever its tasks are doing ends
