@@ -1,6 +1,7 @@
 """What goes wrong under a cluster of Ray: what ends a command in one line, what it goes on through, and what nobody loses."""
 
 import errno
+import math
 import socket
 import subprocess
 import threading
@@ -9,11 +10,16 @@ import time
 import pytest
 import yaml
 from cluster_nodes import ELSEWHERE, Nodes, own_view
+from made_up_jobs import made_up
 from project import only_example, params, start
 
-from common.stage import node
+from common import commandline
+from common.settings import ExecutionSettings
+from common.stage import cluster, node
 from common.stage.connection import watch
 from common.stage.depot import Refused
+from common.stage.store import Store, TimeBudget
+from common.stage.worker import NO_NETWORKS, Task
 
 PATIENCE = 300
 """Seconds for what takes some on a machine that is free."""
@@ -58,6 +64,72 @@ def test_a_full_disk_of_a_node_is_told_with_its_name_and_one_of_the_command_with
     full = fails(OSError(errno.ENOSPC, "No space left on device", ".runs/a.json"))
     assert full.filename == f".runs/a.json on node {node.platform.node()}" and full.errno == errno.ENOSPC
     assert fails(Refused(errno.ENOSPC, "full", "/home/a.json")).filename == "/home/a.json"
+
+
+class Ray:
+    """In place of Ray: a node with a CPU, which may be lost, and tasks that never end."""
+
+    alive = True
+
+    def nodes(self):
+        about = {"NodeID": "1", "NodeManagerHostname": "a", "NodeManagerAddress": "10.0.0.1"}
+        return [{**about, "Resources": {"CPU": 1.0}, "Alive": self.alive}]
+
+    def remote(self, *what):
+        return self if len(what) == 1 else object()
+
+    def options(self, **_):
+        return self
+
+    def put(self, what):
+        return what
+
+    def wait(self, pending, **_):
+        time.sleep(0.01)
+        return [], pending
+
+    def shutdown(self):
+        pass
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """An engine of such a cluster; given: gives it a task whose budget ends then. lose: as its watch calls it."""
+    monkeypatch.setattr(cluster, "_KNOWN", 0.01)
+    monkeypatch.setattr(cluster, "connected", lambda *_: Ray())
+    monkeypatch.setattr(cluster.Cluster, "_blind", lambda self: [])
+    monkeypatch.setattr(cluster.Cluster, "_heard", lambda self: [])
+    monkeypatch.setattr(cluster, "watch", lambda _, lost, ended: setattr(Ray, "lose", lost))
+    monkeypatch.setattr(commandline._Leave, "at_once", False)
+    run, settings = made_up("dense", 0), ExecutionSettings(engine="ray", device="cpu")
+    store = Store(tmp_path, settings)
+    found = cluster.Cluster(settings, store, [run])
+    found.given = lambda ends=math.inf: found.submit(
+        Task(run, store, settings, False, TimeBudget(ends), NO_NETWORKS), False
+    )
+    found.places = lambda: list(tmp_path.rglob("*.place"))
+    yield found
+    found.close()
+
+
+def test_without_a_node_a_command_says_so_and_waits_for_as_long_as_its_time(engine, capsys):
+    waits = engine.given()
+    engine._ray.alive = False
+    assert engine.given(time.time()).result(20) is None
+    assert not waits.done() and engine.room == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no node that can take a run is left: waiting for one to join")
+
+
+def test_when_the_head_node_is_gone_all_that_is_given_out_ends_and_nothing_more_is(engine):
+    waits = engine.given()
+    assert [file.read_bytes() for file in engine.places()] == [b""]
+    engine._ray.lose("head:6379")
+    assert isinstance(waits.exception(1), OSError) and waits.exception().filename == "head:6379"
+    with pytest.raises(OSError, match="gone"):
+        engine.given()
+    engine.close(at_once=True)
+    assert commandline._Leave.at_once  # Ray would end the process with a status of its own
 
 
 # ------------------------------------------------------------------------------------------- a cluster

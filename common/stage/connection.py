@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from common.stage import processes
 REACHED = 5.0
 """Seconds within which the head node must answer."""
 _LOOK = 0.5
+_SILENT = 30.0
+"""Seconds for which the network may be away; Ray ends this process after twice that."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -131,15 +134,19 @@ def watch(places: Collection[tuple[str, int]], lost: Callable[[str], object], en
     `ended`."""
 
     def look(host: str, port: int) -> None:
+        heard = time.monotonic()
         while not ended.is_set():
             try:
                 with socket.create_connection((host, port), REACHED) as line:
                     line.settimeout(_LOOK)
                     _stay(line, ended)
-            except OSError:
-                if not ended.is_set():
-                    lost(f"{host}:{port}")
-                return
+                heard = time.monotonic()
+            except OSError as error:  # refused: nobody listens there; else the network may come back
+                if isinstance(error, ConnectionRefusedError) or time.monotonic() - heard > _SILENT:
+                    if not ended.is_set():
+                        lost(f"{host}:{port}")
+                    return
+                ended.wait(_LOOK)
 
     for place in places:
         threading.Thread(target=look, args=place, daemon=True).start()
