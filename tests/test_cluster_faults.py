@@ -16,7 +16,7 @@ from project import only_example, params, start
 from common import commandline
 from common.settings import ExecutionSettings
 from common.stage import cluster, node
-from common.stage.connection import watch
+from common.stage.connection import said, watch
 from common.stage.depot import Refused
 from common.stage.store import Store, TimeBudget
 from common.stage.worker import NO_NETWORKS, Task
@@ -64,6 +64,12 @@ def test_a_full_disk_of_a_node_is_told_with_its_name_and_one_of_the_command_with
     full = fails(OSError(errno.ENOSPC, "No space left on device", ".runs/a.json"))
     assert full.filename == f".runs/a.json on node {node.platform.node()}" and full.errno == errno.ENOSPC
     assert fails(Refused(errno.ENOSPC, "full", "/home/a.json")).filename == "/home/a.json"
+
+
+def test_what_a_node_could_not_prepare_is_one_line_with_its_address():
+    told = "Failed to set up runtime environment.\n[Node 10.0.0.1] Traceback (most recent call last):\n  File x\nOSError: full\n"
+    assert said(Exception(told)) == "node 10.0.0.1: OSError: full"
+    assert said(Exception("the first\n the second")) == "the first"
 
 
 class Ray:

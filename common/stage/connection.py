@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -66,9 +67,13 @@ def connected(address: str, places: Collection[str]) -> Any:
 
 
 def said(error: Exception) -> str:
-    """What Ray says, which may be a page, in a line: of an error of a task the last, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1] if getattr(error, "cause", None) else lines[0]
+    """What Ray says, which may be a page, in a line: of an error of a task, or a traceback of a node, the last, else the first."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if getattr(error, "cause", None):
+        return lines[-1]
+    node = re.search(r"\[Node ([^\]]+)\] Traceback", text)
+    return f"node {node[1]}: {lines[-1]}" if node else lines[0]
 
 
 @contextmanager
