@@ -28,14 +28,13 @@ from benchmarks.convolutions.operations import (
     SCALE,
     SHIFT,
     TABLE_ROWS,
-    DoesNotFit,
     Fused,
-    Shape,
     build,
     candidates,
     normalise,
     through_norm,
 )
+from common.core.models.fused.tiles import DoesNotFit, Shape
 
 PROCESSORS = 3  # so that a program computes several tiles
 SHAPES = [Shape(2, 8, 16, 16), Shape(2, 8, 16, 32, 2), Shape(1, 8, 4, 16), Shape(1, 4, 64, 64)]
@@ -90,13 +89,12 @@ class Case:
         self.found[name] = max(self.found.get(name, 0.0), inf if isnan(error) else error)
 
     def forward(self, tiles, fused):
-        s, inp = self.shape, torch.relu(self.normed) if fused.prologue else self.raw
-        want = F.conv2d(inp, self.w, stride=s.stride, padding=1).detach()
+        s = self.shape
+        want = F.conv2d(self.raw, self.w, stride=s.stride, padding=1).detach()
         out, table = torch.empty(s.n, s.out, s.out, s.co), torch.empty(TABLE_ROWS, s.co)
         conv = build("forward", s, tiles, fused, PROCESSORS, "cpu")
-        before = self.before if fused.prologue else None
         after = (table, self.after_gamma, self.after_beta)
-        run(conv, fused, [out, table], nhwc(self.raw.detach()), nhwc(self.w), out, before, None, *after)
+        run(conv, fused, [out, table], nhwc(self.raw.detach()), nhwc(self.w), out, None, *after)
         self.close(f"forward {fused}", out, nhwc(want))
         if fused.epilogue:
             rows = [SCALE, SHIFT, MEAN, RSTD]
@@ -110,7 +108,7 @@ class Case:
         output = F.conv2d(inp, self.w, stride=s.stride, padding=1)
         wanted = torch.autograd.grad(output, [self.raw] + [self.gamma, self.beta] * behind, self.gy, True)
         table, raw = self.before.clone(), nhwc(self.raw.detach())
-        more = (None, raw, table) if behind else ()
+        more = (raw, table) if behind else ()
         conv = build("dgrad", s, tiles, fused, PROCESSORS, "cpu")
         run(conv, fused, [got, table[GRAD_A:]], nhwc(self.gy), nhwc(self.w), got, *more)
         if behind:
@@ -120,15 +118,14 @@ class Case:
         self.close(f"dgrad {fused}", got, nhwc(wanted[0]))
 
     def wgrad(self, tiles, fused):
-        s, inp = self.shape, torch.relu(self.normed) if fused.prologue else self.raw
+        s = self.shape
         w = self.w.clone().requires_grad_()
         (want,) = torch.autograd.grad(
-            F.conv2d(inp, w, stride=s.stride, padding=1), w, self.gy, retain_graph=True
+            F.conv2d(self.raw, w, stride=s.stride, padding=1), w, self.gy
         )
         got = torch.empty(s.co, 3, 3, s.ci)
         gradient = build("wgrad", s, tiles, fused, PROCESSORS, "cpu")
-        before = self.before if fused.prologue else None
-        run(gradient, fused, [got], nhwc(self.raw.detach()), nhwc(self.gy), got, before)
+        run(gradient, fused, [got], nhwc(self.raw.detach()), nhwc(self.gy), got)
         self.close(f"wgrad {fused}", got, nhwc(want))
 
     def normalise(self):
@@ -177,9 +174,9 @@ def errors():
         case = Case(shape)
         case.normalise()
         for kind, _ in cases([shape]):
-            fused = [PLAIN] + [Fused(True)] * (kind != "dgrad")
+            fused = [PLAIN]
             if kind in EPILOGUES:
-                fused += [Fused(False, EPILOGUES[kind], finish) for finish in ("unfolded", "folded", "apart")]
+                fused += [Fused(EPILOGUES[kind], finish) for finish in ("unfolded", "folded", "apart")]
             for tiles in fitting(kind, shape):
                 for extra in fused:
                     getattr(case, kind)(tiles, extra)

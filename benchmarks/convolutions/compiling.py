@@ -8,7 +8,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.convolutions.operations import Fused, Kind, Shape, Tiles, build
+from benchmarks.convolutions.operations import Fused, build
+from common.core.models.fused.tiles import Kind, Shape, Tiles
 
 
 class Compiler:
@@ -41,14 +42,13 @@ def compile_one(processors: int, kind: Kind, shape: Shape, tiles: Tiles, fused: 
     """Compile what this operation launches. Raises DoesNotFit."""
     half = torch.empty(1, dtype=torch.bfloat16, device="meta")
     full = torch.empty(1, device="meta")
-    before, after = (full if needed else None for needed in (fused.prologue, fused.epilogue))
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[torch.Tensor | None, ...] = (half, half, half)
     if kind == "wgrad":
-        tensors = (half, half, full, before)
+        tensors = (half, half, full)
     elif fused.epilogue == "sums":
-        tensors = (half, half, half, before, None, after, full, full)
-    else:
-        tensors = (half, half, half, before, half if fused.epilogue else None, after)
+        tensors += (None, full, full, full)
+    elif fused.epilogue:
+        tensors += (half, full)
     operation = build(kind, shape, tiles, fused, processors, "meta")
     for kernel, grid, arguments, constants in operation.launches(*tensors):
         types = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]

@@ -28,11 +28,7 @@ from benchmarks.convolutions.operations import (
     SHIFT,
     TABLE_ROWS,
     Conv,
-    DoesNotFit,
     Fused,
-    Kind,
-    Shape,
-    Tiles,
     WeightGradient,
     build,
     candidates,
@@ -40,6 +36,8 @@ from benchmarks.convolutions.operations import (
     normalise,
     through_norm,
 )
+from common.core.models.fused.norms import Norm
+from common.core.models.fused.tiles import DoesNotFit, Kind, Shape, Tiles
 
 COPIES = 8
 # ResNet's at batch 128; the first layer's 3 channels are padded to 4 for Triton
@@ -64,15 +62,12 @@ def cases(shapes: Sequence[Shape]) -> list[tuple[Kind, Shape]]:
     return [(kind, shape) for shape in shapes for kind in KINDS if not (kind == "dgrad" and shape.ci == 4)]
 
 
-def variants(kind: Kind, shape: Shape) -> list[Fused]:
+def variants(kind: Kind) -> list[Fused]:
     """Batch norm's work to measure in one kernel with the convolution."""
-    if kind == "dgrad":
-        return [Fused(False, "behind norm", finish) for finish in ("apart", "folded", "unfolded")]
-    norm = shape.ci != 4
     if kind == "wgrad":
-        return [Fused(True)] * norm
-    sums = [Fused(False, "sums", finish) for finish in ("apart", "folded", "unfolded")]
-    return sums + [Fused(True), Fused(True, "sums", "apart")] * norm
+        return []
+    epilogue = "behind norm" if kind == "dgrad" else "sums"
+    return [Fused(epilogue, finish) for finish in ("apart", "folded", "unfolded")]
 
 
 def images(t: torch.Tensor) -> torch.Tensor:
@@ -117,14 +112,13 @@ class Tensors:
         """One launch for each set."""
 
         def arguments(i: int) -> tuple[Any, ...]:
-            before = self.before[i] if fused.prologue else None
             if kind == "wgrad":
-                return (self.x[i], self.gy[i], self.dw[i], before)
+                return (self.x[i], self.gy[i], self.dw[i])
             if kind == "dgrad":
-                behind = (None, self.x[i], self.before[i]) if fused.epilogue else ()
+                behind = (self.x[i], self.before[i]) if fused.epilogue else ()
                 return (self.gy[i], self.w[i], self.gx[i], *behind)
             after = (None, self.after[i], self.gamma, self.beta) if fused.epilogue else ()
-            return (self.x[i], self.w[i], self.y[i], before, *after)
+            return (self.x[i], self.w[i], self.y[i], *after)
 
         return [partial(operation, *arguments(i)) for i, operation in enumerate(operations)]
 
@@ -135,11 +129,10 @@ class Tensors:
     def wanted(self, kind: Kind, fused: Fused) -> torch.Tensor:
         """What the first call must write, in float32 from the same numbers."""
         x, gy, w = (images(t[0]).float().contiguous() for t in (self.x, self.gy, self.w))
-        normed = x * self.before[0][SCALE][None, :, None, None] + self.before[0][SHIFT][None, :, None, None]
-        if fused.prologue:
-            x = torch.relu(normed).to(self.x[0].dtype).float()
         result = torch_call(kind, self.shape, x, gy, w)()
         if fused.epilogue == "behind norm":
+            scale, shift = (self.before[0][row][None, :, None, None] for row in (SCALE, SHIFT))
+            normed = x * scale + shift
             result = torch.where(normed > 0, result, 0.0)
         return result.permute(0, 2, 3, 1)
 
@@ -196,7 +189,7 @@ class Kit:
                 self._guarded(f"passes {shape}", self._passes, shape)
         best = {case: self._guarded(f"{case[0]} {case[1]}", self._tune, *case) for case in wanted}
         for (kind, shape), tiles in best.items():
-            for fused in variants(kind, shape) if tiles else []:
+            for fused in variants(kind) if tiles else []:
                 self._guarded(f"{kind} {shape} {fused}", self._variant, kind, shape, fused, tiles)
         self.found["estimates"] = estimates(self.found["cases"])
         self._write()
@@ -304,7 +297,7 @@ class Kit:
         found.sort(key=lambda candidate: candidate[0])
         self.found["tuning"].append([kind, str(shape), [[us, _words(tiles)] for us, _, tiles in found]])
         best = [tiles for _, _, tiles in found[:3]]
-        for fused in variants(kind, shape):
+        for fused in variants(kind):
             self._compile(kind, shape, fused, best)
         _, wrong, tiles = found[0]
         more: dict[str, Any] = {"fused": str(PLAIN), "error": wrong, "tiles": _words(tiles)}
@@ -338,7 +331,7 @@ class Kit:
         )
 
     def _passes(self, shape: Shape) -> None:
-        """Batch norm's own passes: torch's kernels and those in Triton."""
+        """Batch norm's own passes: torch's kernels, those of training, and those behind sums in a convolution's kernel."""
         t, one = self._tensors(shape), torch.ones(shape.co, device=self.device)
         zero = torch.zeros_like(one)
         running = torch.zeros_like(one), torch.ones_like(one)
@@ -353,9 +346,21 @@ class Kit:
             more = (zero, one, True, EPSILON, [True, True, True])
             return torch.ops.aten.native_batch_norm_backward(g, y, one, *running, *more)
 
+        def ours(i: int, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+            x = images(t.gy[i]).requires_grad_()
+            return Norm.apply(x, one, zero, shortcut, running, 0.1, EPSILON, True, True)
+
+        kept = [ours(i) for i in range(COPIES)]
+
+        def our_backward(i: int) -> Any:
+            return torch.autograd.grad(kept[i], kept[i].grad_fn.next_functions[0][0].variable, images(t.y[i]), True)
+
         passes: dict[tuple[str, str], tuple[int, Callable[[int], Any]]] = {
             ("torch", "batch norm, ReLU, forward"): (2, forward),
             ("torch", "batch norm, ReLU, backward"): (3, backward),
+            ("training", "batch norm, ReLU, forward"): (2, ours),
+            ("training", "batch norm, addition, ReLU, forward"): (3, lambda i: ours(i, images(t.x[i]))),
+            ("training", "batch norm, ReLU, backward"): (3, our_backward),
             ("triton", "through norm"): (3, lambda i: through_norm(t.gy[i], t.x[i], t.y[i], t.after[i])),
             ("triton", "normalise"): (2, lambda i: normalise(t.x[i], None, t.y[i], t.after[i])),
             ("triton", "normalise, add"): (3, lambda i: normalise(t.x[i], t.gy[i], t.y[i], t.after[i])),

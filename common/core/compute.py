@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from common.core.models import fused
+from common.core.models.network import BatchNorm2d, Conv2d
 from common.settings import ExecutionSettings, SettingsError
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,6 +27,7 @@ class Compute:
     autocast: lower precision of convolutions and matrix products; batch norm and the loss stay in float32.
     captured: whole steps are replayed from CUDA graphs, captured anew when a network shrinks.
     compiled: they go through torch.compile, anew whenever a network changes its shape.
+    fused: layers that fit go through the kernels of `common.core.models.fused`.
     """
 
     device: torch.device
@@ -32,6 +35,7 @@ class Compute:
     channels_last: bool = False
     captured: bool = False
     compiled: bool = False
+    fused: bool = False
 
     @classmethod
     def choose(cls, device: str = "auto", precision: str = "auto", compilation: str = "auto") -> Compute:
@@ -39,7 +43,8 @@ class Compute:
 
         `auto` precision is bfloat16 on a GPU that has it and on a CPU with matrix units for it (AMX), else float32.
         `auto` compilation is captured graphs on a GPU and nothing on a CPU, where torch.compile pays for long runs of
-        some architectures only; `compile` on a GPU is both. Raises SettingsError when the device or the number format is not there.
+        some architectures only; `compile` on a GPU is both, and `fused` is captured graphs with kernels of the suite's own, in
+        bfloat16. Raises SettingsError when the device, the number format or what compiles these kernels is not there.
         """
         cuda = torch.cuda.is_available()
         if device.startswith("cuda") and not cuda:
@@ -55,23 +60,29 @@ class Compute:
             raise SettingsError(
                 "execution.precision = 'bfloat16': this GPU or driver has none; use 'float32'"
             )
-        if compilation == "capture" and not on_gpu:
+        if compilation in ("capture", "fused") and not on_gpu:
             raise SettingsError(
-                "execution.compilation = 'capture': a CPU has no graphs to capture; use 'auto', 'compile' or 'off'"
+                f"execution.compilation = {compilation!r}: a CPU has no graphs to capture; use 'auto', 'compile' or 'off'"
             )
         fast = torch.cuda.is_bf16_supported() if on_gpu else _has_amx()
         half = precision == "bfloat16" or (precision == "auto" and fast)
+        if compilation == "fused":
+            _check_fused(chosen, half)
         return cls(
             chosen,
             torch.bfloat16 if half else None,
             channels_last=True,
             captured=on_gpu and compilation != "off",
             compiled=compilation == "compile",
+            fused=compilation == "fused",
         )
 
     def place(self, model: M) -> M:
-        """`model` on the device, in the memory format of this choice."""
+        """`model` on the device, in the memory format of this choice, with layers that go the way it says."""
         placed = model.to(self.device)
+        for layer in placed.modules():
+            if isinstance(layer, (Conv2d, BatchNorm2d)):
+                layer.fused = self.fused
         return placed.to(memory_format=torch.channels_last) if self.channels_last else placed
 
     @property
@@ -90,6 +101,18 @@ class Compute:
         """The context in which forward passes run."""
         return torch.autocast(
             self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
+
+
+def _check_fused(device: torch.device, half: bool) -> None:
+    """Raise SettingsError where kernels of the suite's own are not for the number format, or cannot be compiled."""
+    if not half:
+        raise SettingsError(
+            "execution.compilation = 'fused': its kernels are for bfloat16; use 'auto', or precision 'bfloat16'"
+        )
+    if reason := fused.problem(device):
+        raise SettingsError(
+            f"execution.compilation = 'fused': Triton compiles no kernels here ({reason}); use 'auto' or 'capture'"
         )
 
 

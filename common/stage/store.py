@@ -139,6 +139,7 @@ def _numerics(execution: ExecutionSettings) -> list[str | int]:
     # a GPU gives the same numbers whatever its index
     chosen: list[str | int] = [compute.device.type, str(compute.autocast)]
     chosen += [compute.captured, compute.compiled, execution.deterministic, execution.threads]
+    chosen += ["fused"] * compute.fused
     return [*chosen, str(torch.__version__)]
 
 

@@ -8,7 +8,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from common.core.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, checked_widths
+from common.core.models.network import (
+    BatchNorm2d,
+    Chain,
+    ChannelGroup,
+    Conv2d,
+    Linear,
+    Network,
+    checked_widths,
+)
 
 VGG: dict[str, list[int | str]] = {
     "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
@@ -128,7 +136,7 @@ def _features(
     padding: Sequence[int],
     batch_norm: bool,
     conv_bias: bool,
-) -> tuple[nn.Sequential, int, int]:
+) -> tuple[Chain, int, int]:
     """The convolutional part, its number of output channels and of positions."""
     channels, *sides = image_shape
     remaining = iter(zip(widths, padding, strict=True))
@@ -151,4 +159,4 @@ def _features(
             channels, stride = width, 1
         if min(sides) < 1:
             raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for {list(cfg)}")
-    return nn.Sequential(*layers), channels, sides[0] * sides[1]
+    return Chain(*layers), channels, sides[0] * sides[1]

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
-from common.core.models.network import BatchNorm2d, ChannelGroup, Conv2d, Linear, Network, checked_widths
+from common.core.models.network import (
+    BatchNorm2d,
+    Chain,
+    ChannelGroup,
+    Conv2d,
+    Linear,
+    Network,
+    checked_widths,
+    norm_relu,
+)
 
 V1_WIDTHS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
 V1_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
@@ -32,7 +40,8 @@ class Separable(nn.Module):
         self.bn2 = BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))))
+        x = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(x))
 
 
 class MobileNetV1(Network):
@@ -61,7 +70,7 @@ class MobileNetV1(Network):
         self.linear = Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(relu(self.bn1(self.conv1(x))))
+        x = self.blocks(norm_relu(self.bn1, self.conv1(x)))
         return self.linear(self.avgpool(x).flatten(1))
 
     def channel_groups(self) -> list[ChannelGroup]:
@@ -73,9 +82,9 @@ class MobileNetV1(Network):
 
 def _conv_norm(
     inputs: int, outputs: int, kernel: int, stride: int, groups: int, activation: type[nn.Module]
-) -> nn.Sequential:
+) -> Chain:
     conv = Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, BatchNorm2d(outputs), activation())
+    return Chain(conv, BatchNorm2d(outputs), activation())
 
 
 class InvertedResidual(nn.Module):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu
 
-from common.core.models import small_maps
+from common.core.models import fused, small_maps
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,9 +23,11 @@ class Conv2d(nn.Conv2d):
     """A convolution that is created without values (`initialise` fills it) and may have no channels.
 
     Without input channels its output is zero; without output channels [B, 0, H, W]. Under autocast on a CPU it goes
-    around slow bfloat16 kernels: in groups it stays in float32, and small maps go through `small_maps`.
+    around slow bfloat16 kernels: in groups it stays in float32, and small maps go through `small_maps`. Where it is `fused`
+    it goes through the kernels of `common.core.models.fused`, if these compute it.
     """
 
+    fused = False
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -33,6 +37,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.in_channels and self.out_channels:
+            if self.fused and (y := fused.convolution(self, x)) is not None:
+                return y
             if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
                 return self._in_lower_precision(x)
             return super().forward(x)
@@ -53,19 +59,54 @@ class Conv2d(nn.Conv2d):
 class BatchNorm2d(nn.BatchNorm2d):
     """A batch norm that may have no channels, and without the counter of batches, which nothing reads.
 
-    Leaving out the counter saves one kernel for each norm and step; states with or without it can be loaded.
+    Leaving out the counter saves one kernel for each norm and step; states with or without it can be loaded. `fused`: as
+    of Conv2d.
     """
+
+    fused = False
 
     def __init__(self, channels: int, momentum: float = 0.1):
         super().__init__(channels, momentum=momentum)
         self.num_batches_tracked = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and (y := fused.norm(self, x, relu=False)) is not None:
+            return y
         return super().forward(x) if self.num_features else x
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+
+def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + shortcut) of tensors [B, C, H, W], in one operation where the norm is `fused` and nobody watches it."""
+    if isinstance(norm, BatchNorm2d) and norm.fused and not _watched(norm):
+        if (y := fused.norm(norm, x, relu=True, shortcut=shortcut)) is not None:
+            return y
+    y = norm(x)
+    return relu(y if shortcut is None else y + shortcut)
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks want to see what goes through a module."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks)
+
+
+class Chain(nn.Sequential):
+    """One layer after the other; a `fused` batch norm and the ReLU behind it are one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        done = False
+        for layer, after in pairwise((*self, None)):
+            if done:
+                done = False
+            elif isinstance(layer, BatchNorm2d) and layer.fused and type(after) is nn.ReLU and not _watched(after):
+                x, done = norm_relu(layer, x), True
+            else:
+                x = layer(x)
+        return x
 
 
 class Linear(nn.Linear):

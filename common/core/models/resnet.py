@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu
+from torch.nn.functional import pad
 
 from common.core.models.network import (
     BatchNorm2d,
@@ -20,6 +20,7 @@ from common.core.models.network import (
     Network,
     Scatter,
     checked_widths,
+    norm_relu,
 )
 
 Shortcut = Literal["A", "B"]
@@ -84,8 +85,8 @@ class BasicBlock(Block):
     kernels, strided, expansion = (3, 3), 0, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.scatter(self.conv2(relu(self.bn1(self.conv1(x)))))
-        return relu(self.bn2(y) + self.shortcut(x))
+        y = self.scatter(self.conv2(norm_relu(self.bn1, self.conv1(x))))
+        return norm_relu(self.bn2, y, self.shortcut(x))
 
 
 class Bottleneck(Block):
@@ -96,8 +97,9 @@ class Bottleneck(Block):
     bn3: BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
-        y = relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))))
-        return relu(self.bn3(self.scatter(self.conv3(y))) + self.shortcut(x))
+        y = norm_relu(self.bn1, self.conv1(x))
+        y = norm_relu(self.bn2, self.conv2(y))
+        return norm_relu(self.bn3, self.scatter(self.conv3(y)), self.shortcut(x))
 
 
 class ResNet(Network):
@@ -157,7 +159,7 @@ class ResNet(Network):
         self.register_load_state_dict_pre_hook(_accept_other_names)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
         for layer in self.layers():
             x = layer(x)
         return self.linear(self.avgpool(x).flatten(1))
@@ -219,8 +221,8 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Sequential(Conv2d(inputs, outputs, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dropout(self.conv1(relu(self.bn1(x))))
-        return self.conv2(relu(self.bn2(y))) + self.shortcut(x)
+        y = self.dropout(self.conv1(norm_relu(self.bn1, x)))
+        return self.conv2(norm_relu(self.bn2, y)) + self.shortcut(x)
 
 
 class WideResNet(Network):
@@ -260,7 +262,7 @@ class WideResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.linear(self.avgpool(relu(self.bn1(x))).flatten(1))
+        return self.linear(self.avgpool(norm_relu(self.bn1, x)).flatten(1))
 
     def channel_groups(self) -> list[ChannelGroup]:
         stages = enumerate((self.layer1, self.layer2, self.layer3), 1)
