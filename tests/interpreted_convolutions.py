@@ -120,9 +120,7 @@ class Case:
     def wgrad(self, tiles, fused):
         s = self.shape
         w = self.w.clone().requires_grad_()
-        (want,) = torch.autograd.grad(
-            F.conv2d(self.raw, w, stride=s.stride, padding=1), w, self.gy
-        )
+        (want,) = torch.autograd.grad(F.conv2d(self.raw, w, stride=s.stride, padding=1), w, self.gy)
         got = torch.empty(s.co, 3, 3, s.ci)
         gradient = build("wgrad", s, tiles, fused, PROCESSORS, "cpu")
         run(gradient, fused, [got], nhwc(self.raw.detach()), nhwc(self.gy), got)

@@ -353,7 +353,9 @@ class Kit:
         kept = [ours(i) for i in range(COPIES)]
 
         def our_backward(i: int) -> Any:
-            return torch.autograd.grad(kept[i], kept[i].grad_fn.next_functions[0][0].variable, images(t.y[i]), True)
+            return torch.autograd.grad(
+                kept[i], kept[i].grad_fn.next_functions[0][0].variable, images(t.y[i]), True
+            )
 
         passes: dict[tuple[str, str], tuple[int, Callable[[int], Any]]] = {
             ("torch", "batch norm, ReLU, forward"): (2, forward),

@@ -17,10 +17,9 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,18 +45,21 @@ from replications.imp_slr.protocol import PruneDuring
 EPOCH = 50_000
 """Images of an epoch of CIFAR-10, in which seconds are told."""
 ROUNDS = 3
+Way = Literal["auto", "fused", "compile", "off"]
+WAYS: tuple[Way, ...] = ("fused", "compile")
+"""How else than by its default the core is measured on a GPU, as of `execution.compilation`."""
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much is measured.
 
-    mixed: so many runs at once, and how many of them prune while they train. steps: of an epoch here. epochs: of each of
+    together: so many runs at once, what matters most first. mixed: the same, and how many of them prune while they train. steps: of an epoch here. epochs: of each of
     several runs, more than there is time for. copied: bytes. matrix: its side.
     """
 
     networks: tuple[str, ...] = ("resnet20", "resnet56", "vgg16")
-    together: tuple[int, ...] = (2, 4, 8, 16)
+    together: tuple[int, ...] = (8, 2, 4, 16)
     mixed: tuple[int, int] = (8, 2)
     batch: int = BATCH
     steps: int = 64
@@ -81,15 +83,19 @@ class Network:
     def __init__(self, name: str, bench: Bench, size: Scale, ends: float):
         self.name, self.bench, self.size, self.ends = name, bench, size, ends
         self.peaks: Peaks | None = None
+        self._core: tuple[str, Trainer] | None = None
 
-    @cached_property
-    def core(self) -> Trainer:
-        """The core, as it trains one run."""
-        return self._trainer(self.bench)
+    def way(self, compilation: Way) -> Bench:
+        """The same, trained in another way."""
+        return replace(self.bench, compilation=compilation)
 
-    def _trainer(self, bench: Bench) -> Trainer:
-        data = bench.dataset(self.size.steps)
-        return bench.trainer(bench.network(self.name, data), data)
+    def core(self, bench: Bench) -> Trainer:
+        """The core, as it trains one run; the last one is kept."""
+        if self._core is None or self._core[0] != bench.compilation:
+            self._core = None  # its memory is not that of the next one
+            data = bench.dataset(self.size.steps)
+            self._core = bench.compilation, bench.trainer(bench.network(self.name, data), data)
+        return self._core[1]
 
     def card(self) -> dict[str, Any]:
         """Copies and products of matrices, and the floor that follows from them."""
@@ -140,9 +146,9 @@ class Network:
 
     def alone(self, bench: Bench) -> dict[str, Any]:
         """One run: the median of some epochs, after one in which the pass is captured, and peak memory."""
+        core = self.core(bench)
         if self.bench.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        core = self.core if bench is self.bench else self._trainer(bench)
         train(core)
         taken = [self._seconds(lambda: train(core), calls=1, rows=1) for _ in range(ROUNDS)]
         return self._of_floor(statistics.median(taken), self.size.steps) | self._peak_memory()
@@ -152,14 +158,16 @@ class Network:
 
     def host(self) -> dict[str, Any]:
         """What the host computes for a step, over an epoch: processor time, so without what it waits for the GPU."""
+        core = self.core(self.bench)
         begun = time.process_time()
-        train(self.core)
+        train(core)
         return {"us_step": _micro((time.process_time() - begun) / self.size.steps)}
 
-    def kernels(self) -> dict[str, Any]:
+    def kernels(self, bench: Bench) -> dict[str, Any]:
         """How many kernels a step has, how long the GPU is busy with them, and which take the longest."""
+        core = self.core(bench)
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            train(self.core)
+            train(core)
             self._wait()
         taken, count = Counter[str](), Counter[str]()
         for event in seen.events():
@@ -180,16 +188,23 @@ class Network:
             "longest": longest,
         }
 
-    def together(self, runs: int, seconds: float, pruning: int = 0) -> dict[str, Any]:
+    def together(
+        self, runs: int, seconds: float, pruning: int = 0, compilation: Way = "auto"
+    ) -> dict[str, Any]:
         """So many runs at once, as a stage executes them: from when each has ended an epoch until the time is spent.
 
         pruning: how many of them are trained by DPF, which looks at all weights every 16 steps.
         """
+        self._core = None
         gc.collect()
         if self.bench.on_gpu:
             torch.cuda.empty_cache()
         execution = ExecutionSettings(
-            device=self.bench.device, precision=self.bench.precision, deterministic=False, workers=runs
+            device=self.bench.device,
+            precision=self.bench.precision,
+            compilation=compilation,
+            deterministic=False,
+            workers=runs,
         )
         with TemporaryDirectory() as name:
             folder = Path(name)
@@ -272,27 +287,34 @@ def _micro(seconds: float) -> float:
 
 
 def measure(network: Network, add: Callable[[dict[str, Any]], object]) -> None:
-    """Measure everything, as far as the time goes, and add a row of each."""
-    bench = network.bench
+    """Measure everything, as far as the time goes, and add a row of each, what matters most first."""
+    bench, (mixed, pruning) = network.bench, network.size.mixed
+    ways = WAYS if bench.on_gpu else ()
     parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("card", network.card),
         ("alone", lambda: network.alone(bench)),
         ("host", network.host),
-        *[("kernels", network.kernels)] * bench.on_gpu,
-        ("eager", lambda: network.alone(replace(bench, compilation="off"))),
+        *[("kernels", lambda: network.kernels(bench))] * bench.on_gpu,
+    ]
+    for way in ways:
+        parts.append((f"alone-{way}", lambda way=way: network.alone(network.way(way))))
+        parts.append((f"kernels-{way}", lambda way=way: network.kernels(network.way(way))))
+    parts.append(("eager", lambda: network.alone(network.way("off"))))
+    # torch.compile takes each run half a minute
+    crowds = [(runs, 0, way) for runs in network.size.together for way in ("auto", *ways[:1])]
+    crowds += [
+        (mixed, pruning, "auto"),
+        *((runs, 0, way) for way in ways[1:] for runs in network.size.together),
     ]
     # captures take the longer the more runs there are
-    mixed, pruning = network.size.mixed
-    crowds = [(f"together-{runs}", runs, 0) for runs in network.size.together]
-    crowds.insert(-1, (f"mixed-{mixed}", mixed, pruning))
-    weights = [3 + runs for _, runs, _ in crowds]
-    for number, (what, runs, others) in enumerate(crowds):
+    weights = [3 + runs for runs, _, _ in crowds]
+    for number, (runs, pruned, way) in enumerate(crowds):
         share = weights[number] / sum(weights[number:])
         parts.append(
             (
-                what,
-                lambda runs=runs, others=others, share=share: network.together(
-                    runs, share * (network.ends - time.monotonic()), others
+                f"{'mixed' if pruned else 'together'}-{runs}" + (f"-{way}" if way in ways else ""),
+                lambda runs=runs, pruned=pruned, way=way, share=share: network.together(
+                    runs, share * (network.ends - time.monotonic()), pruned, way
                 ),
             )
         )

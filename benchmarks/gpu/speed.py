@@ -1,4 +1,7 @@
-"""How fast is it? One process for each network, which measures the card first."""
+"""How fast is it? One process for each network, which measures the card first.
+
+With `fused` the first epoch compiles its kernels, unless the tests of the first step have: Triton keeps them on the disk.
+"""
 
 from __future__ import annotations
 

@@ -92,13 +92,15 @@ def _fast(part: Mapping[str, Any]) -> Iterator[str]:
         "alone": "one run",
         "eager": "one run, eager",
         "host": "the host's part, one run",
+        "kernels": "kernels, one run",
     }
-    labels |= {"kernels": "kernels, one run"}
     table = []
     for what in sorted(names, key=lambda name: name.startswith(("together", "mixed"))):
-        how, _, runs = what.partition("-")
+        how, *more = what.split("-")
+        runs = f"{more.pop(0)} runs at once" if how in ("together", "mixed") else ""
         pruned = ", some of them by DPF" if how == "mixed" else ""
-        label = labels.get(what) or f"{runs} runs at once{pruned}, each"
+        way = "".join(f", `{way}`" for way in more)
+        label = f"{runs}{pruned}{way}, each" if runs else labels[how] + way
         table.append([label, *(_cell(rows.get(what)) for rows in networks.values())])
     yield from _table(["", *networks], table)
     yield ""

@@ -13,7 +13,8 @@ from common.core.compute import Compute
 from common.core.data import SPLITS, Batches
 from common.core.failures import RunFailed
 from common.core.loading import make_dataset
-from common.core.models import build
+from common.core.models import build, fused
+from common.core.models.network import BatchNorm2d, Conv2d
 from common.core.pruning import channels
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.run import Cell
@@ -162,8 +163,8 @@ REFUSED = {
 }
 
 
-def _trained(method, captured, autocast=None, checkpoints=None):
-    compute = Compute(torch.device("cuda"), autocast, channels_last=True, captured=captured)
+def _trained(method, captured, autocast=None, checkpoints=None, fused=False):
+    compute = Compute(torch.device("cuda"), autocast, channels_last=True, captured=captured, fused=fused)
     data, model = _data(), compute.place(_network())
     batches = Batches(data, "train", BATCH, seed=3, shuffle=True, augment=True)
     trainer = Trainer(
@@ -195,6 +196,58 @@ def test_captured_steps_train_as_eager_ones_bit_for_bit_and_again(method, autoca
     # three eager steps, then replays of one and of several, and of the last batch of an epoch
     assert len(graphs) >= 2
     assert "captured" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_layers_train_captured_as_eager_bit_for_bit_and_as_torchs_within_rounding(method, capsys):
+    half = torch.bfloat16
+    one = _trained(method, captured=True, autocast=half, fused=True)
+    _same(_trained(method, captured=True, autocast=half, fused=True), one)
+    _same(_trained(method, captured=False, autocast=half, fused=True), one)
+    assert "captured" not in capsys.readouterr().err
+    usual = _trained(method, captured=True, autocast=half)
+    losses = [[row["train_loss"] for row in trainer.history] for trainer in (one, usual)]
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [128, 37])
+def test_fused_layers_compute_what_torchs_compute(batch):
+    """Every layer of a ResNet-20 that the kernels take, forward and backward, against float32 from the same numbers."""
+    model = Compute(torch.device("cuda"), torch.bfloat16, channels_last=True, fused=True).place(
+        _network("resnet20")
+    )
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, (Conv2d, BatchNorm2d)):
+            layer.register_forward_hook(
+                lambda layer, inputs, output: seen.append((layer, inputs[0].detach()))
+            )
+    with torch.autocast("cuda", torch.bfloat16):
+        model(torch.randn(batch, 3, 32, 32, device="cuda"))
+    taken = 0
+    for layer, x in seen:
+        x = x.bfloat16().to(memory_format=torch.channels_last).requires_grad_(x.shape[1] != 3)
+        layer.fused, ours = False, None
+        layer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            ours = (
+                fused.convolution(layer, x) if isinstance(layer, Conv2d) else fused.norm(layer, x, relu=False)
+            )
+        if ours is None:
+            assert layer.kernel_size == (1, 1)
+            continue
+        taken += 1
+        g = torch.randn_like(ours)
+        of = [layer.weight, x][: 1 + x.requires_grad]
+        found = [ours, *torch.autograd.grad(ours, of, g)]
+        wide = x.detach().float().requires_grad_(x.requires_grad)
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.bfloat16() if isinstance(layer, Conv2d) else layer.weight)
+        exact = layer(wide)
+        wanted = [exact, *torch.autograd.grad(exact, [layer.weight, wide][: len(of)], g.float())]
+        for got, want in zip(found, wanted, strict=True):
+            assert (got.float() - want).abs().max() < 0.02 * want.abs().max()
+    assert taken == 19 + 21  # but for the two convolutions of 1x1
 
 
 @pytest.mark.parametrize("method", REFUSED)
@@ -247,7 +300,7 @@ def test_a_resumed_fit_equals_an_unbroken_one(method):
     _same(_trained(method, captured=True, checkpoints=_Memory(states)), _trained(method, captured=True))
 
 
-def _stage(tmp_path, name, workers, rates, faulty=None):
+def _stage(tmp_path, name, workers, rates, faulty=None, compilation="auto"):
     """Entries of a stage of plain training runs, one for each learning rate; the one of that number is faulty."""
     file = tmp_path / "images.npz"
     if not file.exists():
@@ -259,7 +312,9 @@ def _stage(tmp_path, name, workers, rates, faulty=None):
         training = Training(epochs=EPOCHS, batch_size=BATCH, learning_rate=rate, weight_decay=1e-4)
         kind = Faulty if seed == faulty else Dense
         runs.append(kind(variant="dense", cell=cell, seed=seed, training=training).run)
-    execution = ExecutionSettings(device="cuda", precision="bfloat16", workers=workers)
+    execution = ExecutionSettings(
+        device="cuda", precision="bfloat16", compilation=compilation, workers=workers
+    )
     store = Store(tmp_path / name, execution)
     return execute(runs, store, execution, name)
 
@@ -285,10 +340,11 @@ def _record(entry):
     return json.dumps(entry.record.content(), sort_keys=True)
 
 
-def test_runs_together_leave_the_records_of_runs_alone_and_a_diverging_one_ends_alone(tmp_path):
+@pytest.mark.parametrize("compilation", ["auto", "fused"])
+def test_runs_together_leave_the_records_of_runs_alone_and_a_diverging_one_ends_alone(tmp_path, compilation):
     rates = [RATE] * 3 + [1e12] + [RATE] * 4
     alone, together = (
-        [_record(entry) for entry in _stage(tmp_path, name, workers, rates)]
+        [_record(entry) for entry in _stage(tmp_path, name, workers, rates, compilation=compilation)]
         for name, workers in (("alone", 1), ("together", 8))
     )
     assert together == alone

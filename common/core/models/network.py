@@ -90,7 +90,12 @@ def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Ten
 
 def _watched(module: nn.Module) -> bool:
     """Whether hooks want to see what goes through a module."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
     return any(hooks)
 
 
@@ -102,7 +107,12 @@ class Chain(nn.Sequential):
         for layer, after in pairwise((*self, None)):
             if done:
                 done = False
-            elif isinstance(layer, BatchNorm2d) and layer.fused and type(after) is nn.ReLU and not _watched(after):
+            elif (
+                isinstance(layer, BatchNorm2d)
+                and layer.fused
+                and type(after) is nn.ReLU
+                and not _watched(after)
+            ):
                 x, done = norm_relu(layer, x), True
             else:
                 x = layer(x)

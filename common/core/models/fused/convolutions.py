@@ -14,11 +14,10 @@ from common.core.models.fused.tiles import Kind, Product, Shape, WeightGradient,
 
 def known(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether `convolve` computes this, and was measured to be faster than torch's own convolution."""
-    inputs, (height, width) = x.shape[1], x.shape[2:]
-    if inputs == 3 and not x.requires_grad:
-        inputs = 4
-    small = 0 < x.numel() < 2**30
-    return small and height == width and measured(inputs, weight.shape[0], stride, height)
+    inputs, (height, width) = 4 if x.shape[1] == 3 else x.shape[1], x.shape[2:]
+    if height != width or not 0 < x.numel() < 2**30:
+        return False
+    return measured(inputs, len(weight), stride, height, back=x.requires_grad)
 
 
 def convolve(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> Tensor:
@@ -89,13 +88,9 @@ def processors(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _product(kind: Kind, shape: Shape, count: int) -> Product:
-    tiles = fastest(kind, shape)
-    assert tiles is not None
-    return Product(kind, shape, tiles, count)
+    return Product(kind, shape, fastest(kind, shape), count)
 
 
 @functools.lru_cache(maxsize=1024)
 def _weight_gradient(shape: Shape, count: int) -> WeightGradient:
-    tiles = fastest("wgrad", shape)
-    assert tiles is not None
-    return WeightGradient(shape, tiles, count)
+    return WeightGradient(shape, fastest("wgrad", shape), count)

@@ -31,7 +31,9 @@ def statistics(x, part, M, C, PER, BM: tl.constexpr, BC: tl.constexpr):
     for m0 in range(first, last, BM):
         m = m0 + tl.arange(0, BM)
         inside = (m < last)[:, None] & there[None, :]
-        value = tl.load(x + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32) - shift[None, :]
+        value = (
+            tl.load(x + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32) - shift[None, :]
+        )
         value = tl.where(inside, value, 0.0)
         total += value
         squares += value * value

@@ -53,13 +53,12 @@ class DoesNotFit(ValueError):
 _SIXTEEN = Tiles((2, 2), 128, 0, 64, True, 2, 8, 1)
 _THIRTY_TWO = Tiles((1, 2), 64, 0, 128, True, 2, 4, 1)
 
-# (inputs, outputs, stride): largest height = width, and tiles. None: nothing hands a gradient on to the images.
-_MEASURED: dict[tuple[int, int, int], tuple[int, dict[Kind, Tiles | None]]] = {
+# (inputs, outputs, stride): largest height = width, and tiles; images, padded to four channels, are handed no gradient
+_MEASURED: dict[tuple[int, int, int], tuple[int, dict[Kind, Tiles]]] = {
     (4, 16, 1): (
         32,
         {
             "forward": Tiles((2, 2), 128, 0, 16, True, 2, 8, 1),
-            "dgrad": None,
             "wgrad": Tiles((1, 2), 128, 0, 16, per_sm=3, stages=3),
         },
     ),
@@ -106,17 +105,17 @@ _MEASURED: dict[tuple[int, int, int], tuple[int, dict[Kind, Tiles | None]]] = {
 }
 
 
-def measured(ci: int, co: int, stride: int, size: int) -> bool:
-    """Whether a convolution of these channels on a map of this height = width was measured, or on a larger one."""
-    limit, _ = _MEASURED.get((ci, co, stride), (0, {}))
-    return 0 < size <= limit and size % 4 == 0
+def measured(ci: int, co: int, stride: int, size: int, back: bool) -> bool:
+    """Whether a convolution of these channels on a map of this height = width was measured, or on a larger one.
 
-
-def fastest(kind: Kind, shape: Shape) -> Tiles | None:
-    """The tiles that were fastest on an H100 at batch 128 (reports/benchmark-gpu/convolutions.json).
-
-    None for a direction that no network needs. Raises KeyError for what was not measured.
+    back: also backward to the input.
     """
+    limit, tiles = _MEASURED.get((ci, co, stride), (0, {}))
+    return 0 < size <= limit and size % 4 == 0 and ("dgrad" in tiles or not back)
+
+
+def fastest(kind: Kind, shape: Shape) -> Tiles:
+    """The tiles that were fastest on an H100 at batch 128 (reports/benchmark-gpu/convolutions.json). Raises KeyError."""
     return _MEASURED[shape.ci, shape.co, shape.stride][1][kind]
 
 
