@@ -163,7 +163,7 @@ class NoClock:
 
 def course(file):
     shapes = [Shape(1, 4, 16, 16), Shape(1, 4, 4, 16)]
-    Kit(Path(file), 100, PROCESSORS, NoClock(), device="cpu", dtype=torch.float32).all(shapes)
+    Kit(Path(file), 1000, PROCESSORS, NoClock(), device="cpu", dtype=torch.float32).all(shapes)
 
 
 def errors():

@@ -346,23 +346,17 @@ class Kit:
             more = (zero, one, True, EPSILON, [True, True, True])
             return torch.ops.aten.native_batch_norm_backward(g, y, one, *running, *more)
 
-        def ours(i: int, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-            x = images(t.gy[i]).requires_grad_()
-            return Norm.apply(x, one, zero, shortcut, running, 0.1, EPSILON, True, True)
-
-        kept = [ours(i) for i in range(COPIES)]
-
-        def our_backward(i: int) -> Any:
-            return torch.autograd.grad(
-                kept[i], kept[i].grad_fn.next_functions[0][0].variable, images(t.y[i]), True
-            )
+        def ours(i: int, shortcut: torch.Tensor | None = None, back: bool = False) -> Any:
+            x = images(t.gy[i]).detach().requires_grad_()
+            y = Norm.apply(x, one, zero, shortcut, running, 0.1, EPSILON, True, True)
+            return torch.autograd.grad(y, x, images(t.y[i])) if back else y
 
         passes: dict[tuple[str, str], tuple[int, Callable[[int], Any]]] = {
             ("torch", "batch norm, ReLU, forward"): (2, forward),
             ("torch", "batch norm, ReLU, backward"): (3, backward),
             ("training", "batch norm, ReLU, forward"): (2, ours),
             ("training", "batch norm, addition, ReLU, forward"): (3, lambda i: ours(i, images(t.x[i]))),
-            ("training", "batch norm, ReLU, backward"): (3, our_backward),
+            ("training", "batch norm, ReLU, forward and backward"): (5, lambda i: ours(i, back=True)),
             ("triton", "through norm"): (3, lambda i: through_norm(t.gy[i], t.x[i], t.y[i], t.after[i])),
             ("triton", "normalise"): (2, lambda i: normalise(t.x[i], None, t.y[i], t.after[i])),
             ("triton", "normalise, add"): (3, lambda i: normalise(t.x[i], t.gy[i], t.y[i], t.after[i])),

@@ -60,9 +60,9 @@ def norm(layer: nn.BatchNorm2d, x: Tensor, relu: bool, shortcut: Tensor | None =
 def problem(device: torch.device) -> str | None:
     """Why the kernels cannot be compiled for a device; None where they can."""
     try:
-        with torch.autocast(device.type, torch.bfloat16):
-            layer = nn.BatchNorm2d(16).to(device)
-            x = torch.ones(2, 16, 4, 4, device=device, dtype=torch.bfloat16)
+        x = torch.ones(2, 16, 4, 4, device=device, dtype=torch.bfloat16)
+        layer = nn.BatchNorm2d(16).to(device)
+        with torch.cuda.device_of(x), torch.autocast(device.type, torch.bfloat16):
             norm(layer, x.to(memory_format=torch.channels_last), relu=True)
     except Exception as error:  # of whatever Triton, its compilers or the driver raise
         return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
