@@ -18,14 +18,18 @@ from common.settings import SettingsError
 BOTH_WAYS = ("masked", "narrowed", "chain")
 
 
+def ended(script, **variables):
+    pytest.importorskip("triton", reason="Triton is not installed: there is none for this system")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, ROOT / "tests" / script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def interpreted():
-    pytest.importorskip("triton", reason="Triton is not installed: there is none for this system")
-    script = ROOT / "tests" / "interpreted_fused.py"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(ended("interpreted_fused.py", TRITON_INTERPRET="1"))
 
 
 @pytest.mark.slow
@@ -54,6 +58,15 @@ def test_layers_that_fit_are_launched(interpreted):
     once = {"convolve": 5 + 4 + 5, "weight_gradient": 5, "weight_gradient_sum": 5}
     once |= {"statistics": 6, "normalise": 6 + 6, "gradient_sums": 6, "gradient": 6}
     assert interpreted["launches"] == {name: 2 * count for name, count in once.items()}
+
+
+@pytest.mark.slow
+def test_every_kernel_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
+    launched = ended("compiled_fused.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0").split()
+    convolution = ["convolve", "convolve", "weight_gradient", "weight_gradient_sum"]
+    assert launched == convolution + 2 * ["statistics", "normalise", "gradient_sums", "gradient"] + [
+        "normalise"
+    ]
 
 
 LEFT = {

@@ -56,10 +56,10 @@ def normalise(x, shortcut, out, part, saved, weight, bias, running_mean, running
         r = tl.arange(0, BR)
         known = (r < ROWS)[:, None] & there[None, :]
         counts = tl.where(r < ROWS, tl.minimum(M - r * PER, PER), 0).to(tl.float32)[:, None]
-        at = part + r[:, None] * C + c[None, :]
-        means = tl.load(at, mask=known, other=0.0)
+        partial = part + r[:, None] * C + c[None, :]
+        means = tl.load(partial, mask=known, other=0.0)
         mean = tl.sum(means * counts, 0) / M
-        squares = tl.sum(tl.load(at + ROWS * C, mask=known, other=0.0), 0)
+        squares = tl.sum(tl.load(partial + ROWS * C, mask=known, other=0.0), 0)
         squares += tl.sum((means - mean[None, :]) * (means - mean[None, :]) * counts, 0)
         rstd = 1.0 / tl.sqrt(squares / M + eps)
         if tl.program_id(0) == 0:
@@ -129,9 +129,9 @@ def gradient(g, x, dx, part, saved, weight, bias, dweight, dbias, M, C, PER, ROW
     c, there = _channels(C, BC)
     r = tl.arange(0, BR)
     known = (r < ROWS)[:, None] & there[None, :]
-    at = part + r[:, None] * C + c[None, :]
-    total = tl.sum(tl.load(at, mask=known, other=0.0), 0)
-    along = tl.sum(tl.load(at + ROWS * C, mask=known, other=0.0), 0)
+    partial = part + r[:, None] * C + c[None, :]
+    total = tl.sum(tl.load(partial, mask=known, other=0.0), 0)
+    along = tl.sum(tl.load(partial + ROWS * C, mask=known, other=0.0), 0)
     if tl.program_id(0) == 0:
         tl.store(dbias + c, total, mask=there)
         tl.store(dweight + c, along, mask=there)
