@@ -54,8 +54,8 @@ WAYS: tuple[Way, ...] = ("fused", "compile")
 class Scale:
     """How much is measured.
 
-    together: so many runs at once, what matters most first. mixed: the same, and how many of them prune while they train. steps: of an epoch here. epochs: of each of
-    several runs, more than there is time for. copied: bytes. matrix: its side.
+    together: so many runs at once, what matters most first. mixed: so many, and how many of them prune while they train.
+    steps: of an epoch here. epochs: of each of several runs, more than there is time for. copied: bytes. matrix: its side.
     """
 
     networks: tuple[str, ...] = ("resnet20", "resnet56", "vgg16")
@@ -302,10 +302,8 @@ def measure(network: Network, add: Callable[[dict[str, Any]], object]) -> None:
     parts.append(("eager", lambda: network.alone(network.way("off"))))
     # torch.compile takes each run half a minute
     crowds = [(runs, 0, way) for runs in network.size.together for way in ("auto", *ways[:1])]
-    crowds += [
-        (mixed, pruning, "auto"),
-        *((runs, 0, way) for way in ways[1:] for runs in network.size.together),
-    ]
+    crowds.append((mixed, pruning, "auto"))
+    crowds += [(runs, 0, way) for way in ways[1:] for runs in network.size.together]
     # captures take the longer the more runs there are
     weights = [3 + runs for runs, _, _ in crowds]
     for number, (runs, pruned, way) in enumerate(crowds):
