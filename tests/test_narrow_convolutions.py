@@ -45,7 +45,8 @@ def test_a_measurement_runs_to_its_end_and_leaves_every_case(tmp_path):
     sums = {f"sums, {finish}" for finish in ("unfolded", "folded", "apart")}
     assert {(case, "forward", "triton", fused) for case in (shape, first) for fused in sums} < rows
     assert {(shape, "dgrad", "triton", f"behind norm, {words.split()[1]}") for words in sums} < rows
-    assert {(shape, "wgrad", "triton", "norm"), (shape, "normalise", "triton", None)} < rows
+    of_training = (shape, "batch norm, ReLU, forward and backward", "training", None)
+    assert {of_training, (shape, "normalise", "triton", None)} < rows
     assert all(row["error"] < 1e-5 for row in found["cases"] if "error" in row)
 
 
