@@ -225,10 +225,9 @@ def test_fused_layers_compute_what_torchs_compute(batch):
     with torch.autocast("cuda", torch.bfloat16):
         model(torch.randn(batch, 3, 32, 32, device="cuda"))
     taken = 0
-    for layer, x in seen:
+    for layer, x in list(seen):  # the hooks go on
         x = x.bfloat16().to(memory_format=torch.channels_last).requires_grad_(x.shape[1] != 3)
-        layer.fused, ours = False, None
-        layer.zero_grad()
+        layer.fused = False
         with torch.autocast("cuda", torch.bfloat16):
             ours = (
                 fused.convolution(layer, x) if isinstance(layer, Conv2d) else fused.norm(layer, x, relu=False)
