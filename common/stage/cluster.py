@@ -75,6 +75,7 @@ class Cluster(Engine):
         self._changed = threading.Condition()
         self._closed = False
         self._gone: OSError | None = None
+        self._place_files = set[Path]()
         self._ended = threading.Event()
         self._ray = connected(execution.address, _places(runs))
         try:
@@ -96,7 +97,8 @@ class Cluster(Engine):
     def submit(self, task: Task, alone: bool) -> Future[Entry | None]:
         needs = {need.settings_hash: entry for need in task.run.needs if (entry := self._store.load(need))}
         future: Future[Entry | None] = Future()
-        write_atomically(self._place(task), b"")  # it waits for a node
+        self._place_files.add(place := self._place(task))
+        write_atomically(place, b"")  # it waits for a node
         with self._changed:
             if self._gone:
                 raise self._gone
@@ -118,9 +120,12 @@ class Cluster(Engine):
             (self._store.folder / node.PROBE).unlink(missing_ok=True)
         if self._gone:  # there is nobody to take leave of: Ray would try for long, and break in the end
             commandline.leave_at_once()
-            return
-        with own_signals():
-            self._ray.shutdown()  # with this process, whatever its tasks are doing ends
+        else:
+            with own_signals():
+                self._ray.shutdown()  # with this process, whatever its tasks are doing ends
+        for place in self._place_files:  # what a worker that has died was still to say may have come after its end
+            with suppress(OSError):
+                place.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------ before anything trains
 
