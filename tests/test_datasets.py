@@ -30,6 +30,14 @@ def test_digits_are_split_by_class_without_overlap():
     assert np.array_equal(np.sort(np.ascontiguousarray(rows).view("S64").ravel()), everything)
 
 
+def test_digits_that_are_not_there_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(
+        DataError, match=r"^sklearn/datasets/data/digits\.csv\.gz: not where Python looks for packages"
+    ):
+        load(DatasetSettings(source="digits"))
+
+
 def test_the_split_is_fixed_and_follows_its_seed():
     one, same, other = (load(DatasetSettings(split_seed=seed)) for seed in (0, 0, 1))
     assert one.digest == same.digest != other.digest

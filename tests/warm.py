@@ -30,7 +30,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-PACKAGES = ("numpy", "pydantic", "scipy.stats", "sklearn.datasets", "torch", "torch._dynamo", "yaml")
+PACKAGES = ("numpy", "pydantic", "scipy.stats", "torch", "torch._dynamo", "yaml")
 LEAVES = ("matplotlib.figure", "matplotlib.backends.backend_svg", "mlflow")
 """None of the others needs these."""
 # what stands in for Python: it passes on what it was called with, ends as the other process does, and takes it along

@@ -77,9 +77,11 @@ class Cell(Strict):
 
     def check(self, data: Dataset, batch: int) -> None:
         """Raise SettingsError where a fresh network cannot be trained on `batch` images of `data`."""
-        images = torch.empty(batch, *data.image_shape, device="meta")
+        images = torch.zeros(batch, *data.image_shape)
         try:
-            self.build(data, device="meta").train()(images)
+            # not of shapes alone, for which torch would load its compiler: that takes longer than these few images
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self.build(data).train()(images)
         except SettingsError:
             raise
         except Exception as error:  # a network of any kind raises whatever its layers do

@@ -123,7 +123,9 @@ class Cluster(Engine):
         else:
             with own_signals():
                 self._ray.shutdown()  # with this process, whatever its tasks are doing ends
-        for place in self._place_files:  # what a worker that has died was still to say may have come after its end
+        for (
+            place
+        ) in self._place_files:  # what a worker that has died was still to say may have come after its end
             with suppress(OSError):
                 place.unlink(missing_ok=True)
 

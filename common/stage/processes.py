@@ -17,7 +17,7 @@ from multiprocessing.context import BaseContext
 from common import commandline
 
 # what every run needs; a package that is not installed is passed over
-_SHARED = ["common.stage.local", "torch._dynamo", "sklearn.datasets"]
+_SHARED = ["common.stage.local", "torch._dynamo"]
 _LONGEST_FOLDER = 60
 """Bytes; the name of a socket has some hundred, of which Python's own takes up to forty."""
 
@@ -28,10 +28,8 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "10000",
     # large blocks of memory come in huge pages, where the system offers them
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    # joblib, which scikit-learn loads, warns in several lines where it cannot have processes of its own; nothing here asks for any
-    "JOBLIB_MULTIPROCESSING": "0",
 }
-"""What OpenMP, the C library and joblib read once, when a process starts."""
+"""What OpenMP and the C library read once, when a process starts."""
 _FILES = 24
 """So many files are open in a process that starts workers, at least."""
 
