@@ -147,17 +147,21 @@ class Cluster(Engine):
 
     def _prepare(self, runs: Sequence[Run]) -> None:
         write_atomically(self._store.folder / node.PROBE, self._home.probe.encode())
+        self._find_nodes()
+        blind = self._blind()
+        if blind:
+            data, depot = self._travelling(runs, blind[0]), self._depot()
+            self._home = dataclasses.replace(self._home, data=data, depot=depot)
+        self._shared = self._ray.put(self._home)
+
+    def _find_nodes(self) -> None:
+        """Have nodes that can take runs. Raises SettingsError."""
         self._look()
         if not self._nodes:
             share = f" and {self._gpus:g} GPU" if self._gpus else ""
             raise SettingsError(
                 f"execution.address = {self._execution.address!r}: no node of the cluster has {self._cpus} CPUs{share} for a run"
             )
-        blind = self._blind()
-        if blind:
-            data, depot = self._travelling(runs, blind[0]), self._depot()
-            self._home = dataclasses.replace(self._home, data=data, depot=depot)
-        self._shared = self._ray.put(self._home)
 
     def _blind(self) -> list[str]:
         """The nodes that do not see the folder. Raises SettingsError naming one that differs."""
@@ -170,11 +174,12 @@ class Cluster(Engine):
                 num_gpus=self._gpus,
                 max_retries=0,
                 scheduling_strategy=On(each.number, soft=False),
-            ).remote(self._home): each.name
+            ).remote(self._home): each
             for each in self._nodes
         }
         blind = []
-        for reference, name in asked.items():
+        for reference, each in asked.items():
+            name = each.name
             try:
                 seen, wrong = self._ray.get(reference, timeout=ANSWERED)
             except self._ray.exceptions.GetTimeoutError:
@@ -182,6 +187,9 @@ class Cluster(Engine):
                     f"node {name} has not started a worker in {ANSWERED:.0f} seconds"
                 ) from None
             except self._ray.exceptions.RayError as error:
+                self._find_nodes()
+                if each.number not in {other.number for other in self._nodes}:
+                    continue  # it was lost a moment ago, which Ray has only now seen
                 raise SettingsError(f"node {name} cannot start a worker: {said(error)}") from None
             if wrong:
                 raise SettingsError(node.refusal(name, wrong))
