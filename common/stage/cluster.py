@@ -31,7 +31,7 @@ from common.stage.depot import Depot, sha256
 from common.stage.engines import Died, Engine, Lost
 from common.stage.files import write_atomically
 from common.stage.local import RUNS_PER_GPU
-from common.stage.places import place_file
+from common.stage.places import forget, place_file
 from common.stage.planned import RUNNING
 from common.stage.store import StageError, Store, code_digest, data_settings
 from common.stage.worker import Task
@@ -75,7 +75,7 @@ class Cluster(Engine):
         self._changed = threading.Condition()
         self._closed = False
         self._gone: OSError | None = None
-        self._place_files = set[Path]()
+        self._keys = set[str]()
         self._ended = threading.Event()
         self._ray = connected(execution.address, _places(runs))
         try:
@@ -97,8 +97,8 @@ class Cluster(Engine):
     def submit(self, task: Task, alone: bool) -> Future[Entry | None]:
         needs = {need.settings_hash: entry for need in task.run.needs if (entry := self._store.load(need))}
         future: Future[Entry | None] = Future()
-        self._place_files.add(place := self._place(task))
-        write_atomically(place, b"")  # it waits for a node
+        self._keys.add(self._store.key(task.run))
+        write_atomically(self._place(task), b"")  # it waits for a node
         with self._changed:
             if self._gone:
                 raise self._gone
@@ -123,11 +123,7 @@ class Cluster(Engine):
         else:
             with own_signals():
                 self._ray.shutdown()  # with this process, whatever its tasks are doing ends
-        for (
-            place
-        ) in self._place_files:  # what a worker that has died was still to say may have come after its end
-            with suppress(OSError):
-                place.unlink(missing_ok=True)
+        forget(self._store.folder / RUNNING, self._keys)
 
     # ------------------------------------------------------------------------------------------ before anything trains
 

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,14 @@ def telling(where: str, write: Callable[[bytes], object]) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
+
+
+def forget(running: Path, keys: Collection[str]) -> None:
+    """Remove the files of these runs, and what workers that have died had begun to write."""
+    with suppress(OSError):  # nobody needs them
+        for file in running.glob(f"*{_ENDING}*"):
+            if file.name.partition(_ENDING)[0] in keys:
+                file.unlink(missing_ok=True)
 
 
 def places(running: Path) -> dict[str, Place]:
