@@ -14,7 +14,7 @@ from common.core.run import Outcome
 from common.records import Identity
 from common.stage import status
 from common.stage.lease import Lease
-from common.stage.places import place_file, telling
+from common.stage.places import forget, place_file, telling
 from common.stage.planned import RUNNING, Planned, PlannedRun
 from common.stage.records import Failed, entry_of, record_of
 from common.stage.store import Store
@@ -91,6 +91,17 @@ def test_which_node_of_a_cluster_has_a_run_and_when_it_was_heard_of(folder):
     command.release()  # as one that was killed: what its nodes have said means nothing
     row, text = _row(path)
     assert row[1:6] == ["8", "4", "0", "1", "3"] and "gpu07" not in text
+
+
+def test_what_is_left_of_places_goes_with_those_of_the_command_alone(tmp_path):
+    mine, others = (place_file(tmp_path, key) for key in ("12ab", "12abc"))
+    begun = mine.with_name(f"{mine.name}.node-4711.tmp")  # by a worker that was killed
+    lease = tmp_path / "12ab.1"
+    for file in (mine, others, begun, lease):
+        file.touch()
+    forget(tmp_path, {"12ab"})
+    assert set(tmp_path.iterdir()) == {others, lease}
+    forget(tmp_path / "gone", {"12ab"})
 
 
 def test_what_a_node_cannot_tell_is_no_fault_of_the_run():
