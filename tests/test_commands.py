@@ -13,6 +13,7 @@ COMMANDS = (
     "replications.selected",
     "replications.pretraining_impact.glyphs",
     "common.report",
+    "common.stage.data",
     "common.stage.prepare",
     "common.stage.publish",
     "common.stage.resolve",

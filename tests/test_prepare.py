@@ -6,6 +6,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 from contextlib import contextmanager
@@ -17,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from project import ROOT
 from torchvision.datasets import CIFAR10
 
 from common.core.loading import checked, load, prepared_file
 from common.settings import DataError, DatasetSettings
+from common.stage import data
 from common.stage import prepare as preparing
 from common.stage.prepare import canonical, main, prepare, write
 
@@ -368,3 +372,26 @@ def test_what_can_be_prepared_is_although_other_data_is_missing(tmp_path, monkey
     errors = [line.split(":")[1].strip() for line in said if line.startswith("error")]
     assert errors == ["data/imagenet", "elsewhere"]
     assert len(load(there).labels["train"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "prepares"), [("data/made.npz", False), ("data/own.npz", True), (None, True)], ids=str
+)
+def test_the_stage_loads_what_prepares_only_where_there_is_something_to_prepare(monkeypatch, path, prepares):
+    Path("params.yaml").write_text("profile: small\nprofiles:\n  small: {}\n")
+    Path("dvc.yaml").write_text("stages:\n  draw:\n    outs: [data/made.npz]\n")
+    Path(".settings/small").mkdir(parents=True)
+    other = {"source": "npz" if path else "cifar10", "path": path}
+    Path(".settings/small/data.json").write_text(json.dumps([{"source": "digits", "path": None}, other]))
+    asked = []
+    monkeypatch.setattr(preparing, "main", lambda arguments: asked.append(arguments) or 2)
+    assert data.main() == (2 if prepares else 0)
+    assert asked == [[]] * prepares
+    if not prepares:
+        assert Path("data/prepared/manifest.json").read_text() == "{}\n"
+
+
+@pytest.mark.slow
+def test_which_papers_there_are_and_whether_to_prepare_is_told_without_torch():
+    code = "import sys, common.stage.data, common.stage.publish; sys.exit('torch' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode

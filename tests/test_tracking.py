@@ -1,5 +1,6 @@
 """MLflow: a real SQLite store and a real tracking server hold what the records hold."""
 
+import math
 import shutil
 import socket
 import sqlite3
@@ -9,15 +10,18 @@ import threading
 import time
 import urllib.request
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, ViewType
 from project import environment
 
 from common.records import Entry
 from common.report.runs import filters
-from common.stage import logged, mlflow_store, publish, tracking
+from common.stage import logged, mlflow_runs, mlflow_store, publish, rows, tracking
 from common.statistics.claims import read_all
 from common.statistics.records import Records
 from common.statistics.verdicts import judge
@@ -82,7 +86,7 @@ def _log(*entries):
 
 def _runs(paper="example"):
     client = MlflowClient(tracking.store_uri())
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT.format(paper=paper))
+    experiment = client.get_experiment_by_name(mlflow_runs.EXPERIMENT.format(paper=paper))
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     return (
         client,
@@ -91,7 +95,8 @@ def _runs(paper="example"):
     )
 
 
-def test_the_store_holds_what_the_records_hold(store):
+def test_the_store_holds_what_the_records_hold(store, monkeypatch):
+    monkeypatch.setattr(mlflow_runs, "by_client", None)  # a local store does without
     entries = [_entry(0), _entry(1), _entry(2, "failed")]
     assert _log(*entries) == 3
     client, children, parents = _runs()
@@ -177,22 +182,45 @@ class _Killed(BaseException):
     pass
 
 
+def _raises(error=RuntimeError, at=1):
+    """Something that raises at its so manieth call, and goes on to what it stands for at all others."""
+
+    def around(function):
+        calls = []
+
+        def called(*arguments, **more):
+            calls.append(arguments)
+            if at in (len(calls), "each"):
+                raise error
+            return function(*arguments, **more)
+
+        return called
+
+    return around
+
+
+def _patch(monkeypatch, module, name, around):
+    monkeypatch.setattr(module, name, around(getattr(module, name)))
+
+
+def _by_client(monkeypatch):
+    _patch(monkeypatch, rows, "write", _raises(at="each"))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_stage_killed_while_logging_leaves_no_twin_and_no_stray_parent(store, monkeypatch):
-    calls = []
-    send = logged.send
-
-    def killed(*arguments, **more):
-        calls.append(arguments)
-        if len(calls) == 2:  # in the middle of the second run
-            raise _Killed
-        send(*arguments, **more)
-
+@pytest.mark.parametrize("way", ["at once", "by client"])
+def test_a_stage_killed_while_logging_leaves_no_twin_and_no_stray_parent(store, monkeypatch, way):
     entries = [_entry(seed) for seed in range(3)]
     with monkeypatch.context() as patch:
-        patch.setattr(logged, "send", killed)
+        if way == "by client":
+            _by_client(patch)
+            _patch(patch, logged, "send", _raises(_Killed, at=2))  # in the middle of the second run
+        else:
+            _patch(patch, rows, "_name_input", _raises(_Killed, at=2))
         _log(*entries)
-    assert len(_runs()[1]) == 1
+    _, children, others = _runs()
+    assert len(children) == 1
+    assert ["mlflow.parentRunId" in run.data.tags for run in others].count(True) == (way == "by client")
     assert _log(*entries) == 2
     _, children, parents = _runs()
     assert sorted(run.data.tags["seed"] for run in children) == ["0", "1", "2"]
@@ -200,16 +228,23 @@ def test_a_stage_killed_while_logging_leaves_no_twin_and_no_stray_parent(store, 
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
 
 
+def test_what_cannot_be_written_at_once_leaves_nothing_and_goes_by_the_client(store, monkeypatch):
+    _patch(monkeypatch, rows, "_name_input", _raises(at=2))
+    assert _log(*map(_entry, range(3))) == 3
+    client, children, (parent,) = _runs()
+    assert sorted(run.data.tags["seed"] for run in children) == ["0", "1", "2"]
+    assert not client.search_runs([parent.info.experiment_id], run_view_type=ViewType.DELETED_ONLY)
+    with closing(sqlite3.connect("mlflow.db")) as made:
+        for table in ("tags", "params", "metrics", "latest_metrics"):
+            found = made.execute(f"SELECT count(DISTINCT run_uuid) FROM {table}").fetchone()
+            assert found == (3 + (table != "params"),)
+        assert made.execute("SELECT count(*) FROM inputs").fetchone() == (3,)
+
+
 def test_what_the_store_refuses_costs_one_run_and_is_logged_next_time(store, monkeypatch):
-    fill = logged._fill
-
-    def refuses(client, run_id, entry, *rest):
-        if entry.record.seed == 1:
-            raise ConnectionError("not now")
-        fill(client, run_id, entry, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(logged, "_fill", refuses)
+        _by_client(patch)
+        _patch(patch, logged, "send", _raises(ConnectionError("not now"), at=2))
         with tracking.StageLog("example", "digits", ENVIRONMENT) as log:
             for seed in range(3):
                 log.add(_entry(seed))
@@ -222,20 +257,117 @@ def test_what_the_store_refuses_costs_one_run_and_is_logged_next_time(store, mon
     assert sorted(run.data.tags["seed"] for run in _runs()[1]) == ["0", "1", "2"]
 
 
-def test_names_that_the_store_refuses_are_changed_and_said_once(store, capsys):
-    metrics = {
-        "test_accuracy": 0.5,
-        "top@5": 0.9,
-        "top_5": 0.8,
-        "../x//y": 1.0,
-        "n" * 300: 2.0,
-        "huge": 10**400,
+_LONG = "n" * 249
+_ODD_METRICS = {
+    "test_accuracy": 0.5,
+    "top@5": 0.9,
+    "top_5": 0.8,
+    "../x//y": 1.0,
+    "..hidden": 3.0,
+    f"{_LONG}/cut": 4.0,
+    **{_LONG + "n" * more: float(more) for more in range(2, 6)},
+    "huge": 10**400,
+    "nan": math.nan,
+}
+_ODD_SETTINGS = {"learning rate @ start": 0.1, "note": "\ud800 'quoted' \0 %s :x", "none": None, "": ""}
+
+
+def _varied() -> list[logged.Run]:
+    """Runs of all kinds, and some that no entry leads to."""
+    names, user = (
+        logged.Names(),
+        {"mlflow.user": "somebody", "odd @ tag": "\ud800" * 9000, "machine.cores": "2"},
+    )
+    entries = [_entry(0), _entry(1, "failed"), _entry(2, epochs=700), _entry(3, epochs=0, data=[])]
+    entries += [
+        _entry(4, data=["d" * 64, "e" * 64, "d" * 64]),
+        _entry(5, dataset="o'ther", metrics=_ODD_METRICS, settings=_ODD_SETTINGS),
+        _entry(6, settings={f"option{i}": i for i in range(250)} | {"long": "x" * 7000}),
+        _entry(7).model_copy(update={"machine": {"cores": 3}, "ended": 1e9}),
+    ]
+    found = [
+        logged.described(
+            entry, "p" * 32, user if entry.record.seed else {}, f"key {entry.record.seed}", names
+        )
+        for entry in entries
+    ]
+    plain = found[0]
+    values = [math.nan, math.inf, -math.inf, 0.0, -0.0, math.nan, 2.0, 1.0, 2.0, 0.0]
+    points = [("m", value, moment, step) for moment in (8, 9) for step in (3, 1) for value in values]
+    points += [("zero first", 0.0, 1, 0), ("zero first", math.nan, 1, 0)]
+    points += [
+        ("nan first", math.nan, 1, 0),
+        ("nan first", 0.0, 1, 0),
+        ("later", 9.0, 1, 0),
+        ("later", 1.0, 2, 0),
+    ]
+    same, other = (
+        Dataset(name, "d" * 32, "another", "source", "schema", "profile") for name in ("digits", "new")
+    )
+    tags = [InputTag("a", "1"), InputTag("b", "2")]
+    return [
+        *found,
+        replace(plain, name="odd points", run_key="points", points=points),
+        replace(plain, name="nothing", run_key="none", tags={}, params={}, points=[], inputs=[]),
+        replace(plain, run_key="inputs", inputs=[DatasetInput(same, tags), *plain.inputs]),
+        replace(plain, run_key="other", inputs=[DatasetInput(other, tags)]),
+    ]
+
+
+def _all_of(client: MlflowClient, experiment: str, ids: list[str]) -> dict[str, object]:
+    """What a store tells of runs and all that stands in its tables, with names that say the same in every store."""
+    called = {run_id: f"run {number}" for number, run_id in enumerate(ids)}
+    with closing(sqlite3.connect(mlflow_store.own_file(client.tracking_uri))) as made:
+        query = "SELECT dataset_uuid, name || ' ' || digest FROM datasets"
+        called |= dict(made.execute(query))
+        query = "SELECT input_uuid, source_id, destination_id FROM inputs"
+        called |= {key: f"{called[data]} of {called[run]}" for key, data, run in made.execute(query)}
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT IN ('experiments', 'alembic_version')"
+        tables = {name: made.execute(f"SELECT * FROM {name}").fetchall() for (name,) in made.execute(query)}
+
+    def plain(value):
+        text = repr(value)
+        for key in called:
+            text = text.replace(key, called[key])
+        return text
+
+    told = [client.get_run(run_id) for run_id in ids]
+    assert {run.info.run_id for run in client.search_runs([experiment])} == set(ids)
+    histories = [
+        sorted(plain(dict(point)) for point in client.get_metric_history(run.info.run_id, name))
+        for run in told
+        for name in sorted(run.data.metrics)
+    ]
+    return {
+        "runs": [plain(run.to_dictionary()) for run in told],
+        "inputs": [sorted(plain(one.to_dictionary()) for one in run.inputs.dataset_inputs) for run in told],
+        "histories": histories,
+        **{name: sorted(map(plain, found)) for name, found in tables.items()},
     }
-    settings = {"learning rate @ start": 0.1, "note": "\ud800"}
-    _log(_entry(0, metrics=metrics, settings=settings), _entry(1, metrics=metrics, settings=settings))
+
+
+def test_a_run_written_at_once_is_what_the_client_leaves(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(logged, "time", SimpleNamespace(time=lambda: 2e9))
+    runs, found = _varied(), []
+    for number, way in enumerate((rows.write, logged.by_client)):
+        file = tmp_path / f"{number}.db"
+        shutil.copy(made, file)
+        client = MlflowClient(f"sqlite:///{file}")
+        experiment = client.create_experiment("some", "file:///some where/%41?x=1")
+        found.append(_all_of(client, experiment, [way(client, experiment, run) for run in runs]))
+    assert found[0].keys() == found[1].keys()
+    for name in found[0]:
+        assert found[0][name] == found[1][name], name
+    assert len(found[0]["datasets"]) == 4 and len(found[0]["metrics"]) > 1500
+
+
+def test_names_that_the_store_refuses_are_changed_and_said_once(store, capsys):
+    more = {"metrics": _ODD_METRICS, "settings": _ODD_SETTINGS}
+    _log(_entry(0, **more), _entry(1, **more))
     for run in _runs()[1]:
         found = run.data.metrics
-        assert (found["top_5_"], found["top_5"], found["x/y"], found["n" * 250]) == (0.9, 0.8, 1.0, 2.0)
+        assert (found["top_5_"], found["top_5"], found["x/y"], found["__hidden"]) == (0.9, 0.8, 1.0, 3.0)
+        assert [found[_LONG + "n"], found[_LONG + "_"], found[_LONG[1:] + "__"]] == [2.0, 3.0, 4.0]
         assert run.data.params["learning rate _ start"] == "0.1" and "huge" not in found
     said = capsys.readouterr().err
     assert said.count("'top@5' is logged as 'top_5_'") == 1
@@ -272,6 +404,8 @@ def test_writers_at_once_leave_one_of_each_run(store):
     _, children, parents = _runs()
     assert sorted(run.data.tags["seed"] for run in children) == ["0", "1", "2", "3"]
     assert {run.info.status for run in parents} == {"FINISHED"}
+    with closing(sqlite3.connect("mlflow.db")) as made:
+        assert made.execute("SELECT count(*) FROM datasets").fetchone() == (1,)
 
 
 @pytest.mark.parametrize("name", ["plain", "a#b%20c%d it's ü?x=1"])
@@ -420,7 +554,7 @@ def claimed(store, monkeypatch):
     """A project whose paper `example` has claims, and runs of two variants at several targets, logged."""
     (store / "replications" / "example").mkdir(parents=True)
     (store / "replications" / "example" / "claims.yaml").write_text(CLAIMS)
-    monkeypatch.setattr(tracking, "ROOT", store)
+    monkeypatch.setattr(mlflow_runs, "ROOT", store)
     runs = [("dense", 0.0, 0.9), ("sparse", 0.5, 0.95), ("sparse", 0.9, 0.6), ("other", 0.5, 0.7)]
     entries = [
         _entry(

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -97,11 +97,13 @@ class Compute:
             event.record()
             TURNS.wait(event.synchronize)
 
-    def precision(self) -> torch.autocast:
+    def precision(self) -> AbstractContextManager[object]:
         """The context in which forward passes run."""
-        return torch.autocast(
-            self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
-        )
+        if (
+            self.autocast is None
+        ):  # to enter one that does nothing takes as long as a layer of a small network
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
 
 
 def _check_fused(device: torch.device, half: bool) -> None:
@@ -128,7 +130,10 @@ def make_repeatable(execution: ExecutionSettings) -> None:
     # weights that a penalty drives to zero pass through denormal numbers, which are slow
     torch.set_flush_denormal(True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not repeatable
-    torch.use_deterministic_algorithms(execution.deterministic, warn_only=True)
+    if execution.compilation == "compile":
+        torch.use_deterministic_algorithms(execution.deterministic, warn_only=True)
+    else:  # the same without loading torch's compiler, which takes a second and more
+        torch.set_deterministic_debug_mode("warn" if execution.deterministic else "default")
     # its search tries kernels with gigabytes of work space, which runs that share a GPU do not have
     torch.backends.cudnn.benchmark = False
     # nothing here reads memory before writing it, and filling it costs up to a tenth of a small network's step

@@ -125,6 +125,8 @@ def check_classes(labels: np.ndarray, classes: int, name: str) -> None:
 
 # of a pass without gradients
 _PASS_IMAGES, _PASS_PIXELS = 2000, 2**22
+_TOGETHER = 2**18
+"""Values of small batches that are normalised together, at most."""
 
 
 class Batches:
@@ -171,11 +173,12 @@ class Batches:
         order, start = self._order(number), 0
         labels = self.labels if order is None else self.labels[order]
         for pixels in self._pixels(order, number):
-            x = self._normalised(pixels)
-            if self.augmentation.rotation:
-                x = self._rotated(x, self._angles(number, start, len(x)))
-            yield x, labels[start : start + len(x)]
-            start += len(x)
+            # several batches at once, as each of small ones would take as long as a layer
+            for x in self._normalised(pixels).split(self.batch_size):
+                if self.augmentation.rotation:
+                    x = self._rotated(x, self._angles(number, start, len(x)))
+                yield x, labels[start : start + len(x)]
+                start += len(x)
 
     def tables(self) -> Tables | None:
         """What makes the batches of an epoch step by step on the device; None for images that stay on disk."""
@@ -194,9 +197,10 @@ class Batches:
         return torch.Generator().manual_seed(stream(self.seed, *names))
 
     def _pixels(self, order: Tensor | None, number: int) -> Iterable[Tensor]:
-        """The images of the epoch in batches, cropped and flipped, still uint8. order: None as they are."""
+        """The images of the epoch in one or more batches at a time, cropped and flipped, still uint8. order: None as they are."""
         if isinstance(self.images, Tensor):
-            return self._arranged(order, number).split(self.batch_size)
+            together = max(1, _TOGETHER // (self.batch_size * self.images.shape[1:].numel()))
+            return self._arranged(order, number).split(together * self.batch_size)
         crops = stream(self.seed, "crops", number) if self._augment else None
         order = torch.arange(len(self.labels)) if order is None else order
         return self.images.batches(order, self.batch_size, crops, self.augmentation.flip)

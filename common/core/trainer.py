@@ -21,6 +21,8 @@ from common.core.data import Batches
 from common.core.failures import Diverged, OutOfMemory, Unreachable
 from common.core.hooks import Hooks as Hooks
 from common.core.identity import GLOBAL_GENERATOR, stream
+from common.core.models.network import weights_in_place
+from common.core.sgd import SGD
 from common.core.steps import Steps
 
 Decays = Callable[[str, nn.Parameter], bool]
@@ -106,12 +108,10 @@ class Trainer:
         self._fits = 0
         self._draws = any(isinstance(module, _DropoutNd) and module.p for module in model.modules())
 
-    def _sgd(
-        self, momentum: float, nesterov: bool, weight_decay: float, decays: Decays | None
-    ) -> torch.optim.SGD:
+    def _sgd(self, momentum: float, nesterov: bool, weight_decay: float, decays: Decays | None) -> SGD:
         groups = decay_groups(self.model, decays)
         groups += [group for hook in self.hooks for group in hook.parameter_groups()]
-        return torch.optim.SGD(
+        return SGD(
             groups, lr=0.0, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
         )
 
@@ -315,7 +315,8 @@ class Trainer:
     def _forward(self, images: Tensor, effective: dict[str, Tensor] | None = None) -> Tensor:
         with self.compute.precision():
             if effective:
-                logits = torch.func.functional_call(self.model, effective, (images,))
+                with weights_in_place(self.model, effective):
+                    logits = self.model(images)
             else:
                 logits = self._network()(images)
         return logits.float() if logits.dtype == torch.bfloat16 else logits

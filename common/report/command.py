@@ -7,9 +7,11 @@ Into the folder of `--scales`: `index.html`, and `overview.png` for a README.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
@@ -76,11 +78,12 @@ def _draw(planned: Sequence[panels.Panel]) -> list[figures.Drawn]:
     workers = min(WORKERS, cores, len(planned) // FIGURES_A_WORKER)
     if workers < 2:
         return [figures.draw(panel) for panel in planned]
+    # forked, they need not load anew what takes longer than their share of the drawing
+    start = "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
+    gc.freeze()  # else each would look through all that is there, again and again
     with (
         commandline.patience() as asked,
-        ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), commandline.end_with_parent
-        ) as pool,
+        ProcessPoolExecutor(workers, multiprocessing.get_context(start), commandline.end_with_parent) as pool,
     ):
         with commandline.unheard():
             drawing = [pool.submit(figures.draw, panel) for panel in planned]

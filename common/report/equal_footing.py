@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from common.naming import slug
 from common.records import TRIAL, Record
 from common.report.evidence import EQUAL_FOOTING, Paper
 from common.report.gathering import Looks, Targets, cost_panel, gather, measured, reference
 from common.report.panels import CONFIDENCE, ImprovementPanel, Panel, Profile, ProfilesPanel
+from common.statistics import inference
 
 Accuracies = Mapping[float, Mapping[int, float]]
 """Target -> seed -> test accuracy in %."""
@@ -204,7 +204,7 @@ def _footing(place: str, cell: Mapping[str, Targets], seconds: Mapping[str, floa
         t: sorted(set.intersection(*(set(found.get(t, ())) for found in values.values()))) for t in targets
     }
     ranks = {
-        t: rankdata([[-found[t][s] for s in seeds] for found in values.values()], axis=0).mean(axis=1)
+        t: inference.ranks([[-found[t][s] for s in seeds] for found in values.values()]).mean(axis=1)
         for t, seeds in shared.items()
         if seeds
     }

@@ -74,7 +74,7 @@ def of_training(curves: Sequence[Curve], target: str | None, place: str) -> str:
 
 
 def _centre(point: Point, centre: str) -> float:
-    return float(np.mean(point.ys)) if centre == "mean" else interquartile_mean(point.ys)
+    return float(np.mean(point.ys) if centre == "mean" else interquartile_mean(point.ys))
 
 
 def _listed(targets: Sequence[float]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtrit
-from scipy.stats import trim_mean
+
+from common.statistics.flips import interquartile_mean
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -202,8 +203,8 @@ def interquartile_interval(values: Sequence[float] | np.ndarray) -> tuple[float,
     if n < 2:
         return mean_interval(values)
     drawn = values[np.random.default_rng(0).integers(0, n, (RESAMPLES, n))]
-    low, high = np.quantile(trim_mean(drawn, 0.25, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(trim_mean(values, 0.25)), float(low), float(high)
+    low, high = np.quantile(interquartile_mean(drawn), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(interquartile_mean(values)), float(low), float(high)
 
 
 def percent(target: float) -> str:

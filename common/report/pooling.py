@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import chi2, t
+from scipy.special import chdtrc, stdtrit
 
 FEWEST_CELLS = 5
 """Below this many cells heterogeneity is not estimated, and nothing is pooled."""
@@ -44,6 +43,8 @@ def pool(effects: Sequence[float], errors: Sequence[float]) -> Pooled | None:
     k = len(effects)
     if k < FEWEST_CELLS:
         return None
+    from scipy.optimize import brentq  # takes its time to load
+
     y, variance = np.asarray(effects, float), np.square(np.asarray(errors, float))
 
     def excess(tau2: float) -> float:
@@ -56,8 +57,8 @@ def pool(effects: Sequence[float], errors: Sequence[float]) -> Pooled | None:
     weights = 1 / (variance + tau2)
     mean = float(weights @ y / weights.sum())
     spread = max(1.0, float(weights @ np.square(y - mean)) / (k - 1)) / float(weights.sum())
-    half = float(t.ppf((1 + CONFIDENCE) / 2, k - 1)) * math.sqrt(spread)
-    ahead = float(t.ppf((1 + CONFIDENCE) / 2, k - 2)) * math.sqrt(tau2 + spread)
+    half = float(stdtrit(k - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(spread)
+    ahead = float(stdtrit(k - 2, (1 + CONFIDENCE) / 2)) * math.sqrt(tau2 + spread)
     return Pooled(
         k,
         mean,
@@ -67,5 +68,5 @@ def pool(effects: Sequence[float], errors: Sequence[float]) -> Pooled | None:
         mean + ahead,
         math.sqrt(tau2),
         max(0.0, (q - (k - 1)) / q) if q else 0.0,
-        float(chi2.sf(q, k - 1)),
+        float(chdtrc(k - 1, q)),
     )

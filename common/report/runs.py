@@ -1,6 +1,6 @@
 """From a number to the runs behind it: filters as MLflow's search takes them, and how far its two sides were trained alike.
 
-`common.stage.tracking` writes the params, metrics and tags that the filters name.
+`common.stage.logged` describes the params, metrics and tags that the filters name.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,19 +22,31 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from common.records import Entry, Record
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
-_METRICS_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH, _NAME_LENGTH = 1000, 100, 6000, 250  # limits of the store
+# limits of the store
+_ENTITIES_PER_CALL, _PARAMS_PER_CALL, _VALUE_LENGTH, _NAME_LENGTH = 1000, 100, 6000, 250
+
+Point = tuple[str, float, int, int]
+"""A metric: name, value, moment in milliseconds, step."""
 
 
-def log_run(
-    client: MlflowClient,
-    experiment: str,
-    parent: str,
-    entry: Entry,
-    shared: Mapping[str, str],
-    run_key: str,
-    names: Names,
-) -> str:
-    """Log a finished run below that of its stage, whole or not at all; returns its id. Raises what the store does."""
+@dataclass(frozen=True)
+class Run:
+    """A finished run as MLflow has it, with names and texts that the store takes; moments are in milliseconds."""
+
+    name: str
+    started: int
+    ended: int
+    status: str
+    tags: dict[str, str]
+    run_key: str
+    """One more tag: the key by which a run that is whole is found again."""
+    params: Mapping[str, str]
+    points: Sequence[Point]
+    inputs: Sequence[DatasetInput]
+
+
+def described(entry: Entry, parent: str, shared: Mapping[str, str], run_key: str, names: Names) -> Run:
+    """What is logged of an entry, below the run of its stage, which has the tags `shared`."""
     record = entry.record
     # machine and versions stand at the stage's run, which is the parent, unless another machine executed this one
     own = {key: value for key, value in shared.items() if not key.startswith(("machine.", "versions."))}
@@ -43,12 +58,44 @@ def log_run(
             tags[name] = value[:_VALUE_LENGTH]
     name = f"{record.variant} {record.architecture} t={record.target:g} s={record.seed}"
     ended = time.time() if entry.ended is None else entry.ended
-    started = milliseconds(ended - entry.seconds)
-    tags = {names.clean("tag", key): _text(value) for key, value in tags.items()}
-    run_id = client.create_run(experiment, started, run_name=_text(name), tags=tags).info.run_id
+    params = {**dict(_flat("", record.settings)), **_trained(entry), **_identity(record)}
+    called = names.all("parameter", params)
+    # as numbers, too, since MLflow compares params as text
+    numbers = {"target": record.target, "seed": float(record.seed), "seconds": entry.seconds}
+    numbers |= {**_numbers("", record.metrics), **_numbers("cost.", record.cost)}
+    numbers |= _numbers("measured.", entry.measured or {})
+    steps = [
+        (f"curve/{key}", value, step)
+        for step, row in enumerate(entry.curves)
+        for key, value in _numbers("", row).items()
+        if key != "epoch"
+    ]
+    source, context = json.dumps(record.settings.get("data")), [InputTag("mlflow.data.context", "train")]
+    return Run(
+        name=_text(name),
+        started=milliseconds(ended - entry.seconds),
+        ended=milliseconds(ended),
+        status="FINISHED" if record.status == "ok" else "FAILED",
+        tags={names.clean("tag", key): _text(value) for key, value in tags.items()},
+        run_key=run_key,
+        params={called[key]: _text(value) for key, value in params.items()},
+        points=points(names, numbers, steps),
+        inputs=[
+            DatasetInput(MlflowDataset(record.dataset, fingerprint[:32], "local", source), context)
+            for fingerprint in record.data
+        ],
+    )
+
+
+def by_client(client: MlflowClient, experiment: str, run: Run) -> str:
+    """Log a finished run to any store, whole or not at all; returns its id. Raises what the store does."""
+    run_id = client.create_run(experiment, run.started, run.tags, run.name).info.run_id
     try:
-        _fill(client, run_id, entry, run_key, names)
-        client.set_terminated(run_id, "FINISHED" if record.status == "ok" else "FAILED", milliseconds(ended))
+        if run.inputs:
+            client.log_inputs(run_id, list(run.inputs))
+        # the key comes last: half a run is never taken for a whole one
+        send(client, run_id, run.points, run.params, {"run_key": run.run_key})
+        client.set_terminated(run_id, run.status, run.ended)
     except Exception:
         with suppress(Exception):  # what is half logged is deleted next time, if not now
             client.delete_run(run_id)
@@ -56,33 +103,36 @@ def log_run(
     return run_id
 
 
+def send(
+    client: MlflowClient,
+    run_id: str,
+    points: Sequence[Point],
+    params: Mapping[str, str] = _NONE,
+    tags: Mapping[str, str] = _NONE,
+) -> None:
+    """Send everything in as few calls as the store's limits allow, the tags in the last one."""
+    metrics = [Metric(*point) for point in points]
+    texts = [Param(key, value) for key, value in params.items()]
+    if len(texts) > _PARAMS_PER_CALL or len(metrics) + len(texts) + len(tags) > _ENTITIES_PER_CALL:
+        client.log_batch(run_id, metrics, texts)  # the client makes several calls of it
+        metrics, texts = [], []
+    client.log_batch(run_id, metrics, texts, [RunTag(key, value) for key, value in tags.items()])
+
+
+def points(
+    names: Names, metrics: Mapping[str, float], steps: Sequence[tuple[str, float, int]]
+) -> list[Point]:
+    """Metrics that were measured once, and more with their steps, as they are logged now."""
+    now = milliseconds(time.time())
+    rows = [*((key, value, 0) for key, value in metrics.items()), *steps]
+    called = names.all("metric", (key for key, _, _ in rows))
+    return [(called[key], value, now, step) for key, value, step in rows]
+
+
 def log_network(client: MlflowClient, run_id: str, network: Path) -> None:
     """Hang a network on its run, once."""
     if not client.list_artifacts(run_id, "network"):
         client.log_artifact(run_id, str(network), "network")
-
-
-def _fill(client: MlflowClient, run_id: str, entry: Entry, run_key: str, names: Names) -> None:
-    record = entry.record
-    params = {**dict(_flat("", record.settings)), **_trained(entry), **_identity(record)}
-    # as numbers, too, since MLflow compares params as text
-    numbers = {"target": record.target, "seed": float(record.seed), "seconds": entry.seconds}
-    numbers |= {**_numbers("", record.metrics), **_numbers("cost.", record.cost)}
-    numbers |= _numbers("measured.", entry.measured or {})
-    # the key by which the run is found again comes last: half a run is never taken for a whole one
-    send(
-        client, run_id, names, params=params, metrics=numbers, curves=entry.curves, tags={"run_key": run_key}
-    )
-    source = json.dumps(record.settings.get("data"))
-    inputs = [
-        DatasetInput(
-            MlflowDataset(record.dataset, fingerprint[:32], "local", source),
-            [InputTag("mlflow.data.context", "train")],
-        )
-        for fingerprint in record.data
-    ]
-    if inputs:
-        client.log_inputs(run_id, inputs)
 
 
 def _identity(record: Record) -> dict[str, Any]:
@@ -129,6 +179,13 @@ def _text(value: Any) -> str:
     return str(value)[:_VALUE_LENGTH].encode("utf-8", "replace").decode()
 
 
+@lru_cache(10_000)
+def _plain(name: str) -> str:
+    known = re.sub(r"[^/\w.\- :]", "_", name)[:_NAME_LENGTH]
+    parts = [part for part in known.split("/") if part not in ("", ".", "..")]
+    return re.sub(r"^\.\.", "__", "/".join(parts)) or "_"
+
+
 class Names:
     """Names that the store takes: others are changed, and each such change is said once."""
 
@@ -137,10 +194,11 @@ class Names:
 
     def clean(self, kind: str, name: str, taken: Collection[str] = ()) -> str:
         """The name by which something is logged: none of those that are taken, unless it needs no change."""
-        parts = [part for part in re.sub(r"[^/\w.\- :]", "_", name).split("/") if part not in ("", ".", "..")]
-        found = "/".join(parts)[:_NAME_LENGTH] or "_"
-        while found != name and found in taken:
-            found = f"{found[: _NAME_LENGTH - 1]}_"
+        plain = found = _plain(name)
+        for count in itertools.count(1):
+            if found == name or found not in taken:
+                break
+            found = plain[: _NAME_LENGTH - count] + "_" * count
         if found != name and name not in self._told:
             self._told.add(name)
             print(f"MLflow: {kind} {name!r} is logged as {found!r}, a name that it takes", file=sys.stderr)
@@ -154,35 +212,6 @@ class Names:
             found[name] = self.clean(kind, name, taken)
             taken.add(found[name])
         return found
-
-
-def send(
-    client: MlflowClient,
-    run_id: str,
-    names: Names,
-    *,
-    params: Mapping[str, Any] = _NONE,
-    metrics: Mapping[str, float] = _NONE,
-    curves: Sequence[Mapping[str, Any]] = (),
-    steps: Sequence[tuple[str, float, int]] = (),
-    tags: Mapping[str, str] = _NONE,
-) -> None:
-    """Send everything in as few calls as the store's limits allow, the tags in the last one.
-
-    steps: more metrics, each with its value and its step.
-    """
-    now = milliseconds(time.time())
-    rows = [*((key, value, 0) for key, value in metrics.items()), *steps]
-    for step, row in enumerate(curves):
-        rows += [(f"curve/{key}", value, step) for key, value in _numbers("", row).items() if key != "epoch"]
-    called = names.all("metric", (key for key, _, _ in rows))
-    points = [Metric(called[key], value, now, step) for key, value, step in rows]
-    called = names.all("parameter", params)
-    texts = [Param(called[key], _text(value)) for key, value in params.items()]
-    while len(points) > _METRICS_PER_CALL or len(texts) > _PARAMS_PER_CALL:
-        client.log_batch(run_id, points[:_METRICS_PER_CALL], texts[:_PARAMS_PER_CALL])
-        points, texts = points[_METRICS_PER_CALL:], texts[_PARAMS_PER_CALL:]
-    client.log_batch(run_id, points, texts, [RunTag(key, value) for key, value in tags.items()])
 
 
 def milliseconds(moment: float) -> int:

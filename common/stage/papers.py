@@ -1,4 +1,7 @@
-"""The papers of the project: which there are, their protocols, and their settings in a profile."""
+"""The papers of the project: which there are, their protocols, and their settings in a profile.
+
+Which there are is told without loading torch.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,8 @@ import importlib
 import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from common.core import experiment
-from common.core.loading import prepared_file
-from common.core.run import Run
 from common.reading import NAME_RULE, is_name, shown, words
 from common.settings import (
     PARAMS_FILE,
@@ -27,6 +27,9 @@ from common.settings import (
     profile_chain,
     validated,
 )
+
+if TYPE_CHECKING:
+    from common.core.run import Run
 
 _OF_PROFILES = ("extends", "dataset", "execution", "seeds", "keep")
 """Keys of a profile that are no papers."""
@@ -53,6 +56,8 @@ def protocol(paper: str) -> ModuleType:
 
 def runs(paper: str, profile: Profile) -> list[Run]:
     """The runs of the paper's experiment; what they need may be left out. Raises SettingsError, DataError."""
+    from common.core import experiment
+
     return experiment.listed(paper, protocol(paper).Experiment, profile)
 
 
@@ -101,6 +106,8 @@ def profile_datasets(
     file: str | os.PathLike = PARAMS_FILE, profile: str | None = None
 ) -> list[DatasetSettings]:
     """Every data set that a profile's papers read, each once. Raises SettingsError."""
+    from common.core.loading import prepared_file
+
     found: dict[str, DatasetSettings] = {}
     for paper in papers():
         for data in parts(load(paper, file, profile), DatasetSettings):

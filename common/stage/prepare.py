@@ -1,6 +1,6 @@
 """`python -m common.stage.prepare`: bring every data set of a profile into one checked array file each, once.
 
-The stage `data` of the pipeline. torchvision downloads and verifies its own data sets (into `data/downloads`, which
+What the stage `data` of the pipeline calls. torchvision downloads and verifies its own data sets (into `data/downloads`, which
 survives a broken attempt), unless `--from` has put a copy of CIFAR there; image folders are converted, or indexed where
 they are to be streamed. A local `.npz` already is such a file and is read as it is. What was passed over, what was changed
 and what training had better not see is said on stderr and in `data/prepared/manifest.json`.

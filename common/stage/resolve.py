@@ -2,7 +2,8 @@
 
 The stage `settings` of the pipeline. A stage depends on its own file in `.settings/<profile>` where it would depend on
 params.yaml, so an edit there (also one of a profile that the selected one extends) re-runs the stages whose settings
-it changes, and no other. Nothing reads the files: a stage loads its settings from params.yaml.
+it changes, and no other. A stage loads its settings from params.yaml all the same; only
+`data` reads its file, for whether there is anything to do.
 """
 
 from __future__ import annotations

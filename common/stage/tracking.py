@@ -1,57 +1,29 @@
-"""MLflow: every run of a stage in one experiment per paper, nested under the stage's run.
+"""The log of a stage in MLflow, which is written beside training by a thread of its own.
 
-Only one thread of the stage's own process writes, so workers cannot collide in the database. Logging is idempotent: a
-run is found again by its key, so a resumed or repeated stage adds what is missing and no twin.
+Nothing here loads MLflow, which takes seconds: the thread does, while the first runs train.
 """
 
 from __future__ import annotations
 
-import getpass
 import itertools
 import math
-import os
-import platform
 import queue
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_DO_NOT_TRACK", "true")
+from common.records import Entry
+from common.stage import lease
+from common.stage.mlflow_store import PATIENCE, StoreError, await_logging, store_uri
 
-import mlflow
-from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Run
-from mlflow.exceptions import MlflowException
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
+if find_spec("mlflow") is None:
+    raise ModuleNotFoundError("MLflow is not installed", name="mlflow")
 
-from common.core.identity import digest
-from common.naming import EXPERIMENT
-from common.records import TRIAL, Entry, Record
-from common.settings import ROOT, SettingsError
-from common.stage import descriptions, lease
-from common.stage.logged import Names, log_network, log_run, send
-from common.stage.mlflow_store import (
-    ARTIFACTS,
-    PATIENCE,
-    StoreError,
-    await_answer,
-    await_logging,
-    checkout,
-    ready,
-    store_uri,
-)
-from common.statistics.claims import CLAIMS_FILE, Claim, read
-
-_DESCRIPTION = "mlflow.note.content"
 _MAKING = 60.0
-"""Seconds that the end of a stage waits for a new store to be made."""
+"""Seconds that the end of a stage waits for MLflow to be loaded and a new store to be made."""
 _PATIENCE_WHEN_STOPPED = 0.5
 _NUMBERS = itertools.count()
 _logging = set[str]()
@@ -60,23 +32,16 @@ _silent = set[str]()
 """Stores that have not answered, until they do."""
 
 
-@event.listens_for(Engine, "connect")
-def _no_waiting_for_the_disk(connection: Any, _: Any) -> None:
-    """MLflow commits about nine times a run. A killed process still loses nothing; only a power cut could.
-
-    What it could lose is a copy: the records are the truth, and a stage logs again what is missing.
-    """
-    if type(connection).__module__.startswith("sqlite3"):
-        connection.execute("PRAGMA synchronous = OFF")
-
-
 class StageLog:
-    """Logs the runs of a stage while it goes on, from a thread of its own; use it as a context manager.
+    """Logs the runs of a stage while it goes on; use it as a context manager.
 
     environment: `code`, `machine` and `versions` as `common.stage.records.environment` returns them. A run that the store already
     holds is passed over. When the store cannot be reached, the stage goes on and `error` says why; a run that cannot be
     logged costs no other, and `missing` counts them: they are logged the next time the stage is run. The end waits for what
     is still to be logged, but `PATIENCE` at most without seeing that any of it goes on.
+
+    signature: of this log, by which another process knows whether it goes on. entries: what is still to be logged, None at
+    the end. making: whether the store is not there yet. complete: whether the stage has come to its end.
     """
 
     def __init__(self, paper: str, profile: str, environment: Mapping[str, Any]):
@@ -84,254 +49,51 @@ class StageLog:
         self.error: Exception | None = None
         self.missing = 0
         self.added = 0
-        self._uri = store_uri()
-        self._signature = f"{lease.signature()} {next(_NUMBERS)}"
-        self._claims_file = ROOT / "replications" / paper / CLAIMS_FILE
-        self._page = page_of(profile)
-        self._accuracies: dict[tuple[str, int], list[float]] = {}
-        self._names = Names()
-        self._entries: queue.SimpleQueue[tuple[Entry, Path | None] | None] = queue.SimpleQueue()
-        self._seconds, self._count, self._failed = 0.0, 0, 0
-        self._moved, self._making, self._complete = 0.0, False, False
+        self.uri = store_uri()
+        self.signature = f"{lease.signature()} {next(_NUMBERS)}"
+        self.entries: queue.SimpleQueue[tuple[Entry, Path | None] | None] = queue.SimpleQueue()
+        self.making, self.complete = True, False
+        self._moved = 0.0
         self._thread = threading.Thread(target=self._log, daemon=True)
 
     def __enter__(self) -> StageLog:
-        _logging.add(self._signature)
+        _logging.add(self.signature)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        self._complete = kind is None
-        self._entries.put(None)
-        ends = time.monotonic() + (math.inf if self._complete else _PATIENCE_WHEN_STOPPED)
-        patience = _PATIENCE_WHEN_STOPPED if self._uri in _silent else PATIENCE
+        self.complete = kind is None
+        self.entries.put(None)
+        ends = time.monotonic() + (math.inf if self.complete else _PATIENCE_WHEN_STOPPED)
+        patience = _PATIENCE_WHEN_STOPPED if self.uri in _silent else PATIENCE
         ended = await_logging(
-            self._thread, lambda: self._moved, lambda: _MAKING if self._making else patience, ends
+            self._thread, lambda: self._moved, lambda: _MAKING if self.making else patience, ends
         )
-        if not ended and self._complete:
-            _silent.add(self._uri)
-            self.error = self.error or StoreError(f"{self._uri} does not answer")
+        if not ended and self.complete:
+            _silent.add(self.uri)
+            self.error = self.error or StoreError(f"{self.uri} does not answer")
 
     def add(self, entry: Entry, network: Path | None = None) -> None:
         """Log one entry, and its network where that is in a file; returns at once."""
-        self._entries.put((entry, network))
+        self.entries.put((entry, network))
+
+    def moves(self) -> None:
+        """Something has been logged or found."""
+        self._moved = time.monotonic()
+        _silent.discard(self.uri)
 
     def _log(self) -> None:
         try:
-            self._drain()
+            from common.stage.mlflow_runs import Writer
+
+            Writer(self).write()
         except Exception as error:  # tracking must never cost a stage its runs
             self.error = error
         finally:
-            _logging.discard(self._signature)
-
-    def _moves(self) -> None:
-        """Something has been logged or found."""
-        self._moved = time.monotonic()
-        _silent.discard(self._uri)
-
-    def _drain(self) -> None:
-        self._making = True
-        if mended := ready(self._uri):
-            print(mended, file=sys.stderr)
-        self._moves()
-        self._making = False
-        await_answer(self._uri)
-        self._moves()
-        mlflow.set_tracking_uri(self._uri)
-        client = MlflowClient()
-        claims = _claims(self._claims_file)
-        experiment = _experiment(client, self.paper)
-        about = descriptions.of_experiment(self.paper, claims, self._page)
-        client.set_experiment_tag(experiment, _DESCRIPTION, about)
-        known = {run.data.tags["run_key"]: run for run in self._ended(client, experiment)}
-        ids = {key: run.info.run_id for key, run in known.items()}
-        shared = {
-            "profile": self.profile,
-            "stage": self.paper,
-            "origin": _origin(),
-            "process": self._signature,
-            "code": self.environment["code"],
-        }
-        shared |= _revision() | _source(self.paper)
-        for group in ("machine", "versions"):
-            shared |= {f"{group}.{key}": str(value) for key, value in self.environment[group].items()}
-        parent = _unfinished(client, experiment, shared)
-        while (found := self._entries.get()) is not None:
-            entry, network = found
-            self._seconds += entry.seconds
-            self._count += 1
-            self._failed += entry.record.status == "failed"
-            self._note(entry.record)
-            run_key = _run_key(entry.record, self.environment)
-            before = known.get(run_key)
-            # a run that had failed may have been tried again
-            if before is None or before.info.status == "FAILED" and entry.record.status == "ok":
-                if parent is None:
-                    name = f"{self.paper} ({self.profile})"
-                    parent = client.create_run(experiment, run_name=name, tags=shared).info.run_id
-                text = descriptions.of_run(entry.record, claims, self._page)
-                tags = {**shared, _DESCRIPTION: text}
-                log = lambda: logged.append(
-                    log_run(client, experiment, parent, entry, tags, run_key, self._names)
-                )
-                logged: list[str] = []
-                if self._tried(log):
-                    if before:
-                        client.delete_run(before.info.run_id)
-                    ids[run_key] = logged[0]
-                    self.added += 1
-            if network and run_key in ids and network.exists() and network.stat().st_size:
-                self._tried(lambda: log_network(client, ids[run_key], network))
-        if parent and self._complete:
-            self._tried(lambda: self._end(client, experiment, parent))
-
-    def _tried(self, log: Callable[[], object]) -> bool:
-        """Whether something could be logged; it is tried a second time. Otherwise it is counted as missing."""
-        for attempt in (1, 2):
-            try:
-                log()
-            except Exception as error:
-                if attempt == 2:
-                    self.error = self.error or error
-                    self.missing += 1
-            else:
-                self._moves()
-                return True
-        return False
-
-    def _end(self, client: MlflowClient, experiment: str, parent: str) -> None:
-        """Complete the run of the stage, and leave one of the runs that other writers have logged meanwhile as well."""
-        totals = {"runs": self._count, "failed": self._failed, "seconds": self._seconds}
-        send(client, parent, self._names, metrics=totals, steps=self._averages())
-        if self._claims_file.is_file():
-            client.log_artifact(parent, str(self._claims_file))
-        client.set_terminated(parent)
-        first: dict[str, str] = {}
-        for run in sorted(self._ended(client, experiment), key=lambda run: run.info.run_id):
-            if first.setdefault(run.data.tags["run_key"], run.info.run_id) != run.info.run_id:
-                with suppress(MlflowException):  # the other writer does the same
-                    client.delete_run(run.info.run_id)
-
-    def _ended(self, client: MlflowClient, experiment: str) -> Iterator[Run]:
-        """The runs of the profile that the store holds whole."""
-        text = f"tags.profile = '{self.profile}' and attributes.status != 'RUNNING'"
-        for run in _search(client, experiment, text):
-            self._moves()
-            if "run_key" in run.data.tags:
-                yield run
-
-    def _note(self, record: Record) -> None:
-        """Keep a test accuracy for the charts of the stage's run: one a variant, over its targets in %."""
-        accuracy = record.metrics.get("test_accuracy")
-        if accuracy is not None and not record.variant.startswith(TRIAL):
-            name = f"accuracy/{record.dataset} {record.architecture}/{record.variant}"
-            self._accuracies.setdefault((name, round(100 * record.target)), []).append(accuracy)
-
-    def _averages(self) -> list[tuple[str, float, int]]:
-        return [
-            (name, sum(values) / len(values), step)
-            for (name, step), values in sorted(self._accuracies.items())
-        ]
+            _logging.discard(self.signature)
 
 
-def page_of(profile: str) -> Path:
-    """The report's page of a profile, where the pipeline writes it."""
-    return checkout() / "reports" / profile / "index.html"
-
-
-def _claims(file: Path) -> tuple[Claim, ...]:
-    """The claims for which runs are evidence; none where the file cannot be read, which the statistics will say."""
-    try:
-        return read(file).claims
-    except SettingsError:
-        return ()
-
-
-def _source(paper: str) -> dict[str, str]:
-    """Who ran what, in the words of MLflow's columns."""
-    found = {"mlflow.source.name": f"python -m replications run {paper}", "mlflow.source.type": "LOCAL"}
-    try:
-        return found | {"mlflow.user": getpass.getuser()}
-    except (KeyError, OSError):  # a user without a name
-        return found
-
-
-def _unfinished(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:
-    """The stage's own run that a killed stage of this checkout has left unfinished, if there is one.
-
-    Runs that were half logged when the stage was killed are deleted; they will be logged whole. Those of a process that goes
-    on are left to it.
-    """
-    text = f"tags.profile = '{tags['profile']}' and tags.origin = '{tags['origin']}' and attributes.status = 'RUNNING'"
-    parents = []
-    for run in _search(client, experiment, text):
-        if _goes_on(run.data.tags.get("process", "")):
-            continue
-        if "mlflow.parentRunId" in run.data.tags:
-            client.delete_run(run.info.run_id)
-        else:
-            parents.append(run.info.run_id)
-    if not parents:
-        return None
-    client.set_tag(parents[0], "process", tags["process"])
-    return parents[0]
-
-
-def _goes_on(signature: str) -> bool:
+def goes_on(signature: str) -> bool:
     """Whether what logs with a signature, in this process or another of this machine, is still at it."""
     process = signature.rpartition(" ")[0]
     return signature in _logging if process == lease.signature() else not lease.over(process)
-
-
-def _experiment(client: MlflowClient, paper: str) -> str:
-    name = EXPERIMENT.format(paper=paper)
-    local = store_uri().startswith("sqlite:")
-    artifacts = (checkout() / ARTIFACTS).as_uri() if local else None
-    # the UI then opens on the runs, not on its pages for language models
-    kind = {"mlflow.experimentKind": "custom_model_development"}
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return client.create_experiment(name, artifact_location=artifacts, tags=kind)
-        except MlflowException:  # another process may have been the first
-            if (found := client.get_experiment_by_name(name)) is None:
-                raise
-    if found.lifecycle_stage == LifecycleStage.DELETED:
-        client.restore_experiment(found.experiment_id)
-        print(f"MLflow: the deleted experiment {name} is restored, to log into it", file=sys.stderr)
-    return found.experiment_id
-
-
-def _run_key(record: Record, environment: Mapping[str, Any]) -> str:
-    """What makes a run in the store the same as this one: settings, code and torch version."""
-    return f"{record.settings_hash}-{environment['code'][:16]}-{environment['versions']['torch']}"
-
-
-def _origin() -> str:
-    """Names this checkout on this machine without disclosing either."""
-    return digest([platform.node(), str(Path.cwd())])[:16]
-
-
-def _search(client: MlflowClient, experiment: str, text: str) -> Iterator[Run]:
-    token = None
-    while True:
-        page = client.search_runs([experiment], text, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _revision() -> dict[str, str]:
-    def git(*arguments: str) -> str | None:
-        found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return {"git.commit": "unknown"}
-    return {
-        "mlflow.source.git.commit": commit,
-        "git.commit": commit,
-        "git.dirty": str(bool(git("status", "--porcelain"))),
-    }

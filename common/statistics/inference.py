@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
-from scipy.special import betaincinv, gammaln, nctdtr, nctdtrinc, ndtr, stdtr, stdtrit
+from scipy.special import bdtrc, betaincinv, gammaln, nctdtr, nctdtrinc, ndtr, stdtr, stdtrit
 
 from common.statistics.flips import ENUMERATED, flip_interval, patterns, sign_flip
 
@@ -110,7 +109,7 @@ class Cells:
 
     def p(self, null: float, alternative: str) -> float:
         hits = self.agreeing if alternative == "greater" else self.opposing
-        return float(stats.binom.sf(hits - 1, self.n, 0.5))
+        return float(bdtrc(hits - 1, self.n, 0.5))
 
     def ends(self, level: float) -> tuple[float, float]:
         k, n = self.agreeing, self.n
@@ -158,8 +157,17 @@ def wilcoxon(values: ArrayLike, null: float, alternative: str) -> float:
     if not len(shifted):
         return 1.0
     if len(shifted) <= ENUMERATED:
-        return sign_flip(np.sign(shifted) * stats.rankdata(np.abs(shifted)), 0.0, alternative)
+        return sign_flip(np.sign(shifted) * ranks(np.abs(shifted)), 0.0, alternative)
+    from scipy import stats  # a second to load
+
     return float(stats.wilcoxon(shifted, alternative=alternative).pvalue)
+
+
+def ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks along the first axis, from 1, mid-ranks for ties."""
+    values = np.asarray(values, float)
+    others = values[:, None]
+    return (others > values).sum(1) + ((others == values).sum(1) + 1) / 2
 
 
 def effect_size(values: ArrayLike, null: float = 0.0) -> float:
@@ -218,6 +226,8 @@ def page(values: ArrayLike, x: ArrayLike, alternative: str) -> float:
         return math.nan
     if alternative == "less":
         values = values[:, ::-1]
+    from scipy import stats  # a second to load
+
     return float(stats.page_trend_test(values).pvalue)
 
 

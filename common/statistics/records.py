@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -154,6 +154,11 @@ class Records:
         self._ends: dict[tuple[str, str, str], set[float]] = {}
         self._parts: dict[tuple[int, float], Records] = {}
         self._settings: dict[tuple[Place, int], str] = {}
+        self._kept: dict[Hashable, dict[Any, Any]] = {}
+
+    def kept(self, key: Hashable) -> dict[Any, Any]:
+        """A place for what was found in these records: judging on other terms asks for it again and again."""
+        return self._kept.setdefault(key, {})
 
     def until(self, seed: int) -> Records:
         """The records of all seeds up to this one, all that a look knows."""

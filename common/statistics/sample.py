@@ -77,23 +77,46 @@ def planned(
 
 def gather(comparison: Comparison, points: list[Point], records: Records, seeds: Sequence[int]) -> Sample:
     """Each of these seeds that has all it takes at every point; one that lacks something is lost, with the reason."""
-    sample = Sample()
+    claim, sample = comparison.claim, Sample()
+    kept = records.kept((tuple(points), claim.test, claim.scale, claim.metric, claim.bounds))
     for seed in seeds:
-        try:
-            pairs = _measured(comparison, points, seed, records)
-        except Lost as reason:
-            sample.lost.append({"seed": seed, "reason": str(reason)})
-            if isinstance(reason, WithoutChance):
+        if seed not in kept:
+            kept[seed] = _of_seed(comparison, points, records, seed)
+        found: _Seed = kept[seed]
+        if found.lost:
+            sample.lost.append({"seed": seed, "reason": str(found.lost)})
+            if isinstance(found.lost, WithoutChance):
                 sample.without_chance.append(seed)
-            if any(_failed(records, part, seed) for point in points for part in point.quantities()):
+            if found.failed:
                 sample.failed.append(seed)
             continue
         sample.seeds.append(seed)
-        sample.treatment.append([treatment for treatment, _ in pairs])
-        sample.control.append([control for _, control in pairs])
-        sample.collapsed.append((_collapsed(points, 0, seed, records), _collapsed(points, 1, seed, records)))
-        sample.at_an_end = sample.at_an_end or _at_an_end(comparison, points, seed, records)
+        sample.treatment.append([treatment for treatment, _ in found.pairs])
+        sample.control.append([control for _, control in found.pairs])
+        sample.collapsed.append(found.collapsed)
+        sample.at_an_end = sample.at_an_end or found.at_an_end
     return sample
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """What one seed measured at each point, or why it is lost; see `Sample`."""
+
+    pairs: Sequence[tuple[Any, Any]] = ()
+    collapsed: tuple[bool, bool] = (False, False)
+    at_an_end: bool = False
+    lost: Lost | None = None
+    failed: bool = False
+
+
+def _of_seed(comparison: Comparison, points: list[Point], records: Records, seed: int) -> _Seed:
+    try:
+        pairs = _measured(comparison, points, seed, records)
+    except Lost as reason:
+        failed = any(_failed(records, part, seed) for point in points for part in point.quantities())
+        return _Seed(lost=reason.with_traceback(None), failed=failed)
+    collapsed = _collapsed(points, 0, seed, records), _collapsed(points, 1, seed, records)
+    return _Seed(pairs, collapsed, _at_an_end(comparison, points, seed, records))
 
 
 def _sides(point: Point) -> list[Quantity]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
@@ -148,6 +149,25 @@ class ChannelGroup:
 def weight_of(model: nn.Module, name: str) -> nn.Parameter:
     """The weight of the layer of that name."""
     return model.get_parameter(f"{name}.weight")
+
+
+@contextmanager
+def weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the layers of `model` find these weights by parameter name in place of their own, where no two share one.
+
+    torch.func.functional_call, which is for all modules, takes as long as a small network itself.
+    """
+    stored: list[tuple[dict[str, Any], str, Tensor | None]] = []
+    try:
+        for name, weight in weights.items():
+            path, _, own = name.rpartition(".")
+            parameters: dict[str, Any] = model.get_submodule(path)._parameters
+            stored.append((parameters, own, parameters[own]))
+            parameters[own] = weight
+        yield
+    finally:
+        for parameters, own, parameter in stored:
+            parameters[own] = parameter
 
 
 def module_of(model: nn.Module, name: str, kind: type[M]) -> M:
