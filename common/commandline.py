@@ -6,10 +6,12 @@ is whole or not there, so it may end anywhere; only what trains has something to
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -207,10 +209,13 @@ def run(main: Callable[[], int]) -> NoReturn:
         print(f"error: {told(error)}", file=sys.stderr)
         found = 2
         _leave_output()
-    if _Leave.at_once:
-        sys.stderr.flush()
-        os._exit(found)
-    sys.exit(found)
+    if not _Leave.at_once:
+        if any(not thread.daemon for thread in threading.enumerate() if thread != threading.main_thread()):
+            sys.exit(found)  # which waits for them
+        # what packages do at the end, but for taking all that torch and MLflow have loaded to pieces: that takes a second
+        atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(found)
 
 
 def told(error: OSError) -> str:

@@ -65,6 +65,8 @@ class Writer:
         self._page = page_of(log.profile)
         self._accuracies: dict[tuple[str, int], list[float]] = {}
         self._names = Names()
+        self._name = f"{log.paper} ({log.profile})"
+        """Of the runs of stages."""
         self._seconds, self._count, self._failed = 0.0, 0, 0
 
     def write(self) -> None:
@@ -106,8 +108,7 @@ class Writer:
             # a run that had failed may have been tried again
             if before is None or before.info.status == "FAILED" and entry.record.status == "ok":
                 if parent is None:
-                    name = f"{self.log.paper} ({self.log.profile})"
-                    parent = client.create_run(experiment, run_name=name, tags=shared).info.run_id
+                    parent = client.create_run(experiment, run_name=self._name, tags=shared).info.run_id
                 text = descriptions.of_run(entry.record, claims, self._page)
                 tags = {**shared, _DESCRIPTION: text}
                 log = lambda way: ids.update(
@@ -143,6 +144,8 @@ class Writer:
         if self._claims_file.is_file():
             client.log_artifact(parent, str(self._claims_file))
         client.set_terminated(parent)
+        if len(list(_search(client, experiment, f"attributes.run_name = '{self._name}'"))) == 1:
+            return  # nobody else has ever logged here, and to see that by the runs takes seconds
         first: dict[str, str] = {}
         for run in sorted(self._ended(client, experiment), key=lambda run: run.info.run_id):
             if first.setdefault(run.data.tags["run_key"], run.info.run_id) != run.info.run_id:

@@ -6,7 +6,7 @@ torch's own counter has hooks on all modules of a process, which would be in the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -37,12 +37,19 @@ _MOVES = {
 }
 
 
-def _like_input(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
-    """Shapes of what a batch norm returns, for which torch takes it apart; None where its arguments do not fit."""
+def _normalised(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    """What a batch norm returns; None where its arguments do not fit."""
     x, *per_channel = args[:5]
     if any(values is not None and values.shape != x.shape[1:2] for values in per_channel):
         return None
     return torch.empty_like(x), *(x.new_empty(x.shape[1]) for _ in range(2))
+
+
+# what most layers do, and torch takes apart in Python before it knows a shape
+_KNOWN: Mapping[Any, Callable[[Sequence[Any]], Any]] = {
+    _aten.native_batch_norm.default: _normalised,
+    _aten.relu.default: lambda args: torch.empty_like(args[0]),
+}
 
 
 class Products(TorchDispatchMode):
@@ -93,7 +100,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = _like_input(args) if func is _aten.native_batch_norm.default else None
+        out = _KNOWN[func](args) if func in _KNOWN else None
         out = func(*args, **kwargs) if out is None else out
         if not self._silent:
             self._note(func, args, kwargs, out)
