@@ -214,6 +214,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             sys.exit(found)  # which waits for them
         # what packages do at the end, but for taking all that torch and MLflow have loaded to pieces: that takes a second
         atexit._run_exitfuncs()
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(found)
 

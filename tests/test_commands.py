@@ -86,6 +86,25 @@ def test_a_package_that_cannot_be_loaded_is_one_line(tmp_path, command):
     assert (status, error) == (2, "error: libx.so: failed to map segment\n")
 
 
+def test_a_command_ends_with_what_was_to_be_done_at_its_end():
+    code = """
+import atexit, threading, time
+from common import commandline
+
+def main():
+    atexit.register(print, "at its end")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("waited for")), daemon=DAEMON).start()
+    print("done")
+    return 4
+
+commandline.run(main)
+"""
+    for daemon, expected in ((False, "done\nwaited for\nat its end\n"), (True, "done\nat its end\n")):
+        command = [sys.executable, "-c", code.replace("DAEMON", str(daemon))]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert (found.returncode, found.stdout, found.stderr) == (4, expected, "")
+
+
 def test_no_command_of_the_suite_is_left_out():
     commands = set()
     for file in (*ROOT.glob("common/**/*.py"), *ROOT.glob("replications/**/*.py")):

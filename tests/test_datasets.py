@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.core import data as batching
 from common.core import loading
 from common.core import streamed as streaming
 from common.core.data import SPLITS, Batches, Dataset, stratified
@@ -146,6 +147,21 @@ def test_an_epoch_is_a_pure_function_of_seed_and_number():
     assert torch.equal(*again)
     assert not torch.equal(again[0], torch.cat([x for x, _ in make(1).epoch(3)]))
     assert not torch.equal(again[0], torch.cat([x for x, _ in make(0).epoch(4)]))
+
+
+def test_batches_do_not_depend_on_how_many_are_made_together(monkeypatch):
+    settings = {"augmentation": {"crop_padding": 1, "flip": True, "rotation": 10.0}}
+    batches = Batches(load(DatasetSettings(**settings)), "train", 7, shuffle=True, augment=True)
+    together = list(batches.epoch(3))
+    monkeypatch.setattr(batching, "_TOGETHER", 1)
+    alone = list(batches.epoch(3))
+    assert len(alone) == len(batches) and [len(labels) for _, labels in alone][-2:] == [
+        7,
+        len(batches.labels) % 7,
+    ]
+    for (images, labels), (x, y) in zip(together, alone, strict=True):
+        assert torch.equal(images, x) and torch.equal(labels, y)
+        assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_every_crop_is_a_window_of_the_padded_image():

@@ -17,7 +17,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, ViewType
-from project import environment
+from project import ROOT, environment
 
 from common.records import Entry
 from common.report.runs import filters
@@ -93,6 +93,11 @@ def _runs(paper="example"):
         [r for r in runs if "run_key" in r.data.tags],
         [r for r in runs if "run_key" not in r.data.tags],
     )
+
+
+def test_a_stage_begins_without_loading_mlflow():
+    code = "import sys, common.stage.tracking; sys.exit(bool({'mlflow', 'sqlalchemy'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_store_holds_what_the_records_hold(store, monkeypatch):

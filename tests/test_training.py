@@ -12,7 +12,9 @@ from common.core.data import Batches, FixedBatches
 from common.core.failures import Diverged, RunFailed
 from common.core.loading import load
 from common.core.models import build
+from common.core.models.network import weights_in_place
 from common.core.pruning import channels
+from common.core.sgd import SGD
 from common.core.trainer import Hooks, Trainer
 from common.settings import DatasetSettings, SettingsError
 from common.statistics import inference
@@ -52,6 +54,57 @@ def test_a_fit_equals_the_plain_loop():
             optimizer.step()
     for one, other in zip(model.state_dict().values(), twin.state_dict().values()):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9, "weight_decay": 0.01}, {"momentum": 0.9, "nesterov": True}]
+)
+def test_the_optimiser_has_the_numbers_of_torchs_own(options):
+    models, states = [], []
+    for kind in (SGD, torch.optim.SGD):
+        model = _network()
+        first, *others = model.parameters()
+        optimizer = kind([{"params": [first]}], lr=0.1, fused=True, **options)
+        optimizer.add_param_group({"params": others, "weight_decay": 0.5})
+        for epoch in range(2):
+            for x, y in _batches().epoch(epoch):
+                optimizer.zero_grad(set_to_none=True)
+                nn.functional.cross_entropy(model(x), y).backward()
+                first.grad = first.grad if epoch else None  # a layer that takes no part at first
+                optimizer.step()
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer.load_state_dict(saved)
+        models.append(model.state_dict())
+        states.append(saved)
+    assert all(torch.equal(one, other) for one, other in zip(*(model.values() for model in models)))
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    buffers = [[part.get("momentum_buffer") for part in state["state"].values()] for state in states]
+    assert (
+        len(buffers[0])
+        == len(buffers[1])
+        == (len(states[0]["param_groups"][1]["params"]) + 1) * bool(options)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(*buffers))
+
+
+def test_weights_stand_in_for_a_networks_own_and_gradients_go_to_them():
+    model, (x, _) = _network(), next(iter(_batches().epoch(0)))
+    own = dict(model.named_parameters())
+    weights = {name: (2 * own[name].detach()).requires_grad_() for name in ("0.weight", "5.bias")}
+    with weights_in_place(model, weights):
+        found = model(x)
+    found.sum().backward()
+    gradients = {name: weight.grad for name, weight in weights.items()}
+    assert own["0.weight"].grad is None and own["0.bias"].grad is not None
+    for weight in weights.values():
+        weight.grad = None
+    expected = torch.func.functional_call(model, weights, (x,))
+    assert torch.equal(found, expected)
+    expected.sum().backward()
+    assert all(torch.equal(gradients[name], weight.grad) for name, weight in weights.items())
+    with pytest.raises(KeyError), weights_in_place(model, {**weights, "0.scale": x}):
+        pass
+    assert all(model.get_parameter(name) is parameter for name, parameter in own.items())
 
 
 def test_history_has_the_loss_and_accuracy_of_each_epoch():
