@@ -21,6 +21,7 @@ from common.stage.files import write_atomically
 from common.stage.outputs import makers
 
 MANIFEST = Path("data/prepared/manifest.json")
+"""What was passed over or changed in preparing, and what training had better not see."""
 
 
 def main() -> int:

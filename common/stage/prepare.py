@@ -32,6 +32,7 @@ from common.core.loading import NEEDED, checked, content_digest, prepared_file
 from common.core.pictures import shown
 from common.settings import PARAMS_FILE, DataError, DatasetSettings, SettingsError
 from common.stage import inspection
+from common.stage.data import MANIFEST
 from common.stage.folders import read_folder, stacked
 from common.stage.papers import profile_datasets
 
@@ -305,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
                 else:
                     for remark in found["remarks"]:
                         print(f"note: {remark}", file=sys.stderr)
-        with _whole(Path("data/prepared/manifest.json")) as file:
+        with _whole(MANIFEST) as file:
             file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     except SettingsError as wrong:
         errors.append(wrong)
