@@ -34,7 +34,7 @@ export OMP_NUM_THREADS ?= 1
 
 repro: doctor
 	$(BIN)/dvc repro --keep-going
-	@echo "report: reports/`$(BIN)/python -c 'from common.settings import selected_profile as p; print(p())'`/index.html"
+	@echo "report: reports/`$(BIN)/python -c 'from common.profiles import selected_profile as p; print(p())'`/index.html"
 
 decide: doctor
 	$(BIN)/dvc repro --quiet glyphs

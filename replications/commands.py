@@ -13,8 +13,9 @@ from common import commandline
 from common.core.compute import Compute
 from common.core.identity import canonical
 from common.core.run import Run
+from common.profiles import selected_profile
 from common.records import Entry, Record
-from common.settings import PARAMS_FILE, DatasetSettings, Profile, SettingsError, parts, selected_profile
+from common.settings import PARAMS_FILE, DatasetSettings, Profile, SettingsError, parts
 from common.stage import headlines, importing, inspection, looks, own_profile, pipeline, plan
 from common.stage.files import write_atomically
 from common.stage.lease import Lease

@@ -14,7 +14,8 @@ import argparse
 import runpy
 import sys
 
-from common.settings import SettingsError, selected_profile
+from common.profiles import selected_profile
+from common.settings import SettingsError
 
 
 def judging(profile: str) -> list[str]:

@@ -15,9 +15,10 @@ import yaml
 from dvc.utils.serialize import parse_yaml
 from reporting import arguments, small_project
 
+from common.profiles import profile_looks
 from common.reading import read_yaml
 from common.report import command as report
-from common.settings import SettingsError, profile_looks
+from common.settings import SettingsError
 from common.stage.papers import load
 from common.statistics import __main__ as statistics
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from project import ROOT, environment
+from project import ROOT, copy, environment
 
 COMMANDS = (
     "replications",
@@ -54,11 +54,11 @@ def test_a_command_that_is_still_loading_stops_with_one_line(slow, command):
         assert said.startswith("stopped: ") and said.count("\n") == 1
 
 
-def _limited(limit, *command, **extra):
+def _limited(limit, *command, project=ROOT, **extra):
     """What a command says under a limit of the shell, and its exit status."""
     line = f"ulimit {limit}; exec {sys.executable} -m {' '.join(command)}"
     found = subprocess.run(
-        ["sh", "-c", line], cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=60
+        ["sh", "-c", line], cwd=project, env=environment(**extra), capture_output=True, text=True, timeout=60
     )
     return found.returncode, found.stderr
 
@@ -71,8 +71,9 @@ def _limited(limit, *command, **extra):
         ("-n 16", "replications run halo", "worker processes: 16 files may be open at once (ulimit -n), 24"),
     ],
 )
-def test_a_limit_that_is_too_low_is_one_line(limit, command, said):
-    status, error = _limited(limit, *command.split())
+def test_a_limit_that_is_too_low_is_one_line(tmp_path, limit, command, said):
+    project = copy(tmp_path)  # where nothing is trained yet
+    status, error = _limited(limit, *command.split(), project=project)
     assert status == 2 and error.startswith(f"error: {said}") and error.count("\n") == 1
 
 

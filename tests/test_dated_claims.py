@@ -2,7 +2,8 @@
 
 import yaml
 
-from common.settings import ROOT, profile_blocks
+from common.profiles import profile_blocks
+from common.settings import ROOT
 from common.stage.papers import load, papers
 from common.statistics import verdicts
 from common.statistics.claims import Arithmetic, ClaimsFile

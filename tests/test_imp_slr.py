@@ -11,13 +11,13 @@ from common.core.failures import RunFailed
 from common.core.models import build
 from common.core.pruning.masks import KeepMasked, Masks
 from common.core.trainer import Hooks, Trainer
+from common.reading import read_yaml
 from common.settings import (
     ROOT,
     DatasetSettings,
     ExecutionSettings,
     Profile,
     SettingsError,
-    read_yaml,
     validated,
 )
 from common.stage import papers

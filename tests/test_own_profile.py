@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 from project import ROOT
 
-from common.settings import DataError, SettingsError, profile_chain
+from common.profiles import profile_chain
+from common.settings import DataError, SettingsError
 from common.stage import own_profile
 from common.stage.own_profile import Own, block, look, nearest, new_profile
 

@@ -6,7 +6,9 @@ import pytest
 import yaml
 from project import ROOT, copy, run
 
-from common.settings import PaperSettings, SettingsError, merged, profile_chain, read_yaml, validated
+from common.profiles import profile_chain
+from common.reading import read_yaml
+from common.settings import PaperSettings, SettingsError, merged, validated
 from common.stage.papers import load, papers
 from common.stage.resolve import main, resolved, write
 from replications.pruning_from_scratch import protocol as pruning_from_scratch

@@ -52,6 +52,7 @@ def _reached(file):
     [
         ("reading.py", ()),
         ("settings.py", ("reading",)),
+        ("profiles.py", ("reading", "settings")),
         ("naming.py", ()),
         ("records.py", ("reading", "settings")),
         ("predictions.py", ("reading", "records", "settings")),
@@ -59,10 +60,20 @@ def _reached(file):
         ("arena.py", ("core", "settings")),
         (
             "stage",
-            ("commandline", "core", "naming", "predictions", "reading", "records", "settings", "statistics"),
+            (
+                "commandline",
+                "core",
+                "naming",
+                "predictions",
+                "profiles",
+                "reading",
+                "records",
+                "settings",
+                "statistics",
+            ),
         ),
         ("commandline.py", ()),
-        ("statistics", ("commandline", "predictions", "reading", "records", "settings")),
+        ("statistics", ("commandline", "predictions", "profiles", "reading", "records", "settings")),
         ("report", ("commandline", "naming", "predictions", "reading", "records", "settings", "statistics")),
     ],
 )
@@ -197,6 +208,7 @@ def _entered(paper, run):
         _files("replications/pretraining_impact/glyphs"),
         [
             "common/naming.py",
+            "common/profiles.py",
             "common/settings.py",
             "common/records.py",
             "common/predictions.py",

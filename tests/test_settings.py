@@ -5,16 +5,9 @@ import yaml
 from pydantic import model_validator
 
 from common.core.identity import canonical, digest, stream
+from common.profiles import selected_profile
 from common.reading import read_yaml
-from common.settings import (
-    DatasetSettings,
-    PaperSettings,
-    SettingsError,
-    Strict,
-    Targets,
-    selected_profile,
-    validated,
-)
+from common.settings import DatasetSettings, PaperSettings, SettingsError, Strict, Targets, validated
 from common.stage.papers import load
 
 

@@ -17,8 +17,9 @@ from scipy import stats
 from benchmarks.gpu.jobs import Job, failed, perform
 from benchmarks.gpu.kit import Kit, Step
 from common.core.identity import canonical
+from common.profiles import profile_blocks, profile_chain
 from common.records import Curves, Record, curves_file, read
-from common.settings import ROOT, profile_blocks, profile_chain
+from common.settings import ROOT
 from common.stage.papers import load
 from common.stage.partial import partial_file
 from common.stage.partial import read as read_partial

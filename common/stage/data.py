@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.settings import SettingsError, selected_profile
+from common.profiles import selected_profile
+from common.settings import SettingsError
 from common.stage.files import write_atomically
 from common.stage.outputs import makers
 

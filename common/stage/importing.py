@@ -22,9 +22,10 @@ from typing import Any
 from common.core.identity import canonical
 from common.core.run import Run
 from common.predictions import Predictions, check, predictions_file, unpacked
+from common.profiles import selected_profile
 from common.reading import decoded, json_value, read_bytes, shown, words
 from common.records import LARGEST, Curves, Entry, Line, Record, curves_file, parsed
-from common.settings import PARAMS_FILE, SettingsError, hint, selected_profile, validated
+from common.settings import PARAMS_FILE, SettingsError, hint, validated
 from common.stage import partial, pipeline, resolve
 from common.stage.looks import first_look
 from common.stage.papers import load, papers

@@ -17,7 +17,8 @@ from common.core import loading
 from common.core.files import read_npz
 from common.core.loading import NEEDED
 from common.core.pictures import sides
-from common.settings import DataError, DatasetSettings, SettingsError, profile_chain
+from common.profiles import profile_chain
+from common.settings import DataError, DatasetSettings, SettingsError
 from common.stage.files import write_atomically
 from common.stage.folders import listing
 from common.stage.papers import load, papers, runs

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
+from common.profiles import profile_chain
 from common.reading import NAME_RULE, is_name, shown, words
 from common.settings import (
     PARAMS_FILE,
@@ -24,7 +25,6 @@ from common.settings import (
     hint,
     merged,
     parts,
-    profile_chain,
     validated,
 )
 

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from common.core.experiment import CellSettings
 from common.core.models import own_code
+from common.profiles import profile_chain, profile_looks
 from common.settings import (
     PARAMS_FILE,
     AugmentationSettings,
@@ -31,8 +32,6 @@ from common.settings import (
     PaperSettings,
     SettingsError,
     parts,
-    profile_chain,
-    profile_looks,
 )
 from common.stage.papers import load, papers, profile_datasets, protocol, written
 from common.stage.store import code_files, code_prints

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from common.profiles import selected_profile
 from common.reading import json_value, read_text
 from common.records import Record
-from common.settings import ROOT, SettingsError, selected_profile, validated
+from common.settings import ROOT, SettingsError, validated
 from common.stage import tables
 from common.stage.files import load_checked
 from common.stage.lease import Held, leases

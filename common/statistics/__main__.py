@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.settings import PARAMS_FILE, SettingsError, profile_looks
+from common.profiles import profile_looks
+from common.settings import PARAMS_FILE, SettingsError
 from common.statistics import claims, records
 from common.statistics.verdicts import judge, metrics
 
