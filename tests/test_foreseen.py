@@ -76,8 +76,14 @@ def test_headlines_have_their_runs_in_the_profiles_that_are_run(paper, profile, 
 
 
 @pytest.mark.parametrize("paper", papers.papers())
-def test_no_claim_of_the_embedded_profile_lacks_runs(paper, stand_ins):
-    assert [one for one in foreseen_in(paper, "digits") if one.problems] == []
+def test_no_claim_lacks_runs_in_the_profile_of_the_reference_results(paper, stand_ins):
+    assert [one for one in foreseen_in(paper, "digits-decided") if one.problems] == []
+
+
+@pytest.mark.parametrize("paper", papers.papers())
+def test_the_embedded_profile_lacks_nothing_but_the_controls_of_two_probes(paper, stand_ins):
+    found = {one.claim: one.role for one in foreseen_in(paper, "digits") if one.problems}
+    assert found == ({"PT-controls": "probe", "PT-small": "probe"} if paper == "pretraining_impact" else {})
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ from common.core.data import Batches
 from common.core.pruning import channels
 from common.core.pruning.masks import Masks, prunable
 from common.core.trainer import Trainer
-from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, read_yaml, validated
+from common.reading import read_yaml
+from common.settings import DatasetSettings, ExecutionSettings, Profile, SettingsError, validated
 from common.stage import papers
 from common.stage.scheduler import in_order
 from common.stage.store import Store
@@ -42,6 +43,8 @@ from replications.pretraining_impact.glyphs import drawing as glyphs
 
 DATA = DatasetSettings(train=120, validation=60, test=200)
 CPU = ExecutionSettings(device="cpu", precision="float32", workers=1)
+LEFT_OUT = {("digits", "PT-controls"), ("digits", "PT-small")}
+"""Probes whose controls are a third of the stage; the profile of the reference results runs them."""
 ENDS = ("-one-shot", "-gradual", "-one-cycle", "small-scratch")
 """Variants that lose all filters in one training, so at one target."""
 FAST = {"batch_size": 60, "learning_rate": 0.05, "epochs": 1}
@@ -623,16 +626,16 @@ def test_a_deviation_is_one_change():
     assert others == {"scratch-legacy-rule"}
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-deviations"])
+@pytest.mark.parametrize("name", ["digits", "digits-decided", "digits-deviations"])
 def test_a_profile_runs_what_its_claims_read(name):
-    """And, but for the way there and the ledger's common ground, nothing else."""
+    """And, but for the way there and the ledger's common ground, nothing else; `digits` leaves out the controls of probes."""
     paper = papers.load("pretraining_impact", ROOT / "params.yaml", name).paper
     cells = [paper.changed(cell.settings, "here").wanted for cell in paper.cells]
     wanted = {variant: targets for cell in cells for variant, targets in cell.items()}
     claims = read_yaml(ROOT / "replications/pretraining_impact/claims.yaml")["claims"]
     needed = {}
     for claim in claims:
-        if ("deviation" in claim) == (name == "digits-deviations"):
+        if ("deviation" in claim) == (name == "digits-deviations") and (name, claim["id"]) not in LEFT_OUT:
             for side in ("treatment", "control"):
                 for entry in claim[side] if isinstance(claim[side], list) else [claim[side]]:
                     for part in (entry, entry.get("minus", entry)):
@@ -642,7 +645,9 @@ def test_a_profile_runs_what_its_claims_read(name):
     ground = ("fine-tuned", "scratch", "fine-tuned-weights", "scratch-weights")
     for variant, targets in needed.items():
         assert targets <= {0.0, *wanted[variant]}, variant
-        assert max(targets) == max(wanted[variant]) or name != "digits" and variant in ground, variant
+        assert max(targets) == max(wanted[variant]) or name == "digits-deviations" and variant in ground, (
+            variant
+        )
 
 
 ALL_AT_ONCE = ("scratch-one-shot", "scratch-gradual", "small-scratch")
