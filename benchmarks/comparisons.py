@@ -244,10 +244,8 @@ def shrunken(bench: Bench, architecture: str, steps: int, rounds: int) -> dict[s
 # ------------------------------------------------------------------------------------------ stages
 
 
-def plain_runs(
-    bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int
-) -> Callable[[int], list[Run]]:
-    """A function that lists plain training runs on these images, one for each of so many seeds; it writes the images
+def plain_runs(bench: Bench, data: Dataset, folder: Path, architecture: str) -> Callable[[int, int], Run]:
+    """A function that makes a plain training run on these images, of a seed and so many epochs; the images are written
     into the folder."""
     file = folder / "images.npz"
     arrays = {}
@@ -258,20 +256,22 @@ def plain_runs(
     np.savez(file, **arrays)
     images = DatasetSettings(source="npz", path=str(file), validation=bench.batch)
     cell = Cell(architecture=architecture, data=images)
-    training = Training(epochs=epochs, batch_size=bench.batch, learning_rate=RATE, weight_decay=1e-4)
-    return lambda seeds: [
-        Dense(variant="dense", cell=cell, seed=seed, training=training).run for seed in range(seeds)
-    ]
+
+    def run(seed: int, epochs: int) -> Run:
+        training = Training(epochs=epochs, batch_size=bench.batch, learning_rate=RATE, weight_decay=1e-4)
+        return Dense(variant="dense", cell=cell, seed=seed, training=training).run
+
+    return run
 
 
 def _stage(bench: Bench, data: Dataset, folder: Path, architecture: str, epochs: int) -> Callable[..., None]:
     """A function that executes a fresh stage of plain training runs, one a seed."""
-    runs = plain_runs(bench, data, folder, architecture, epochs)
+    run = plain_runs(bench, data, folder, architecture)
 
     def stage(seeds: int, **execution: int) -> None:
         with TemporaryDirectory() as results, contextlib.redirect_stderr(io.StringIO()):
             entries = execute(
-                runs(seeds),
+                [run(seed, epochs) for seed in range(seeds)],
                 Store(Path(results)),
                 ExecutionSettings(device=bench.device, precision=bench.precision, **execution),
                 "benchmark",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from project import BARE, ROOT, add_example, copy, params, run
 
@@ -84,9 +85,9 @@ def test_speed_measures_the_card_and_runs_alone_and_at_once(project):
     found, summary = rehearse(project, "2", "--budget", "200")
     assert found["speed"]["stopped"] == {}
     rows = {row["what"]: row for row in found["speed"]["networks"]["resnet8"]}
-    assert list(rows) == ["card", "alone", "host", "eager", "together-2", "mixed-2"]
+    assert list(rows) == ["card", "alone", "host", "together-2", "mixed-2", "eager", "loader"]
     assert rows["card"]["copy"] > 0 and rows["card"]["bfloat16"] > 0 and rows["card"]["us_step"] > 0
-    for what in ("alone", "eager", "mixed-2", "together-2"):
+    for what in ("alone", "eager", "loader", "mixed-2", "together-2"):
         assert "failed" not in rows[what]
         assert rows[what]["share"] == pytest.approx(rows["card"]["us_step"] / rows[what]["us_step"], rel=0.3)
     assert 0 < rows["host"]["us_step"]
@@ -232,15 +233,44 @@ def test_outcomes_are_read_from_a_log_that_ends_anywhere(tmp_path):
     assert outcomes(log) == {"passed": 1, "failed": ["test_two"], "skipped": 0, "complete": False}
     log.write_text(text + "\n=== 1 failed, 1 passed in 3.2s ===\n")
     assert outcomes(log)["complete"]
+    log.write_text(
+        "tests/gpu/test_a.py::test_one[x y] \n[gw1] [ 50%] PASSED tests/gpu/test_a.py::test_one[x y] \n"
+        "tests/gpu/test_a.py::test_two \n[gw0] [100%] FAILED tests/gpu/test_a.py::test_two \n"
+        "=== short test summary info ===\nFAILED tests/gpu/test_a.py::test_two - assert 1\n=== 1 failed, 1 passed in 3s ===\n"
+    )
+    assert outcomes(log) == {"passed": 1, "failed": ["test_two"], "skipped": 0, "complete": True}
 
 
 def test_time_at_once_is_counted_from_the_last_to_begin_to_the_first_to_end():
     slow, fast = [10.0, 20.0, 30.0], [5.0, 10.0, 15.0, 20.0, 25.0]
-    seconds, epochs = in_common([slow, fast], 2)
+    seconds, epochs = in_common([slow, fast], 2, of=2)
     assert seconds == 15.0 and epochs == pytest.approx(1.5 + 3)
     for marks in ([slow], [[1.0, 2.0], [3.0, 4.0]], [[1.0], [2.0]]):
         with pytest.raises(RuntimeError, match="no time"):
-            in_common(marks, 2)
+            in_common(marks, 2, of=2)
+
+
+def test_time_of_fewer_begins_when_the_others_have_ended():
+    short, long, longer = [1.0, 2.0, 3.0], [1.5, 3.0, 4.0, 5.0], [1.0, 3.5, 6.0, 8.5]
+    assert in_common([longer, short, long], 3, of=3)[0] == 1.5  # from 1.5 to 3
+    seconds, epochs = in_common([longer, short, long], 2, of=3)  # from 3 to 5
+    assert seconds == 2.0 and epochs == pytest.approx(2 + 2 / 2.5)
+    with pytest.raises(RuntimeError, match="no time"):
+        in_common([longer, long], 2, of=3)  # one has never begun
+
+
+def test_all_kernels_of_a_network_are_known_without_a_gpu():
+    pytest.importorskip("triton", reason="no Triton, as on a machine without NVIDIA's packages")
+    from benchmarks.gpu import ahead
+
+    found = ahead.launches(["resnet8"], (16, 3), 132)
+    names = {(module.rsplit(".")[-1], name) for module, name, *_ in found}
+    assert names == {
+        (module.__name__.rsplit(".")[-1], name) for module, of in ahead._KERNELS.items() for name in of
+    }
+    kinds = {types for _, name, types, *_ in found if name == "convolve"}
+    assert {types[0] for types in kinds} == {torch.bfloat16} and len(kinds) > 2
+    assert hasattr(ahead.kernels.convolve, "warmup")  # they are themselves again
 
 
 # ------------------------------------------------------------------------------------------- data in parts

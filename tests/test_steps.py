@@ -224,15 +224,20 @@ def test_what_cannot_be_captured_is_refused_with_its_reason_and_trains_as_ever(m
     assert histories[0] == histories[1]
 
 
-def test_a_method_that_has_finished_may_be_captured(data, graphs):
-    model = _network()
-    hook = baselines.GSM(model, 0.5)
-    trainer = _trainer(data, hook, model)
-    trainer.fit([0.01] * PER_EPOCH)
-    assert graphs.captures == 0
-    trainer.add_hook(KeepMasked(hook.finish(trainer)))
-    trainer.fit([0.01] * PER_EPOCH)
-    assert graphs.captures == 2  # nine steps, and the last, smaller batch
+def test_a_method_that_has_finished_may_be_captured_once_its_new_optimiser_has_momentum(data, graphs):
+    histories = []
+    for compute in (_Planned(torch.device("cpu")), None):
+        model = _network()
+        hook = baselines.GSM(model, 0.5)
+        trainer = _trainer(data, hook, model, *filter(None, [compute]))
+        trainer.fit([0.01] * PER_EPOCH)
+        assert graphs.captures == 0
+        trainer.add_hook(KeepMasked(hook.finish(trainer)))
+        trainer.fresh_optimizer(lr=0.01)
+        trainer.fit([0.05] * 2 * PER_EPOCH)
+        histories.append(trainer.history)
+    assert graphs.captures == 3  # one step for the rest of an epoch, nine, and the last, smaller batch
+    assert histories[0] == histories[1]
 
 
 def test_the_momentum_of_one_cycle_training_is_refused(data, graphs, capsys):

@@ -6,6 +6,8 @@ import os
 import re
 import statistics
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +33,11 @@ SEEDS, MARGIN = 48, 0.01
 """How many, and the difference of mean accuracies that does not matter."""
 TWICE = ("twice-1", "twice-2")
 PRECISIONS = ("float32", "bfloat16")
-TESTS, GLYPHS = "tests", "glyphs"
+TESTS, GLYPHS, AHEAD = "tests", "glyphs", "ahead"
+NETWORKS = ("resnet20", "vgg16")
+"""Whose fused layers are compiled ahead: the tests' and those of the second step."""
+TESTERS = 6
+"""Processes that share the tests, where pytest-xdist is there."""
 CORPUS = Path("data/glyphs/corpus.npz")
 
 Found = dict[str, tuple[Record, str]]
@@ -111,7 +117,12 @@ def jobs(kit: Kit, work: Path) -> list[Job]:
 
     tests = [sys.executable, "-m", "pytest", str(ROOT / "tests/gpu"), "-c", str(ROOT / "pyproject.toml")]
     tests += ["--rootdir", str(ROOT), "-vv", "-p", "no:cacheprovider", "--basetemp", str(work / "tests")]
+    if find_spec("xdist"):
+        tests += ["-n", str(TESTERS)]
     found = [Job(TESTS, lambda s: tests, whole=True)]
+    if kit.device == "cuda" and find_spec("triton"):
+        ahead = [sys.executable, "-m", "benchmarks.gpu.ahead", *NETWORKS]
+        found = [Job(AHEAD, lambda s: ahead, whole=True), replace(found[0], after=AHEAD)]
     found += [stage(PAPER, f"seeds-{which}", whole=True) for which in (*_precisions(kit), "cpu")]
     drawn = [paper for paper in kit.papers if str(CORPUS) in canonical(load(paper, kit.params, "digits"))]
     if drawn:
@@ -142,6 +153,8 @@ def outcomes(log: Path) -> dict[str, Any]:
     """How many tests passed, failed (by name) and were skipped, from pytest's lines."""
     text = log.read_text(errors="replace") if log.exists() else ""
     ended = re.findall(r"^\S+\.py::(.+?) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
+    shared = re.findall(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) \S+\.py::(.+?) *$", text, re.MULTILINE)
+    ended += [(name, how) for how, name in shared]
     names = {how: [name for name, found in ended if found == how] for _, how in ended}
     return {
         "passed": len(names.get("PASSED", [])),

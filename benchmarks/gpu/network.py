@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench import BATCH, RATE, Bench, train
-from benchmarks.comparisons import SPARSITY, plain_runs
+from benchmarks.comparisons import SPARSITY, plain_runs, usual_epoch
 from common.core.pruning.counting import layer_costs
 from common.core.recipe import Recipe
 from common.core.run import Run
@@ -45,25 +45,30 @@ from replications.imp_slr.protocol import PruneDuring
 EPOCH = 50_000
 """Images of an epoch of CIFAR-10, in which seconds are told."""
 ROUNDS = 3
+GAIN = 2.0
+"""How much faster several runs at once are expected to be than one after the other."""
+LOADERS = 4
+"""Workers of the usual DataLoader."""
+Rows = dict[str, dict[str, Any]]
+"""What was measured, by its name."""
 Way = Literal["auto", "fused", "compile", "off"]
-WAYS: tuple[Way, ...] = ("fused", "compile")
-"""How else than by its default the core is measured on a GPU, as of `execution.compilation`."""
+"""How the core trains, as of `execution.compilation`."""
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much is measured.
 
-    together: so many runs at once, what matters most first. mixed: so many, and how many of them prune while they train.
-    steps: of an epoch here. epochs: of each of several runs, more than there is time for. copied: bytes. matrix: its side.
+    together: so many runs at once, the most first. mixed: so many, and how many of them prune while they train.
+    steps: of an epoch here. seconds: in which each number of runs is measured, about. copied: bytes. matrix: its side.
     """
 
     networks: tuple[str, ...] = ("resnet20", "resnet56", "vgg16")
-    together: tuple[int, ...] = (8, 2, 4, 16)
+    together: tuple[int, ...] = (16, 8, 4, 2)
     mixed: tuple[int, int] = (8, 2)
     batch: int = BATCH
     steps: int = 64
-    epochs: int = 1000
+    seconds: float = 2.5
     copied: int = 2**30
     matrix: int = 8192
 
@@ -71,7 +76,7 @@ class Scale:
 def scale(quick: bool) -> Scale:
     """quick: a rehearsal, whose numbers say nothing."""
     return (
-        Scale(("resnet8",), (2,), (2, 1), batch=16, steps=2, epochs=8, copied=2**20, matrix=128)
+        Scale(("resnet8",), (2,), (2, 1), batch=16, steps=2, seconds=0.5, copied=2**20, matrix=128)
         if quick
         else Scale()
     )
@@ -84,6 +89,7 @@ class Network:
         self.name, self.bench, self.size, self.ends = name, bench, size, ends
         self.peaks: Peaks | None = None
         self._core: tuple[str, Trainer] | None = None
+        self._epoch = 0.1  # seconds of one run's, until that is measured
 
     def way(self, compilation: Way) -> Bench:
         """The same, trained in another way."""
@@ -150,11 +156,20 @@ class Network:
         if self.bench.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         train(core)
-        taken = [self._seconds(lambda: train(core), calls=1, rows=1) for _ in range(ROUNDS)]
-        return self._of_floor(statistics.median(taken), self.size.steps) | self._peak_memory()
+        self._epoch = statistics.median(
+            self._seconds(lambda: train(core), calls=1, rows=1) for _ in range(ROUNDS)
+        )
+        return self._of_floor(self._epoch, self.size.steps) | self._peak_memory()
 
     def _peak_memory(self) -> dict[str, int]:
         return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.bench.on_gpu else {}
+
+    def loader(self) -> dict[str, Any]:
+        """The usual loop over a DataLoader with PIL, in float32: the median of some epochs."""
+        epoch = usual_epoch(self.bench, self.name, self.size.steps, LOADERS)
+        epoch()
+        taken = [self._seconds(epoch, calls=1, rows=1) for _ in range(ROUNDS)]
+        return self._of_floor(statistics.median(taken), self.size.steps)
 
     def host(self) -> dict[str, Any]:
         """What the host computes for a step, over an epoch: processor time, so without what it waits for the GPU."""
@@ -188,12 +203,12 @@ class Network:
             "longest": longest,
         }
 
-    def together(
-        self, runs: int, seconds: float, pruning: int = 0, compilation: Way = "auto"
-    ) -> dict[str, Any]:
-        """So many runs at once, as a stage executes them: from when each has ended an epoch until the time is spent.
+    def together(self, counts: Sequence[int], way: Way = "auto", pruning: int = 0) -> Rows:
+        """Several runs at once, as a stage executes them; fewer and fewer, since some end before others.
 
-        pruning: how many of them are trained by DPF, which looks at all weights every 16 steps.
+        counts: how many, falling. pruning: how many of them are trained by DPF, which looks at all weights every 16
+        steps. Measured is between two ends, after each run has ended an epoch. Raises RuntimeError where a run fails or
+        there was no time.
         """
         self._core = None
         gc.collect()
@@ -202,34 +217,54 @@ class Network:
         execution = ExecutionSettings(
             device=self.bench.device,
             precision=self.bench.precision,
-            compilation=compilation,
+            compilation=way,
             deterministic=False,
-            workers=runs,
+            workers=counts[0],
         )
         with TemporaryDirectory() as name:
             folder = Path(name)
             data = self.bench.dataset(self.size.steps)
-            listed = plain_runs(self.bench, data, folder, self.name, self.size.epochs)(runs)
-            listed[:pruning] = [self._pruning(run) for run in listed[:pruning]]
-            store, budget = Marking(folder, execution), TimeBudget(time.time() + seconds)
-            failed: list[str | None] = []
+            run = plain_runs(self.bench, data, folder, self.name)
+            lengths = self._lengths(counts)
+            listed = [run(seed, epochs) for seed, epochs in enumerate(lengths)]
+            listed[:pruning] = map(self._pruning, listed[:pruning], lengths)
+            budget = TimeBudget(time.time() + self.ends - time.monotonic())
+            store, failed = Marking(folder, execution), list[str | None]()
             try:
                 execute(listed, store, execution, self.name, lambda e: failed.append(e.record.reason), budget)
             except OutOfTime:
                 pass
             if reasons := [reason for reason in failed if reason]:
-                raise RuntimeError(f"{len(reasons)} of {runs} runs failed: {reasons[0]}")
+                raise RuntimeError(f"{len(reasons)} of {counts[0]} runs failed: {reasons[0]}")
             marks = store.marks()
-            window, epochs = in_common([[when for when, _ in ends] for ends in marks], runs)
-        found = self._of_floor(window, round(epochs * self.size.steps))
-        peak = (
-            {"peak_bytes": int(max(most for ends in marks for _, most in ends))} if self.bench.on_gpu else {}
-        )
-        return {"runs": runs, **found, "window_seconds": round(window, 2), **peak}
+        times = [[when for when, _ in ends] for ends in marks]
+        # those before them are still in memory that may be used again
+        peak = {"peak_bytes": int(max((most for ends in marks for _, most in ends), default=0))}
+        found: Rows = {}
+        for runs in counts:
+            what = f"{'mixed' if pruning else 'together'}-{runs}" + (f"-{way}" if way != "auto" else "")
+            try:
+                window, epochs = in_common(times, runs, of=counts[0])
+            except RuntimeError as error:
+                found[what] = {"failed": str(error)}
+                continue
+            row = self._of_floor(window, round(epochs * self.size.steps))
+            found[what] = {"runs": runs, **row, "window_seconds": round(window, 2)}
+        if self.bench.on_gpu:
+            next(iter(found.values())).update(peak)
+        return found
 
-    def _pruning(self, run: Run) -> Run:
+    def _lengths(self, counts: Sequence[int]) -> list[int]:
+        """Epochs of each run, so that each number of them trains for about as long."""
+        lengths, epochs = list[int](), 1
+        for runs, fewer in zip(counts, (*counts[1:], 0)):
+            epochs += max(2, math.ceil(self.size.seconds * GAIN / (runs * self._epoch)))
+            lengths += [epochs] * (runs - fewer)
+        return lengths
+
+    def _pruning(self, run: Run, epochs: int) -> Run:
         """The same run with weights that are pruned while they are trained."""
-        epochs, batch = self.size.epochs, self.size.batch
+        batch = self.size.batch
         recipe = Recipe(epochs=epochs, batch_size=batch, learning_rate=RATE, schedule="constant")
         where = {"cell": run.job.cell, "seed": run.seed, "target": SPARSITY}
         return PruneDuring(
@@ -269,14 +304,17 @@ class _Marks:
             raise OutOfTime
 
 
-def in_common(marks: Sequence[Sequence[float]], runs: int) -> tuple[float, float]:
-    """Seconds in which so many runs trained at once, and the epochs that they did in these.
+def in_common(marks: Sequence[Sequence[float]], runs: int, of: int) -> tuple[float, float]:
+    """Seconds in which so many runs trained at once, the last ones `of` those that began, and the epochs that they did in these.
 
     marks: when each run ended an epoch. Raises RuntimeError where there were none, or not an epoch of each.
     """
-    if len(marks) == runs:
-        begun, ended = max(ends[0] for ends in marks), min(ends[-1] for ends in marks)
-        epochs = sum(float(np.diff(np.interp([begun, ended], ends, range(len(ends))))[0]) for ends in marks)
+    if len(marks) == of:
+        by_end = sorted(marks, key=lambda ends: ends[-1])
+        gone, there = by_end[: of - runs], by_end[of - runs :]
+        begun = max([ends[0] for ends in marks] + [ends[-1] for ends in gone])
+        ended = there[0][-1]
+        epochs = sum(float(np.diff(np.interp([begun, ended], ends, range(len(ends))))[0]) for ends in there)
         if ended > begun and epochs >= runs:
             return ended - begun, epochs
     raise RuntimeError(f"{runs} runs had no time to train an epoch at once")
@@ -288,45 +326,42 @@ def _micro(seconds: float) -> float:
 
 def measure(network: Network, add: Callable[[dict[str, Any]], object]) -> None:
     """Measure everything, as far as the time goes, and add a row of each, what matters most first."""
-    bench, (mixed, pruning) = network.bench, network.size.mixed
-    ways = WAYS if bench.on_gpu else ()
-    parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-        ("card", network.card),
-        ("alone", lambda: network.alone(bench)),
-        ("host", network.host),
-        *[("kernels", lambda: network.kernels(bench))] * bench.on_gpu,
-    ]
-    for way in ways:
-        parts.append((f"alone-{way}", lambda way=way: network.alone(network.way(way))))
-        parts.append((f"kernels-{way}", lambda way=way: network.kernels(network.way(way))))
-    parts.append(("eager", lambda: network.alone(network.way("off"))))
-    # torch.compile takes each run half a minute
-    crowds = [(runs, 0, way) for runs in network.size.together for way in ("auto", *ways[:1])]
-    crowds.append((mixed, pruning, "auto"))
-    crowds += [(runs, 0, way) for way in ways[1:] for runs in network.size.together]
-    # captures take the longer the more runs there are
-    weights = [3 + runs for runs, _, _ in crowds]
-    for number, (runs, pruned, way) in enumerate(crowds):
-        share = weights[number] / sum(weights[number:])
-        parts.append(
-            (
-                f"{'mixed' if pruned else 'together'}-{runs}" + (f"-{way}" if way in ways else ""),
-                lambda runs=runs, pruned=pruned, way=way, share=share: network.together(
-                    runs, share * (network.ends - time.monotonic()), pruned, way
-                ),
-            )
-        )
-    for what, part in parts:
+    bench, size = network.bench, network.size
+
+    def attempt(what: str, part: Callable[[], Rows]) -> None:
         if time.monotonic() > network.ends:
             add({"what": what, "failed": "no time was left"})
-            continue
+            return
         begun = time.monotonic()
         try:
             found = part()
         except Exception as error:  # whatever it is, the rest can be measured
             traceback.print_exception(error)
-            found = {"failed": f"{type(error).__name__}: {error}".split("\n")[0]}
-        add({"what": what, **found, "took_seconds": round(time.monotonic() - begun, 1)})
+            found = {what: {"failed": f"{type(error).__name__}: {error}".split("\n")[0]}}
+        seconds = round(time.monotonic() - begun, 1)
+        for name, row in found.items():
+            add({"what": name, **row, "took_seconds": seconds})
+
+    def one(what: str, part: Callable[[], dict[str, Any]]) -> None:
+        attempt(what, lambda: {what: part()})
+
+    one("card", network.card)
+    one("alone", lambda: network.alone(bench))
+    one("host", network.host)
+    if bench.on_gpu:
+        one("kernels", lambda: network.kernels(bench))
+    attempt("together", lambda: network.together(size.together))
+    if bench.on_gpu:
+        fused = network.way("fused")
+        one("alone-fused", lambda: network.alone(fused))
+        one("kernels-fused", lambda: network.kernels(fused))
+        attempt("together-fused", lambda: network.together(size.together, "fused"))
+    runs, pruning = size.mixed
+    attempt("mixed", lambda: network.together((runs,), pruning=pruning))
+    one("eager", lambda: network.alone(network.way("off")))
+    one("loader", network.loader)
+    if bench.on_gpu:  # half a minute until it has compiled
+        one("alone-compile", lambda: network.alone(network.way("compile")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -91,6 +91,7 @@ def _fast(part: Mapping[str, Any]) -> Iterator[str]:
         "card": "floor",
         "alone": "one run",
         "eager": "one run, eager",
+        "loader": "the usual loop over a DataLoader, float32",
         "host": "the host's part, one run",
         "kernels": "kernels, one run",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections import deque
@@ -206,12 +207,30 @@ class CaptureFailed(Exception):
     """Steps that CUDA cannot capture."""
 
 
+_REFUSED = list[str]()
+"""Why a capture has failed in this process: torch's allocator still takes it for under way then, so none comes after it."""
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's collector, which may drop a graph: to destroy one ends a capture that is under way."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
     """Capture `run` as a CUDA graph, which computes nothing; returns its replay, which does not hold `run`.
 
     pool: the memory (`torch.cuda.graph_pool_handle`) that it shares with graphs that are replayed before or after it and
     never at once. Raises CaptureFailed.
     """
+    if _REFUSED:
+        raise CaptureFailed(_REFUSED[0])
     graph = torch.cuda.CUDAGraph()
     # the stream of this thread: torch has 32, which it hands out in turn, so that a further one may be another thread's
     own = torch.cuda.current_stream()
@@ -219,7 +238,7 @@ def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
         own = torch.cuda.Stream()
     try:
         # torch.cuda.graph would first wait for all that the device has to do, for other threads, too
-        with torch.cuda.stream(own):
+        with torch.cuda.stream(own), _no_collection():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 run()
@@ -228,8 +247,10 @@ def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0]
-        raise CaptureFailed(f"steps cannot be captured ({reason})") from None
+        # the first error says which operation it was, the one of the capture's end only that there was one
+        reason = str(error.__context__ or error).partition("\n")[0]
+        _REFUSED.append(f"steps cannot be captured ({reason})")
+        raise CaptureFailed(_REFUSED[0]) from None
     return graph.replay
 
 

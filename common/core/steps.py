@@ -160,9 +160,11 @@ class Steps:
             self._forget()
             _tell(str(reason))
             return False
-        if self._graphs and now != self._held:
-            trainer.compute.wait()
-            self._forget()
+        if now != self._held:
+            if self._graphs:
+                trainer.compute.wait()
+            self._forget()  # and what the eager steps have set up: a new optimiser has no momentum to capture yet
+            self._held = now
         return True
 
     def no_memory(self) -> None:

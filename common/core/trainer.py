@@ -7,6 +7,7 @@ the device inside an epoch; sums of loss and accuracy are read once at its end. 
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -271,6 +272,7 @@ class Trainer:
     def _explain(self, error: RuntimeError | ValueError, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Raise OutOfMemory or Unreachable if a step on a batch ended for want of memory, or since it is a single image."""
         if out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # they hold what the pass has computed
             raise OutOfMemory(self._what_fits(*batch())) from None
         if isinstance(error, ValueError) and len(batch()[1]) == 1:
             raise Unreachable(

@@ -1,8 +1,11 @@
 """What only a GPU can show: captured steps, several runs in turns on streams, memory that runs out, a fault of CUDA."""
 
+import contextlib
 import gc
 import io
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -258,6 +261,54 @@ def test_what_cannot_be_captured_is_refused_with_its_reason(method, graphs, caps
     trainer = Trainer(model, batches, hooks=make(model), compute=Compute(torch.device("cuda"), captured=True))
     trainer.fit([0.01] * EPOCHS * len(batches))
     assert reason in capsys.readouterr().err and not graphs
+
+
+def test_retraining_after_a_method_that_is_not_captured_begins_with_momentum_of_its_own(graphs):
+    histories = []
+    for captured in (False, True):
+        compute = Compute(torch.device("cuda"), captured=captured)
+        model = compute.place(_network())
+        hook = baselines.GSM(model, 0.5)
+        batches = Batches(_data(), "train", BATCH, seed=3, shuffle=True, augment=True)
+        trainer = Trainer(model, batches, hooks=hook, compute=compute)
+        trainer.fit([0.01] * 2 * len(batches))
+        assert not graphs
+        trainer.add_hook(KeepMasked(hook.finish(trainer)))
+        trainer.fresh_optimizer(lr=0.01)
+        trainer.fit([RATE] * 2 * len(batches))
+        histories.append(trainer.history)
+    assert graphs and histories[0] == histories[1]
+
+
+class _Looks(Hooks):
+    """Reads a value in each step, which no graph can, and says that it does not."""
+
+    def in_graph(self, trainer):
+        return ()
+
+    def stepped(self, trainer):
+        float(trainer._loss)
+
+
+def _looked():
+    """Histories without and with captures, and what was said; this process can capture nothing afterwards."""
+    histories, said = [], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        for captured in (False, True):
+            how = Compute(torch.device("cuda"), captured=captured)
+            batches = Batches(_data(), "train", BATCH, seed=3, shuffle=True, augment=True)
+            for hook in (_Looks(), ()):  # the second trainer has nothing that a graph refuses
+                trainer = Trainer(how.place(_network()), batches, hooks=hook, compute=how)
+                trainer.fit([RATE] * 2 * len(batches))
+                histories.append(trainer.history)
+    return histories, said.getvalue()
+
+
+def test_what_a_capture_refuses_is_trained_without_and_named():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        histories, said = pool.submit(_looked).result()
+    assert "steps cannot be captured (" in said and said.count("\n") == 1
+    assert histories[:2] == histories[2:]
 
 
 def test_a_gpu_learns_what_a_cpu_learns():
