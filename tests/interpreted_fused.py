@@ -60,6 +60,17 @@ def convolution(ci, co, stride, size):
         close(f"{name} gradient of {what}", a, b)
 
 
+def product_of_matrices():
+    x, w = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(32, 16, 1, 1, requires_grad=True)
+    assert convolutions.narrow(x, w, 2) and not convolutions.narrow(x, w, 1)
+    got, want = convolutions.multiply(x, w, 2), F.conv2d(x, w, stride=2)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    g = torch.randn_like(want)
+    close("1x1 forward", got, want)
+    for what, a, b in zip("xw", *(torch.autograd.grad(y, [x, w], g) for y in (got, want))):
+        close(f"1x1 gradient of {what}", a, b)
+
+
 class Modes:
     """A batch norm with ReLU, and what torch makes of it."""
 
@@ -212,4 +223,5 @@ if __name__ == "__main__":
     watched()
     not_a_number()
     networks()
+    product_of_matrices()
     print(json.dumps(found))

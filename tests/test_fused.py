@@ -13,6 +13,7 @@ from torch import nn
 from common.core.compute import Compute
 from common.core.models import build, fused
 from common.core.models.network import BatchNorm2d, Conv2d
+from common.core.pruning.counting import cost
 from common.settings import SettingsError
 
 BOTH_WAYS = ("masked", "narrowed", "chain")
@@ -35,7 +36,13 @@ def interpreted():
 @pytest.mark.slow
 def test_every_layer_computes_what_torch_computes(interpreted):
     errors = {name: error for name, error in interpreted.items() if name.startswith(("norm", *"136"))}
-    wanted = {"3->16 s1 gradient of w", "16->32 s2 gradient of x", "64->64 s1 forward", "norm, ReLU: of x"}
+    wanted = {
+        "1x1 gradient of w",
+        "3->16 s1 gradient of w",
+        "16->32 s2 gradient of x",
+        "64->64 s1 forward",
+        "norm, ReLU: of x",
+    }
     assert wanted | {
         "norm, added, ReLU: of shortcut",
         "norm, ReLU: variance",
@@ -114,6 +121,16 @@ def test_other_formats_and_layouts_are_left_to_torch():
         assert fused.convolution(convolution, half[:, :, :, :4]) is None
         # saliency maps ask for the gradient of images
         assert fused.convolution(Conv2d(3, 16, 3, 1, 1, bias=False), half[:, :3].requires_grad_()) is None
+
+
+def test_the_cost_of_a_network_is_counted_whichever_way_its_layers_go():
+    model, usual = (build("resnet8", classes=10, image_shape=(3, 8, 8)) for _ in range(2))
+    Compute(torch.device("cpu"), torch.bfloat16, fused=True).place(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.ones(2, 16, 8, 8, device="meta")
+        assert fused.convolution(Conv2d(16, 16, 3, 1, 1, bias=False), x) is None
+        assert fused.norm(nn.BatchNorm2d(16), x.bfloat16(), relu=True) is None
+    assert cost(model, (3, 8, 8)) == cost(usual, (3, 8, 8))
 
 
 def test_a_choice_says_which_way_the_layers_of_a_network_go():

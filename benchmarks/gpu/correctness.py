@@ -82,14 +82,15 @@ def derived(kit: Kit, slots: int) -> dict[str, Any]:
     wanted, seeds = (VARIANTS[:1], 2) if kit.quick else (VARIANTS, SEEDS)
     known = load(PAPER, kit.params, "digits").paper.variants
     variants = {name: "all" if name in wanted else None for name in known}
-    small = {"variants": variants, "seeds": list(range(seeds)), "trials": trials, "targets": [0.9]}
+    small = {"variants": variants, "trials": trials, "targets": [0.9]}
+    at_once = {"seeds": {"first": 0, "count": seeds, "looks": []}, PAPER: small}
     profiles = {name: {"execution": here, **two} for name in TWICE}
     profiles["cpu"] = {"execution": there, **two}
     for precision in _precisions(kit):
         execution = {**here, "precision": precision}
-        profiles[f"seeds-{precision}"] = {"execution": execution, PAPER: small}
+        profiles[f"seeds-{precision}"] = {"execution": execution, **at_once}
     many = {"workers": max(1, cores // 4), "precision": "float32"}
-    profiles["seeds-cpu"] = {"execution": there | many, PAPER: small}
+    profiles["seeds-cpu"] = {"execution": there | many, **at_once}
     extended = {name: {"extends": "digits", **block} for name, block in profiles.items()}
     return {"profile": "digits", "profiles": {**blocks, **extended}}
 

@@ -242,7 +242,7 @@ class Network:
         peak = {"peak_bytes": int(max((most for ends in marks for _, most in ends), default=0))}
         found: Rows = {}
         for runs in counts:
-            what = f"{'mixed' if pruning else 'together'}-{runs}" + (f"-{way}" if way != "auto" else "")
+            what = crowd(runs, way, pruning)
             try:
                 window, epochs = in_common(times, runs, of=counts[0])
             except RuntimeError as error:
@@ -304,6 +304,11 @@ class _Marks:
             raise OutOfTime
 
 
+def crowd(runs: int, way: Way, pruning: int) -> str:
+    """What several runs at once are called."""
+    return f"{'mixed' if pruning else 'together'}-{runs}" + (f"-{way}" if way != "auto" else "")
+
+
 def in_common(marks: Sequence[Sequence[float]], runs: int, of: int) -> tuple[float, float]:
     """Seconds in which so many runs trained at once, the last ones `of` those that began, and the epochs that they did in these.
 
@@ -328,36 +333,39 @@ def measure(network: Network, add: Callable[[dict[str, Any]], object]) -> None:
     """Measure everything, as far as the time goes, and add a row of each, what matters most first."""
     bench, size = network.bench, network.size
 
-    def attempt(what: str, part: Callable[[], Rows]) -> None:
-        if time.monotonic() > network.ends:
-            add({"what": what, "failed": "no time was left"})
-            return
-        begun = time.monotonic()
-        try:
-            found = part()
-        except Exception as error:  # whatever it is, the rest can be measured
-            traceback.print_exception(error)
-            found = {what: {"failed": f"{type(error).__name__}: {error}".split("\n")[0]}}
+    def attempt(names: Sequence[str], part: Callable[[], Rows]) -> None:
+        begun, failed = time.monotonic(), "no time was left"
+        found: Rows = {}
+        if begun < network.ends:
+            try:
+                found = part()
+            except Exception as error:  # whatever it is, the rest can be measured
+                traceback.print_exception(error)
+                failed = f"{type(error).__name__}: {error}".split("\n")[0]
         seconds = round(time.monotonic() - begun, 1)
-        for name, row in found.items():
-            add({"what": name, **row, "took_seconds": seconds})
+        for name in names:
+            add({"what": name, **found.get(name, {"failed": failed}), "took_seconds": seconds})
 
     def one(what: str, part: Callable[[], dict[str, Any]]) -> None:
-        attempt(what, lambda: {what: part()})
+        attempt([what], lambda: {what: part()})
+
+    def several(counts: Sequence[int], way: Way = "auto", pruning: int = 0) -> None:
+        names = [crowd(runs, way, pruning) for runs in counts]
+        attempt(names, lambda: network.together(counts, way, pruning))
 
     one("card", network.card)
     one("alone", lambda: network.alone(bench))
     one("host", network.host)
     if bench.on_gpu:
         one("kernels", lambda: network.kernels(bench))
-    attempt("together", lambda: network.together(size.together))
+    several(size.together)
     if bench.on_gpu:
         fused = network.way("fused")
         one("alone-fused", lambda: network.alone(fused))
         one("kernels-fused", lambda: network.kernels(fused))
-        attempt("together-fused", lambda: network.together(size.together, "fused"))
+        several(size.together, "fused")
     runs, pruning = size.mixed
-    attempt("mixed", lambda: network.together((runs,), pruning=pruning))
+    several((runs,), pruning=pruning)
     one("eager", lambda: network.alone(network.way("off")))
     one("loader", network.loader)
     if bench.on_gpu:  # half a minute until it has compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import threading
@@ -145,11 +146,14 @@ class Turns:
     """Threads that train on one GPU take turns: one at a time executes Python, and gives up its turn when it has launched work.
 
     What it launched goes on beside that of others, on its stream. So nobody waits for Python's lock, and while a thread
-    captures a graph no other one replays a graph, draws numbers or lets a library try out kernels.
+    captures a graph no other one replays a graph, draws numbers or lets a library try out kernels. To launch a graph takes as
+    long as the GPU has no room for it, so threads do that without a turn, though never beside a capture.
     """
 
     def __init__(self) -> None:
         self._changing = threading.Lock()
+        self._launches = threading.Condition()
+        self._launching, self._capturing = 0, False
         self._waiting: deque[threading.Lock] = deque()
         self._busy = False
         self._own = threading.local()
@@ -180,6 +184,34 @@ class Turns:
             until()
         finally:
             self._take()
+
+    def launch(self, graph: Callable[[], object]) -> None:
+        """Launch a captured graph, beside those of others, while yet others have their turn."""
+        self.wait(lambda: self._launch(graph))
+
+    def _launch(self, graph: Callable[[], object]) -> None:
+        with self._launches:
+            self._launches.wait_for(lambda: not self._capturing)
+            self._launching += 1
+        try:
+            graph()
+        finally:
+            with self._launches:
+                self._launching -= 1
+                self._launches.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Work, in one's turn, while nobody launches a graph."""
+        with self._launches:
+            self._capturing = True
+            self._launches.wait_for(lambda: not self._launching)
+        try:
+            yield
+        finally:
+            with self._launches:
+                self._capturing = False
+                self._launches.notify_all()
 
     def _take(self) -> None:
         with self._changing:
@@ -238,7 +270,7 @@ def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
         own = torch.cuda.Stream()
     try:
         # torch.cuda.graph would first wait for all that the device has to do, for other threads, too
-        with torch.cuda.stream(own), _no_collection():
+        with torch.cuda.stream(own), TURNS.alone(), _no_collection():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 run()
@@ -251,7 +283,7 @@ def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
         reason = str(error.__context__ or error).partition("\n")[0]
         _REFUSED.append(f"steps cannot be captured ({reason})")
         raise CaptureFailed(_REFUSED[0]) from None
-    return graph.replay
+    return functools.partial(TURNS.launch, graph.replay)
 
 
 def usable(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """Layers of networks with few channels in fewer passes over a GPU's memory than torch's own take, in Triton.
 
-3x3 convolutions of 16 to 64 channels, and batch norm with ReLU and the addition of a shortcut. The functions take tensors, not
+3x3 convolutions of 16 to 64 channels, and batch norm with ReLU and the addition of a shortcut; 1x1 convolutions of a shortcut
+are a product of matrices. The functions take tensors, not
 modules, so weights may be others than a layer's parameters; they work under autocast alone, in its format, and can be
 captured. Whatever does not fit is computed by torch, layer by layer.
 """
@@ -18,14 +19,26 @@ from common.core.models.fused.norms import Norm
 
 def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor | None:
     """What the layer makes of x [B, I, H, W]; None where the kernels do not compute that, or were not measured to be faster."""
-    device, stride = x.device.type, layer.stride[0]
+    stride = layer.stride[0]
     plain = layer.bias is None and layer.groups == 1 and layer.padding_mode == "zeros"
+    if not (plain and layer.stride == (stride, stride) and (dtype := _autocast(x))):
+        return None
+    if (
+        layer.kernel_size == (1, 1)
+        and layer.padding == (0, 0)
+        and convolutions.narrow(x, layer.weight, stride)
+    ):
+        return convolutions.multiply(x, layer.weight, stride)
     square = layer.kernel_size == (3, 3) and layer.padding == (1, 1) and layer.dilation == (1, 1)
-    if not (plain and square and layer.stride == (stride, stride) and torch.is_autocast_enabled(device)):
+    if not square or not convolutions.known(x, layer.weight, stride):
         return None
-    if not convolutions.known(x, layer.weight, stride):
-        return None
-    return convolutions.convolve(x, layer.weight, stride, torch.get_autocast_dtype(device))
+    return convolutions.convolve(x, layer.weight, stride, dtype)
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The format of autocast, where that is on; None also for tensors without values, which no kernel takes."""
+    device = x.device.type
+    return None if x.is_meta or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
 
 
 def norm(layer: nn.BatchNorm2d, x: Tensor, relu: bool, shortcut: Tensor | None = None) -> Tensor | None:
@@ -35,11 +48,9 @@ def norm(layer: nn.BatchNorm2d, x: Tensor, relu: bool, shortcut: Tensor | None =
     scales or running statistics or averages them otherwise, gradients are asked for in evaluation mode, or a single
     value of a channel is there.
     """
-    device = x.device.type
     tensors = [x] if shortcut is None else [x, shortcut]
-    if not torch.is_autocast_enabled(device) or not all(
-        t.dtype == torch.get_autocast_dtype(device) and t.shape == x.shape for t in tensors
-    ):
+    dtype = _autocast(x)
+    if dtype is None or not all(t.dtype == dtype and t.shape == x.shape for t in tensors):
         return None
     mean, variance, momentum = layer.running_mean, layer.running_var, layer.momentum
     if not layer.affine or mean is None or variance is None or momentum is None:
