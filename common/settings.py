@@ -270,8 +270,8 @@ class ExecutionSettings(Strict):
     """Of convolutions and matrix products; `auto` is bfloat16 on a GPU that has it and on a CPU with AMX, else float32."""
     compilation: Literal["auto", "capture", "compile", "fused", "off"] = "auto"
     """`capture`: whole steps are replayed from CUDA graphs; `compile`: passes go through torch.compile, on a GPU within such
-    graphs; `fused`: on a GPU, in bfloat16, layers that fit go through kernels of the suite's own within such graphs, which no GPU
-    has executed yet; so `auto` is `capture` on a GPU, and nothing on a CPU."""
+    graphs; `fused`: on a GPU, in bfloat16, layers that fit go through kernels of the suite's own within such graphs. `auto` is
+    `fused` on a Hopper (H100, H200) in bfloat16, `capture` on another GPU, and nothing on a CPU."""
     deterministic: bool = True
     """Whether a GPU must sum in a fixed order; false lets it choose faster kernels, and results differ in the last digits."""
     threads: Processes = 1

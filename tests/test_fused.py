@@ -158,7 +158,17 @@ def test_fused_layers_are_refused_where_there_are_none(monkeypatch):
     monkeypatch.setattr(fused, "problem", lambda device: None)
     chosen = Compute.choose("cuda", "auto", "fused")
     assert chosen.fused and chosen.captured and not chosen.compiled
-    assert not Compute.choose("cuda", "auto", "auto").fused
+    for capability, problem, precision, is_fused in [
+        ((9, 0), None, "auto", True),
+        ((9, 0), None, "float32", False),
+        ((9, 0), "RuntimeError: no compiler", "auto", False),
+        ((8, 0), None, "auto", False),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(fused, "problem", lambda device, found=problem: found)
+        chosen = Compute.choose("cuda", precision, "auto")
+        assert chosen.fused == is_fused and chosen.captured
+        assert not Compute.choose("cuda", precision, "capture").fused
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

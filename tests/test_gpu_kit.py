@@ -85,7 +85,7 @@ def test_speed_measures_the_card_and_runs_alone_and_at_once(project):
     found, summary = rehearse(project, "2", "--budget", "200")
     assert found["speed"]["stopped"] == {}
     rows = {row["what"]: row for row in found["speed"]["networks"]["resnet8"]}
-    assert list(rows) == ["card", "alone", "host", "together-2", "mixed-2", "eager", "loader"]
+    assert list(rows) == ["card", "alone", "host", "together-2", "eager", "loader", "mixed-2"]
     assert rows["card"]["copy"] > 0 and rows["card"]["bfloat16"] > 0 and rows["card"]["us_step"] > 0
     for what in ("alone", "eager", "loader", "mixed-2", "together-2"):
         assert "failed" not in rows[what]

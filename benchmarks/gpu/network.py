@@ -51,7 +51,7 @@ LOADERS = 4
 """Workers of the usual DataLoader."""
 Rows = dict[str, dict[str, Any]]
 """What was measured, by its name."""
-Way = Literal["auto", "fused", "compile", "off"]
+Way = Literal["auto", "capture", "compile", "off"]
 """How the core trains, as of `execution.compilation`."""
 
 
@@ -68,7 +68,7 @@ class Scale:
     mixed: tuple[int, int] = (8, 2)
     batch: int = BATCH
     steps: int = 64
-    seconds: float = 2.5
+    seconds: float = 1.5
     copied: int = 2**30
     matrix: int = 8192
 
@@ -123,7 +123,7 @@ class Network:
         layers = layer_costs(self.bench.network(self.name, data), data.image_shape)
         return training_seconds(layers, peaks) * self.size.batch
 
-    def _seconds(self, call: Callable[[], Any], calls: int = 20, rows: int = 3) -> float:
+    def _seconds(self, call: Callable[[], Any], calls: int = 10, rows: int = 2) -> float:
         """Of one call, in the best of so many rows of calls."""
         taken = []
         for _ in range(rows):
@@ -360,16 +360,16 @@ def measure(network: Network, add: Callable[[dict[str, Any]], object]) -> None:
         one("kernels", lambda: network.kernels(bench))
     several(size.together)
     if bench.on_gpu:
-        fused = network.way("fused")
-        one("alone-fused", lambda: network.alone(fused))
-        one("kernels-fused", lambda: network.kernels(fused))
-        several(size.together, "fused")
-    runs, pruning = size.mixed
-    several((runs,), pruning=pruning)
+        cudnn = network.way("capture")
+        one("alone-capture", lambda: network.alone(cudnn))
+        one("kernels-capture", lambda: network.kernels(cudnn))
     one("eager", lambda: network.alone(network.way("off")))
     one("loader", network.loader)
-    if bench.on_gpu:  # half a minute until it has compiled
-        one("alone-compile", lambda: network.alone(network.way("compile")))
+    runs, pruning = size.mixed
+    several((runs,), pruning=pruning)
+    if bench.on_gpu:
+        several(size.together, "capture")
+        one("alone-compile", lambda: network.alone(network.way("compile")))  # compiles for half a minute
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

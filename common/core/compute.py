@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import threading
@@ -44,9 +43,10 @@ class Compute:
         """What `auto` stands for on this machine, and the rest as it is asked for.
 
         `auto` precision is bfloat16 on a GPU that has it and on a CPU with matrix units for it (AMX), else float32.
-        `auto` compilation is captured graphs on a GPU and nothing on a CPU, where torch.compile pays for long runs of
-        some architectures only; `compile` on a GPU is both, and `fused` is captured graphs with kernels of the suite's own, in
-        bfloat16. Raises SettingsError when the device, the number format or what compiles these kernels is not there.
+        `auto` compilation is captured graphs on a GPU, `fused` ones where these were measured to be faster, and nothing on a
+        CPU, where torch.compile pays for long runs of some architectures only; `compile` on a GPU is both, and `fused` is
+        captured graphs with kernels of the suite's own, in bfloat16. Raises SettingsError when the device, the number format or
+        what compiles these kernels is not there.
         """
         cuda = torch.cuda.is_available()
         if device.startswith("cuda") and not cuda:
@@ -70,13 +70,14 @@ class Compute:
         half = precision == "bfloat16" or (precision == "auto" and fast)
         if compilation == "fused":
             _check_fused(chosen, half)
+        faster = compilation == "auto" and on_gpu and half and _measured(chosen) and not fused.problem(chosen)
         return cls(
             chosen,
             torch.bfloat16 if half else None,
             channels_last=True,
             captured=on_gpu and compilation != "off",
             compiled=compilation == "compile",
-            fused=compilation == "fused",
+            fused=compilation == "fused" or faster,
         )
 
     def place(self, model: M) -> M:
@@ -120,6 +121,11 @@ def _check_fused(device: torch.device, half: bool) -> None:
         )
 
 
+def _measured(device: torch.device) -> bool:
+    """Whether kernels of the suite's own were measured on such a GPU: a Hopper."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _has_amx() -> bool:
     """Whether the processor multiplies matrices in bfloat16; False where torch is too old to tell."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -146,14 +152,11 @@ class Turns:
     """Threads that train on one GPU take turns: one at a time executes Python, and gives up its turn when it has launched work.
 
     What it launched goes on beside that of others, on its stream. So nobody waits for Python's lock, and while a thread
-    captures a graph no other one replays a graph, draws numbers or lets a library try out kernels. To launch a graph takes as
-    long as the GPU has no room for it, so threads do that without a turn, though never beside a capture.
+    captures a graph no other one replays a graph, draws numbers or lets a library try out kernels.
     """
 
     def __init__(self) -> None:
         self._changing = threading.Lock()
-        self._launches = threading.Condition()
-        self._launching, self._capturing = 0, False
         self._waiting: deque[threading.Lock] = deque()
         self._busy = False
         self._own = threading.local()
@@ -184,34 +187,6 @@ class Turns:
             until()
         finally:
             self._take()
-
-    def launch(self, graph: Callable[[], object]) -> None:
-        """Launch a captured graph, beside those of others, while yet others have their turn."""
-        self.wait(lambda: self._launch(graph))
-
-    def _launch(self, graph: Callable[[], object]) -> None:
-        with self._launches:
-            self._launches.wait_for(lambda: not self._capturing)
-            self._launching += 1
-        try:
-            graph()
-        finally:
-            with self._launches:
-                self._launching -= 1
-                self._launches.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Work, in one's turn, while nobody launches a graph."""
-        with self._launches:
-            self._capturing = True
-            self._launches.wait_for(lambda: not self._launching)
-        try:
-            yield
-        finally:
-            with self._launches:
-                self._capturing = False
-                self._launches.notify_all()
 
     def _take(self) -> None:
         with self._changing:
@@ -270,7 +245,7 @@ def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
         own = torch.cuda.Stream()
     try:
         # torch.cuda.graph would first wait for all that the device has to do, for other threads, too
-        with torch.cuda.stream(own), TURNS.alone(), _no_collection():
+        with torch.cuda.stream(own), _no_collection():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 run()
@@ -283,7 +258,7 @@ def capture_graph(run: Callable[[], None], pool: Any) -> Callable[[], None]:
         reason = str(error.__context__ or error).partition("\n")[0]
         _REFUSED.append(f"steps cannot be captured ({reason})")
         raise CaptureFailed(_REFUSED[0]) from None
-    return functools.partial(TURNS.launch, graph.replay)
+    return graph.replay
 
 
 def usable(device: torch.device) -> bool:

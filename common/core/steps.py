@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 WARM_UP = 3
 """Eager steps before any is captured, in which libraries choose kernels and set up their work space."""
-MOST = 16
-"""Steps of one graph, at most."""
+MOST = 4
+"""Steps of one graph, at most: more gain nothing on a GPU, and take longer to capture."""
 
 
 class Steps:
