@@ -155,8 +155,8 @@ def plan(
     took = f"rehearsed in {time.perf_counter() - begun:.0f} s" if costs else "not rehearsed"
     speed: float  # seconds of runs that pass in one
     if card:
-        speed = floors.GOAL  # whatever runs at once shares the card
-        where = f"one {card.upper()} at {floors.GOAL:.0%} of its floor"
+        speed = floors.REACHED  # whatever runs at once shares the card
+        where = f"one {card.upper()} at {floors.REACHED:.0%} of its floor"
     else:
         workers, _ = training_slots(profile.execution, max(stage.runs for stage in stages) or 1)
         speed = workers
