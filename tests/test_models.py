@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from common.core.models import ARCHITECTURES, build, small_maps
+from common.core.models import ARCHITECTURES, build, network, small_maps
 from common.core.models.network import Conv2d
 from common.core.pruning.counting import cost
 from common.settings import SettingsError
@@ -346,3 +346,21 @@ def test_bad_input_is_named(name, options, error, message):
 def test_any_depth_of_six_n_plus_two():
     assert cost(hollow("resnet26"), CIFAR)["parameters"] == 369_690
     assert len(hollow("resnet1202").blocks()) == 600
+
+
+@pytest.mark.parametrize("inputs", [1, 4, 7, 8])
+def test_a_strided_convolution_of_few_channels_leaves_memory_alone(inputs, monkeypatch):
+    """What oneDNN gets wrong with AVX2: the gradient of the weights of a convolution of 1x1 that leaves out pixels."""
+    monkeypatch.setattr(network, "_OVERRUNS", True)
+    layer = network.Conv2d(inputs, 8, 1, 2)
+    network.initialise(layer, torch.Generator().manual_seed(0), "fan_in", "torch", 1.0)
+    layer = layer.to(memory_format=torch.channels_last)
+    x = torch.randn(7, inputs, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, layer.weight, layer.bias], g)
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    want = torch.nn.functional.conv2d(*exact, stride=2)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found, torch.autograd.grad(want, exact, g.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)

@@ -240,6 +240,25 @@ def test_a_method_that_has_finished_may_be_captured_once_its_new_optimiser_has_m
     assert histories[0] == histories[1]
 
 
+def test_a_pass_that_learns_nothing_is_captured_and_leaves_the_same_statistics(data, graphs):
+    """And what was captured of training stays."""
+    left = []
+    for compute in (_Planned(torch.device("cpu")), None):
+        trainer = _trainer(data, (), _network("resnet8"), *filter(None, [compute]))
+        trainer.fit([0.01] * 2 * PER_EPOCH)
+        trainer.look()
+        state = {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
+        trainer.fit([0.01] * PER_EPOCH)
+        left.append((state, trainer.history))
+    (eager, history), (captured, again) = left
+    for key, tensor in eager.items():
+        assert torch.equal(tensor, captured[key]), key
+    assert history == again
+    # steps of training, once: three, and the last, smaller batch; and three passes; its last batch is met once
+    assert graphs.captures == 3
+    assert graphs.replays == (2 + 3 + 1) + 2 + (3 + 1)
+
+
 def test_the_momentum_of_one_cycle_training_is_refused(data, graphs, capsys):
     model = _network()
     trainer = _trainer(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WARM_UP = 3
 """Eager steps before any is captured, in which libraries choose kernels and set up their work space."""
+Step = Callable[["Trainer", int], None]
+"""What is done with the next batch, which has so many images."""
 MOST = 4
 """Steps of one graph, at most: more gain nothing on a GPU, and take longer to capture."""
 
@@ -74,39 +76,52 @@ class Steps:
         self._rates[: len(rates)].copy_(torch.tensor(rates))
         self.loss.zero_()
         self.correct.zero_()
-        captures = self._captures and trainer.compute.captured and self._check(trainer)
-        done = 0
-        while done < len(rates):
-            self.size = size = self.tables.size(done)
-            apart = _needs_host(trainer, trainer.iteration)
-            if apart or not captures or not self._warm(size):
-                count = 1
-                if apart:
-                    trainer.compute.wait()
-                self._step(trainer, size)
-                self._eager[size] += 1
-                captures = captures and (not apart or self._check(trainer))
-            else:
-                count = self._in_a_row(trainer, done, len(rates))
-                captures = self._replay(trainer, count, size)
-                count *= captures
-            trainer.iteration += count
-            done += count
-            TURNS.pass_on()
+        self._take(trainer, len(rates), self._step)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rates[-1]
         if self._graphs:
             # they are in memory that graphs share, in which only a graph's own steps find them
             trainer.optimizer.zero_grad(set_to_none=True)
 
+    def look(self, trainer: Trainer) -> None:
+        """Pass forward over the batches of an epoch, in the mode that the network is in; nothing is learned."""
+        self.tables.fill(trainer.epochs_done)
+        self._now.zero_()
+        learning = self._graphs, self._held, self._eager, self._pool
+        self._forget()
+        self._take(trainer, len(self.tables.batches), self._forward)
+        trainer.compute.wait()  # until nothing needs the memory of its graphs
+        self._graphs, self._held, self._eager, self._pool = learning
+
+    def _take(self, trainer: Trainer, steps: int, step: Step) -> None:
+        captures = self._captures and trainer.compute.captured and self._check(trainer)
+        learns, done = step == self._step, 0
+        while done < steps:
+            self.size = size = self.tables.size(done)
+            apart = learns and _needs_host(trainer, trainer.iteration)
+            if apart or not captures or not self._warm(size):
+                count = 1
+                if apart:
+                    trainer.compute.wait()
+                step(trainer, size)
+                self._eager[size] += 1
+                captures = captures and (not apart or self._check(trainer))
+            else:
+                count = self._in_a_row(trainer, done, steps, learns)
+                captures = self._replay(trainer, count, size, step)
+                count *= captures
+            trainer.iteration += count * learns
+            done += count
+            TURNS.pass_on()
+
     def _warm(self, size: int) -> bool:
         return self._eager[size] > 0 and self._eager.total() >= WARM_UP
 
-    def _in_a_row(self, trainer: Trainer, done: int, steps: int) -> int:
+    def _in_a_row(self, trainer: Trainer, done: int, steps: int, learns: bool) -> int:
         """How many steps come next of which none needs the host, and as many as a graph has: all of one, or one."""
         whole = done + self._together <= steps and all(
             self.tables.size(done + i) == self.tables.size(0)
-            and not _needs_host(trainer, trainer.iteration + i)
+            and not (learns and _needs_host(trainer, trainer.iteration + i))
             for i in range(self._together)
         )
         return self._together if whole else 1
@@ -118,13 +133,17 @@ class Steps:
         trainer.learn(*self.batch(size))
         self._now += 1
 
-    def _replay(self, trainer: Trainer, count: int, size: int) -> bool:
+    def _forward(self, trainer: Trainer, size: int) -> None:
+        trainer.logits(self.batch(size)[0])
+        self._now += 1
+
+    def _replay(self, trainer: Trainer, count: int, size: int, step: Step) -> bool:
         """Replay so many steps; False, and nothing is done, if they cannot be captured."""
         if (count, size) not in self._graphs:
 
             def steps() -> None:
                 for _ in range(count):
-                    self._step(trainer, size)
+                    step(trainer, size)
 
             try:
                 self._graphs[count, size] = self._captured(steps)

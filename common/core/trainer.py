@@ -330,6 +330,17 @@ class Trainer:
         """
         return self._forward(images, self.effective())
 
+    @torch.no_grad()
+    def look(self) -> None:
+        """Pass over the training images of the next epoch in training mode, which renews running statistics; nothing is learned."""
+        self.model.train()
+        if steps := self._planned():
+            steps.look(self)
+            return
+        for images, _ in self.batches.epoch(self.epochs_done):
+            self.logits(images)
+            TURNS.pass_on()
+
     def _network(self) -> Callable[[Tensor], Tensor]:
         """The model, compiled where that was chosen; a hook may have put another model in its place."""
         if not self.compute.compiled:

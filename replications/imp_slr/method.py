@@ -308,14 +308,10 @@ def _train_accuracy(trainer: Trainer) -> float:
     return trainer.evaluate(trainer.batches)["accuracy"]
 
 
-@torch.no_grad()
 def recalibrate(trainer: Trainer) -> None:
     """Renew the running statistics of batch normalisation with a pass over the training images."""
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.model.modules()):
-        return
-    trainer.model.train()
-    for images, _ in trainer.batches.epoch(trainer.epochs_done):
-        trainer.logits(images)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trainer.model.modules()):
+        trainer.look()
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:

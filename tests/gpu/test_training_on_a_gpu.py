@@ -260,6 +260,21 @@ def test_what_cannot_be_captured_is_refused_with_its_reason(method, graphs, caps
     assert reason in capsys.readouterr().err and not graphs
 
 
+def test_a_pass_that_learns_nothing_leaves_the_statistics_of_an_eager_one(graphs):
+    left = []
+    for captured in (False, True):
+        compute = Compute(torch.device("cuda"), torch.bfloat16, channels_last=True, captured=captured)
+        batches = Batches(_data(), "train", BATCH, seed=3, shuffle=True, augment=True)
+        trainer = Trainer(compute.place(_network()), batches, compute=compute)
+        trainer.look()
+        state = {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
+        trainer.fit([RATE] * 2 * len(batches))
+        left.append((state, trainer.history))
+    assert graphs and left[0][1] == left[1][1]
+    for key, tensor in left[0][0].items():
+        assert torch.equal(tensor, left[1][0][key]), key
+
+
 def test_retraining_after_a_method_that_is_not_captured_begins_with_momentum_of_its_own(graphs):
     histories = []
     for captured in (False, True):
@@ -388,7 +403,7 @@ def _record(entry):
     return json.dumps(entry.record.content(), sort_keys=True)
 
 
-@pytest.mark.parametrize("compilation", ["auto", "fused"])
+@pytest.mark.parametrize("compilation", ["auto", "capture"])
 def test_runs_together_leave_the_records_of_runs_alone_and_a_diverging_one_ends_alone(tmp_path, compilation):
     rates = [RATE] * 3 + [1e12] + [RATE] * 4
     alone, together = (

@@ -11,13 +11,17 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import conv2d, relu
 
 from common.core.models import fused, small_maps
 
 M = TypeVar("M", bound=nn.Module)
 
 Fill = Literal["fan_out", "fan_in", "normal", "torch"]
+_OVERRUNS = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether oneDNN here writes behind its memory for some gradients of weights (its issue 6035, seen with torch 2.15)."""
+_BLOCK = 8
+"""It does so for convolutions of 1x1 with a stride and fewer input channels than this, in channels_last."""
 
 
 class Conv2d(nn.Conv2d):
@@ -25,7 +29,8 @@ class Conv2d(nn.Conv2d):
 
     Without input channels its output is zero; without output channels [B, 0, H, W]. Under autocast on a CPU it goes
     around slow bfloat16 kernels: in groups it stays in float32, and small maps go through `small_maps`. Where it is `fused`
-    it goes through the kernels of `common.core.models.fused`, if these compute it.
+    it goes through the kernels of `common.core.models.fused`, if these compute it. One that oneDNN would not survive takes
+    the pixels that it sees first.
     """
 
     fused = False
@@ -40,11 +45,19 @@ class Conv2d(nn.Conv2d):
         if self.in_channels and self.out_channels:
             if self.fused and (y := fused.convolution(self, x)) is not None:
                 return y
+            if _OVERRUNS and x.device.type == "cpu" and self._sees_few():
+                seen = x[:, :, :: self.stride[0], :: self.stride[1]]
+                return conv2d(seen, self.weight, self.bias, groups=self.groups)
             if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
                 return self._in_lower_precision(x)
             return super().forward(x)
         sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
         return x.new_zeros(len(x), self.out_channels, *((n + 2 * p - k) // s + 1 for n, p, k, s in sizes))
+
+    def _sees_few(self) -> bool:
+        """Whether it is of 1x1, leaves out pixels, and has few channels."""
+        strided = self.kernel_size == (1, 1) and self.padding == (0, 0) and max(self.stride) > 1
+        return strided and self.padding_mode == "zeros" and self.in_channels // self.groups < _BLOCK
 
     def _in_lower_precision(self, x: Tensor) -> Tensor:
         if self.groups > 1:
