@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -69,11 +70,19 @@ def test_layers_that_fit_are_launched(interpreted):
 
 @pytest.mark.slow
 def test_every_kernel_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
-    launched = ended("compiled_fused.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0").split()
-    convolution = ["convolve", "convolve", "weight_gradient", "weight_gradient_sum"]
-    assert launched == convolution + 2 * ["statistics", "normalise", "gradient_sums", "gradient"] + [
-        "normalise"
-    ]
+    launched = Counter(
+        ended("compiled_fused.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0").split()
+    )
+    # convolutions that keep the weights on the chip and others; norms alone, before a ReLU, and with a shortcut
+    assert launched == {
+        "convolve": 2,
+        "weight_gradient": 1,
+        "weight_gradient_sum": 1,
+        "statistics": 1,
+        "normalise": 3 + 3,
+        "gradient_sums": 3,
+        "gradient": 3,
+    }
 
 
 LEFT = {

@@ -83,7 +83,8 @@ def _noting(note: Callable[[Launch], object], processors: int) -> Iterator[None]
             change.stop()
 
 
-def _compile(launch: Launch) -> None:
+def compile_one(launch: Launch) -> None:
+    """Compile what is launched, which leaves it on the disk."""
     module, name, types, grid, constants = launch
     getattr(sys.modules[module], name).warmup(*types, grid=grid, **dict(constants))
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = launches(chosen.networks, chosen.batches, properties.multi_processor_count)
     workers = max(1, (os.cpu_count() or 2) - 2)
     with ProcessPoolExecutor(workers, get_context("spawn"), compiling.begin, (capability,)) as pool:
-        failures = [pool.submit(_compile, launch).exception for launch in found]
+        failures = [pool.submit(compile_one, launch).exception for launch in found]
         reasons = {repr(error) for failure in failures if (error := failure())}
     for reason in sorted(reasons):  # whoever launches them says it again
         print(reason)
