@@ -47,6 +47,8 @@ EPOCH = 50_000
 ROUNDS = 3
 GAIN = 2.0
 """How much faster several runs at once are expected to be than one after the other."""
+UNKNOWN = 0.1
+"""Seconds that an epoch is taken to last, where that of one run alone could not be measured."""
 LOADERS = 4
 """Workers of the usual DataLoader."""
 Rows = dict[str, dict[str, Any]]
@@ -89,7 +91,7 @@ class Network:
         self.name, self.bench, self.size, self.ends = name, bench, size, ends
         self.peaks: Peaks | None = None
         self._core: tuple[str, Trainer] | None = None
-        self._epoch = 0.1  # seconds of one run's, until that is measured
+        self._epochs: dict[str, float] = {}
 
     def way(self, compilation: Way) -> Bench:
         """The same, trained in another way."""
@@ -156,10 +158,9 @@ class Network:
         if self.bench.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         train(core)
-        self._epoch = statistics.median(
-            self._seconds(lambda: train(core), calls=1, rows=1) for _ in range(ROUNDS)
-        )
-        return self._of_floor(self._epoch, self.size.steps) | self._peak_memory()
+        taken = [self._seconds(lambda: train(core), calls=1, rows=1) for _ in range(ROUNDS)]
+        self._epochs[bench.compilation] = epoch = statistics.median(taken)
+        return self._of_floor(epoch, self.size.steps) | self._peak_memory()
 
     def _peak_memory(self) -> dict[str, int]:
         return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.bench.on_gpu else {}
@@ -225,7 +226,7 @@ class Network:
             folder = Path(name)
             data = self.bench.dataset(self.size.steps)
             run = plain_runs(self.bench, data, folder, self.name)
-            lengths = self._lengths(counts)
+            lengths = self._lengths(counts, way)
             listed = [run(seed, epochs) for seed, epochs in enumerate(lengths)]
             listed[:pruning] = map(self._pruning, listed[:pruning], lengths)
             budget = TimeBudget(time.time() + self.ends - time.monotonic())
@@ -238,7 +239,7 @@ class Network:
                 raise RuntimeError(f"{len(reasons)} of {counts[0]} runs failed: {reasons[0]}")
             marks = store.marks()
         times = [[when for when, _ in ends] for ends in marks]
-        # those before them are still in memory that may be used again
+        # the most at any time, so of all of them
         peak = {"peak_bytes": int(max((most for ends in marks for _, most in ends), default=0))}
         found: Rows = {}
         for runs in counts:
@@ -254,11 +255,11 @@ class Network:
             next(iter(found.values())).update(peak)
         return found
 
-    def _lengths(self, counts: Sequence[int]) -> list[int]:
-        """Epochs of each run, so that each number of them trains for about as long."""
-        lengths, epochs = list[int](), 1
+    def _lengths(self, counts: Sequence[int], way: Way) -> list[int]:
+        """Epochs of each run, so that each number of them trains for about as long, by what one run alone has taken."""
+        lengths, epochs, alone = list[int](), 1, self._epochs.get(way, UNKNOWN)
         for runs, fewer in zip(counts, (*counts[1:], 0)):
-            epochs += max(2, math.ceil(self.size.seconds * GAIN / (runs * self._epoch)))
+            epochs += max(2, math.ceil(self.size.seconds * GAIN / (runs * alone)))
             lengths += [epochs] * (runs - fewer)
         return lengths
 
