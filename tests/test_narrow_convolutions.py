@@ -27,12 +27,14 @@ def interpreted(*arguments):
     return done.stdout
 
 
+@pytest.mark.long
 def test_every_kernel_gives_what_torch_gives():
     errors = json.loads(interpreted("errors"))
     assert {"16->16 s1 @8 forward sums, apart: table", "16->32 s2 @8 dgrad plain"} < set(errors)
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
+@pytest.mark.long
 def test_a_measurement_runs_to_its_end_and_leaves_every_case(tmp_path):
     file = tmp_path / "found.json"
     interpreted("course", file)

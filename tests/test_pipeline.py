@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def fresh(tmp_path_factory):
     """A copy in which the only paper is the example: a folder and a stage, no other file changed."""
     project = copy(tmp_path_factory.mktemp("pipeline"))
     for paper in papers():
@@ -30,6 +30,13 @@ def project(tmp_path_factory):
     for command in (["git", "init", "-q"], ["git", "add", "-A"]):
         assert run(project, *command).returncode == 0
     return project
+
+
+@pytest.fixture(scope="module")
+def project(fresh):
+    """The same after `dvc repro`; a test that changes it runs that again."""
+    _repro(fresh)
+    return fresh
 
 
 def _remove(project, paper):
@@ -48,32 +55,30 @@ def _repro(project):
     return [line.split("'")[1] for line in result.stdout.splitlines() if line.startswith("Running stage")]
 
 
-def test_a_sixth_paper_runs_to_its_verdict(project):
-    assert set(_repro(project)) == {"settings", "data", "example", "statistics", "report", "publish"}
-    verdicts = json.loads((project / "reports/digits/verdicts.json").read_text())
+def test_a_sixth_paper_runs_to_its_verdict(fresh):
+    assert set(_repro(fresh)) == {"settings", "data", "example", "statistics", "report", "publish"}
+    verdicts = json.loads((fresh / "reports/digits/verdicts.json").read_text())
     (claim,) = verdicts["papers"]["example"]["claims"]
     assert claim["id"] == "E1" and claim["verdict"] in ("replicated", "open")
-    page = (project / "reports/digits/index.html").read_text()
+    page = (fresh / "reports/digits/index.html").read_text()
     assert "Zeroing nine tenths" in page and claim["verdict"] in page
-    assert list((project / "reports/digits/figures").glob("*.svg"))
-    assert "Zeroing nine tenths" in (project / "reports/index.html").read_text()
+    assert list((fresh / "reports/digits/figures").glob("*.svg"))
+    assert "Zeroing nine tenths" in (fresh / "reports/index.html").read_text()
 
 
 def test_a_paper_may_join_after_the_others_have_run(project):
-    _repro(project)
     add_example(project, "seventh")
     ran = _repro(project)
     _remove(project, "seventh")
+    _repro(project)
     assert set(ran) == {"settings", "seventh", "statistics", "report", "publish"}
 
 
 def test_nothing_runs_again_without_a_change(project):
-    _repro(project)
     assert _repro(project) == []
 
 
 def test_a_change_runs_only_what_follows_from_it(project):
-    _repro(project)
     claims = project / "replications/example/claims.yaml"
     claims.write_text(claims.read_text().replace("costs accuracy.", "costs some accuracy."))
     kept = {file: file.stat().st_mtime_ns for file in (project / ".runs/digits/example").glob("*.json")}
@@ -94,7 +99,6 @@ def test_a_change_runs_only_what_follows_from_it(project):
 
 
 def test_a_killed_pipeline_goes_on_with_the_same_command(project):
-    _repro(project)
     results = project / "results/digits/example.jsonl"
     expected = results.read_bytes()
     protocol = project / "replications/example/protocol.py"
@@ -114,7 +118,6 @@ def test_a_killed_pipeline_goes_on_with_the_same_command(project):
 
 
 def test_metrics_and_plots_are_there_for_dvc(project):
-    _repro(project)
     shown = run(project, "dvc", "metrics", "show", "--json")
     assert shown.returncode == 0
     ((values,),) = ([one["data"] for one in json.loads(shown.stdout)[""]["data"].values()],)
@@ -125,7 +128,6 @@ def test_metrics_and_plots_are_there_for_dvc(project):
 
 
 def test_the_report_follows_a_checkout(project):
-    _repro(project)
     page = project / "reports/digits/index.html"
     before = page.read_bytes()
     page.unlink()
@@ -135,7 +137,6 @@ def test_the_report_follows_a_checkout(project):
 
 
 def test_the_store_of_the_copy_holds_its_runs(project):
-    _repro(project)
     code = (
         "import mlflow; c = mlflow.MlflowClient('sqlite:///mlflow.db');"
         "e = c.get_experiment_by_name('pruning-replications/example');"
@@ -146,7 +147,6 @@ def test_the_store_of_the_copy_holds_its_runs(project):
 
 
 def test_networks_of_headline_runs_are_in_the_store_and_what_they_take_on_the_page(project, tmp_path):
-    _repro(project)
     records = [
         json.loads(line) for line in (project / "results/digits/example.jsonl").read_text().splitlines()
     ]

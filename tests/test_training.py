@@ -268,6 +268,7 @@ def test_auto_precision_on_a_cpu_depends_on_its_matrix_units(monkeypatch, capabi
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_fast_mode_is_equivalent_in_accuracy_over_seeds():
     """bfloat16 and kernels of free choice against float32 in a fixed order: within 2 points, by two one-sided tests."""
     data = load(DatasetSettings())
@@ -296,8 +297,7 @@ def test_a_compiled_network_trains_alike_also_after_it_has_shrunk():
         compute = Compute.choose("cpu", "float32", compilation)
         assert compute.compiled == (compilation == "compile")
         model = build("digits_cnn", classes=10, image_shape=(1, 8, 8), widths=[4, 8, 8], seed=1)
-        batches = Batches(data, "train", 40, shuffle=True)
-        trainer = Trainer(model, batches, validation=Batches(data, "validation", 200), compute=compute)
+        trainer = Trainer(model, Batches(data, "train", 40, shuffle=True), compute=compute)
         trainer.fit([0.05] * 6)
         keep = {group.name: torch.arange(3) for group in model.channel_groups()}
         channels.remove(model, keep, trainer.optimizer)

@@ -36,7 +36,7 @@ PRECISIONS = ("float32", "bfloat16")
 TESTS, GLYPHS, AHEAD = "tests", "glyphs", "ahead"
 NETWORKS = ("resnet20", "vgg16")
 """Whose fused layers are compiled ahead: the tests' and those of the second step."""
-TESTERS = 6
+TESTERS = min(6, os.cpu_count() or 1)
 """Processes that share the tests, where pytest-xdist is there."""
 CORPUS = Path("data/glyphs/corpus.npz")
 
