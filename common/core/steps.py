@@ -76,7 +76,7 @@ class Steps:
         self._rates[: len(rates)].copy_(torch.tensor(rates))
         self.loss.zero_()
         self.correct.zero_()
-        self._take(trainer, len(rates), self._step)
+        self._take(trainer, len(rates), learns=True)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rates[-1]
         if self._graphs:
@@ -89,13 +89,14 @@ class Steps:
         self._now.zero_()
         learning = self._graphs, self._held, self._eager, self._pool
         self._forget()
-        self._take(trainer, len(self.tables.batches), self._forward)
+        self._take(trainer, len(self.tables.batches), learns=False)
         trainer.compute.wait()  # until nothing needs the memory of its graphs
         self._graphs, self._held, self._eager, self._pool = learning
 
-    def _take(self, trainer: Trainer, steps: int, step: Step) -> None:
+    def _take(self, trainer: Trainer, steps: int, learns: bool) -> None:
+        step = self._step if learns else self._forward
         captures = self._captures and trainer.compute.captured and self._check(trainer)
-        learns, done = step == self._step, 0
+        done = 0
         while done < steps:
             self.size = size = self.tables.size(done)
             apart = learns and _needs_host(trainer, trainer.iteration)

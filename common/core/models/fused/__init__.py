@@ -1,9 +1,8 @@
 """Layers of networks with few channels in fewer passes over a GPU's memory than torch's own take, in Triton.
 
 3x3 convolutions of 16 to 64 channels, and batch norm with ReLU and the addition of a shortcut; 1x1 convolutions of a shortcut
-are a product of matrices. The functions take tensors, not
-modules, so weights may be others than a layer's parameters; they work under autocast alone, in its format, and can be
-captured. Whatever does not fit is computed by torch, layer by layer.
+are a product of matrices. The functions take tensors, not modules, so weights may be others than a layer's parameters; they
+work under autocast alone, in its format, and can be captured. Whatever does not fit is computed by torch, layer by layer.
 """
 
 from __future__ import annotations
