@@ -98,6 +98,7 @@ def test_a_change_runs_only_what_follows_from_it(project):
     assert _repro(project)[:2] == ["settings", "example"]
 
 
+@pytest.mark.long
 def test_a_killed_pipeline_goes_on_with_the_same_command(project):
     results = project / "results/digits/example.jsonl"
     expected = results.read_bytes()

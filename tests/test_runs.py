@@ -132,7 +132,7 @@ def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(project):
     assert "made to fail" in result.stderr
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_that_kills_its_worker_fails_alone(project, workers):
     execution = {"device": "cpu", "precision": "float32", "threads": 1, "workers": workers}
     params(project, execution=execution, example={"fails": ["kill:dense-1"]})
