@@ -62,7 +62,8 @@ report: doctor
 	$(BIN)/dvc repro --single-item --force settings statistics report
 
 mlflow: setup
-	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT) --workers 1
+	@# without seven processes for jobs of its own, which nothing here starts
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --port $(PORT) --workers 1
 
 benchmark: setup
 	$(BIN)/python -m benchmarks $(ARGS)
