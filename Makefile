@@ -90,7 +90,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { echo "error: Python 3.11, 3.12 or 3.13 is needed, found `$(PYTHON) --version 2>&1`; name one: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --no-build-isolation --use-pep517 --editable .
 	@# compiles what the suite uses: a tenth of what there is
 	@$(BIN)/python -c 'import dvc.cli, matplotlib.figure, mlflow, scipy.stats, sklearn.datasets, torch._dynamo, torchvision'
@@ -100,7 +100,7 @@ $(READY): requirements.lock pyproject.toml
 cluster: $(CLUSTER)
 
 $(CLUSTER): $(READY) requirements-cluster.lock
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes -r requirements-cluster.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes -r requirements-cluster.lock
 	@touch $@
 
 checkout:

@@ -21,7 +21,7 @@ from common.core.pruning import channels
 
 # so that a program computes several tiles, and the interpreter has few programs
 convolutions.processors = lambda device: 1
-CONVOLUTIONS = [(3, 16, 1, 8), (16, 16, 1, 8), (16, 32, 2, 8), (32, 32, 1, 4), (32, 64, 2, 4), (64, 64, 1, 4)]
+CONVOLUTIONS = [(3, 16, 1, 8), (16, 16, 1, 8), (16, 32, 2, 8), (32, 64, 2, 4), (64, 64, 1, 4)]
 # the interpreter multiplies no matrices in bfloat16; float16 has three bits more
 HALF = torch.float16
 

@@ -201,7 +201,7 @@ def test_a_defect_fails_one_run_and_the_same_command_tries_it_again(project):
     assert len(kept) == 6 and len(changed) == 2
 
 
-@pytest.mark.parametrize("suffix", ["json", "pt"])
+@pytest.mark.parametrize("suffix", ["json", pytest.param("pt", marks=pytest.mark.long)])
 def test_damage_is_noticed_named_and_redone(project, suffix):
     assert run(project, *STAGE).returncode == 0
     expected = _bytes(project)
