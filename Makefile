@@ -92,7 +92,7 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --no-build-isolation --use-pep517 --editable .
-	@# compiles what the suite uses: a tenth of what there is
+	@# compiles what the suite uses: a fifth of what there is
 	@$(BIN)/python -c 'import dvc.cli, matplotlib.figure, mlflow, scipy.stats, sklearn.datasets, torch._dynamo, torchvision'
 	@touch $@
 
