@@ -2,7 +2,7 @@
 # make decide   the reference results: profile digits-decided, more seeds for what is open (TIME=2h stops, and again goes on)
 # make doctor   repair what a kill has left that stops DVC or MLflow; repro, decide and report do it first
 # make test     set up, then run the tests
-# make test-long  set up, then run the few tests that it leaves out: kills and stops between looks, again and again
+# make test-long  set up, then run the few tests that it leaves out: kills and stops again and again, and what few changes touch
 # make cluster  set up, with Ray (285 MB more), for `execution.engine: ray` and its tests
 # make check    set up, then lint, types and the fast tests: what to run before a commit
 # make report   draw figures and page again from the records, without training
